@@ -1,0 +1,184 @@
+"""The documented flags of the example, name for name, as three dataclasses, and how a command line becomes them.
+
+The help strings are the flags' documentation. `Further` flags, which the example does not have, are marked as such.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from repro.errors import InputError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+Arguments = TypeVar("Arguments")
+
+
+def _flag(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class CreateModelArguments:
+    """What `repro create-model` takes; the same five flags may be given to `repro train`."""
+
+    encoder_model_name_or_path: str | None = _flag(
+        None, "Folder or Hub id of the vision encoder's weights."
+    )
+    decoder_model_name_or_path: str | None = _flag(
+        None, "Folder or Hub id of the text decoder's weights and tokenizer."
+    )
+    encoder_config_name: str | None = _flag(
+        None, "Folder or Hub id of the encoder's configuration; alone, its weights are random."
+    )
+    decoder_config_name: str | None = _flag(
+        None, "Folder or Hub id of the decoder's configuration; alone, its weights are random."
+    )
+    seed: int = _flag(42, "Seed of the weights that are not loaded.")
+    output_dir: str | None = _flag(None, "Folder to write the new model to.")
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The model and how it computes."""
+
+    model_name_or_path: str | None = _flag(
+        None, "Folder or Hub id of a vision-encoder-text-decoder model with tokenizer."
+    )
+    encoder_model_name_or_path: str | None = _flag(
+        None, "Instead of a whole model: the vision encoder (see create-model)."
+    )
+    decoder_model_name_or_path: str | None = _flag(
+        None, "Instead of a whole model: the text decoder (see create-model)."
+    )
+    encoder_config_name: str | None = _flag(None, "Configuration of the encoder, if not its own.")
+    decoder_config_name: str | None = _flag(None, "Configuration of the decoder, if not its own.")
+    cache_dir: str | None = _flag(
+        None, "Where downloads and decoded images are kept (default: the Hugging Face cache)."
+    )
+    use_fast_tokenizer: bool = _flag(True, "Use the tokenizers library's tokenizer.")
+    dtype: str = _flag(
+        "float32", "Type of the computation; parameters stay float32.", choices=DTYPES
+    )
+    token: str | None = _flag(None, "Hub token, for private models and data sets.")
+    trust_remote_code: bool = _flag(False, "Allow a Hub model to run its own code.")
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """The captioned images, and what is evaluated on them."""
+
+    dataset_name: str | None = _flag(
+        None,
+        "Hub id or folder of a data set; ydshieh/dummy_coco_dataset and"
+        " ydshieh/coco_dataset_script mean the built-in COCO reader.",
+    )
+    dataset_config_name: str | None = _flag(None, "Its configuration; for COCO the year, 2017.")
+    data_dir: str | None = _flag(None, "Folder with COCO's zips or unpacked folders.")
+    image_column: str | None = _flag(None, "Column with the images' paths.")
+    caption_column: str | None = _flag(None, "Column with the captions.")
+    train_file: str | None = _flag(None, "Training rows as csv, json or jsonl.")
+    validation_file: str | None = _flag(None, "Validation rows as csv, json or jsonl.")
+    test_file: str | None = _flag(None, "Test rows as csv, json or jsonl.")
+    max_target_length: int = _flag(128, "Tokens per training caption, padded and truncated.")
+    val_max_target_length: int | None = _flag(
+        None, "Tokens per evaluation caption and per generated one, start token included"
+        " (default: max_target_length).",
+    )
+    max_train_samples: int | None = _flag(None, "Use only the first rows for training.")
+    max_eval_samples: int | None = _flag(None, "Use only the first rows for evaluation.")
+    max_predict_samples: int | None = _flag(None, "Use only the first rows for prediction.")
+    preprocessing_num_workers: int | None = _flag(None, "Processes that decode images.")
+    predict_with_generate: bool = _flag(False, "Generate captions and compute ROUGE.")
+    num_beams: int | None = _flag(None, "Beams (default: the model's configuration).")
+    overwrite_cache: bool = _flag(False, "Decode the images again.")
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """The run: what is done, for how long, and how its numbers are computed."""
+
+    output_dir: str = field(metadata={"help": "Folder of the run."})
+    overwrite_output_dir: bool = _flag(False, "Replace the run in output_dir, if there is one.")
+    do_train: bool = _flag(False, "Train.")
+    do_eval: bool = _flag(False, "Evaluate on the validation rows, during training too.")
+    do_predict: bool = _flag(False, "Caption the test rows.")
+    per_device_train_batch_size: int = _flag(8, "Training rows per replica and step.")
+    per_device_eval_batch_size: int = _flag(8, "Evaluation rows per replica and step.")
+    block_size: int = _flag(
+        0, "Rows per block, a multiple of the global batch sizes; 0: one block."
+    )
+    learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
+    weight_decay: float = _flag(0.0, "Decoupled weight decay of AdamW.")
+    adam_beta1: float = _flag(0.9, "Beta 1 of AdamW.")
+    adam_beta2: float = _flag(0.999, "Beta 2 of AdamW.")
+    adam_epsilon: float = _flag(1e-8, "Epsilon of AdamW.")
+    label_smoothing_factor: float = _flag(0.0, "Probability spread over the other tokens.")
+    num_train_epochs: float = _flag(3.0, "Times to go over the training rows (a whole number).")
+    warmup_steps: int = _flag(0, "Steps of linear warm-up from 0.")
+    logging_steps: int = _flag(500, "Steps between two lines in the log and in TensorBoard.")
+    eval_steps: int | None = _flag(
+        None, "Steps between two evaluations and checkpoints (default: the end of each epoch)."
+    )
+    seed: int = _flag(42, "Seed of the rows' order and of dropout.")
+    push_to_hub: bool = _flag(False, "Upload the checkpoints to the Hugging Face Hub.")
+    hub_model_id: str | None = _flag(None, "Repository there (default: output_dir's name).")
+    hub_token: str | None = _flag(None, "Token with write access there.")
+    protocol: str = _flag(
+        "exact", "Further: whose numeric choices to follow: published, current or exact."
+    )
+    num_replicas: int | None = _flag(
+        None, "Further: replicas the run is made of, whatever computes them (default: devices)."
+    )
+
+
+def parse_arguments(
+    classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str
+) -> tuple[Any, ...]:
+    """Parse `argv`, or the one `.json` file that it names, into one instance of each class.
+
+    Raises:
+        InputError: a flag is unknown (the nearest known one is named), lacks its value or has a wrong one.
+        SystemExit: `--help` was asked for.
+    """
+    # Imported here so that other commands start without transformers.
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise InputError(f"{message}. `repro {command} --help` lists the flags.")
+
+    parser = Parser(classes, prog=f"repro {command}", allow_abbrev=False)
+    known = {f.name for dataclass_type in classes for f in fields(dataclass_type)}  # type: ignore[arg-type]
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _read_flags(argv[0], known)
+    *parsed, remaining = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if remaining:
+        raise InputError(f"unknown argument {remaining[0]!r}.{_suggestion(remaining[0], known)}")
+    return tuple(parsed)
+
+
+def _read_flags(path: str, known: set[str]) -> list[str]:
+    """Turn a JSON object of flags into the command line that says the same, so that both are checked alike."""
+    try:
+        flags = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a JSON file of flags: {error}") from error
+    if not isinstance(flags, dict):
+        raise InputError(f"{path}: expected one JSON object of flags and their values.")
+    for name in flags:
+        if name not in known:
+            raise InputError(f"{path}: unknown flag {name!r}.{_suggestion(name, known)}")
+    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def _suggestion(flag: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
+    return f" Did you mean --{near[0]}?" if near else ""

@@ -1,0 +1,88 @@
+"""Every step's loss, on the progress bar and in the run's files, without making the device wait."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from repro.reporting.writer import RunWriter, log
+from repro.training.loop import StepResult
+
+REFRESH_SECONDS = 1.0
+IN_FLIGHT = 2
+"""Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile."""
+
+
+class StepLog:
+    """Collects the metrics of steps and writes them once they are computed."""
+
+    def __init__(
+        self, writer: RunWriter, *, num_steps: int, batch_size: int, logging_steps: int, progress: bool
+    ) -> None:
+        self._writer = writer
+        self._batch_size = batch_size
+        self._logging_steps = logging_steps
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._started = self._refreshed = time.perf_counter()
+        self._training_seconds = 0.0
+        self._resumed = self._started
+        self._written = 0
+        self._bar = tqdm(total=num_steps, desc="train", unit="step", disable=not progress)
+
+    def add(self, result: StepResult) -> None:
+        """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""
+        self._pending.append((result.step, result.metrics))
+        if self._logging_steps > 0 and result.step % self._logging_steps == 0:
+            self.flush()
+        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS:
+            self._write(self._pending[:-IN_FLIGHT])
+            self._pending = self._pending[-IN_FLIGHT:]
+
+    def flush(self) -> None:
+        """Wait for all steps so far and write them."""
+        self._write(self._pending)
+        self._pending = []
+
+    def pause(self) -> None:
+        """Flush, and stop the training clock (for an evaluation or a save)."""
+        self.flush()
+        self._training_seconds += time.perf_counter() - self._resumed
+
+    def resume(self) -> None:
+        """Go on counting training time."""
+        self._resumed = time.perf_counter()
+
+    def close(self) -> dict[str, float]:
+        """End the bar; returns `train_seconds`, without evaluations, and `train_rows_per_second`."""
+        self.pause()
+        self._bar.close()
+        rows = self._written * self._batch_size
+        return {
+            "train_seconds": round(self._training_seconds, 3),
+            "train_rows_per_second": round(rows / max(self._training_seconds, 1e-9), 2),
+        }
+
+    def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
+        rows: list[dict[str, Any]] = [
+            {"step": step, **{name: float(value) for name, value in metrics.items()}}
+            for step, metrics in steps
+        ]
+        self._writer.train_steps(rows)
+        for row in rows:
+            if self._logging_steps > 0 and row["step"] % self._logging_steps == 0:
+                seconds = time.perf_counter() - self._started
+                self._writer.train_scalars(row["step"], row, seconds)
+                log.info(
+                    "step %d: loss %.4f, learning rate %.3e",
+                    row["step"], row["loss"], row["learning_rate"],
+                )
+        self._refreshed = time.perf_counter()
+        if rows:
+            self._written += len(rows)
+            seconds = self._training_seconds + self._refreshed - self._resumed
+            rate = self._written * self._batch_size / max(seconds, 1e-9)
+            self._bar.update(len(rows))
+            self._bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate:.0f} rows/s")

@@ -1,0 +1,1 @@
+"""Pure training steps and what drives them."""

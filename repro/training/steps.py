@@ -1,0 +1,123 @@
+"""The training and evaluation step: pure functions of (state, batch), written for one array on one machine.
+
+A training batch has a leading axis of replicas, R, each with its own dropout key and, under `replica_means`, its own mean
+loss; which devices compute them is the sharding's matter (`repro.training.sharding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from repro.protocol import LossReduction
+from repro.training.losses import row_losses
+from repro.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+class LogitsFn(Protocol):
+    """`Captioner.logits`: next-token logits [B,T,V], with dropout where a key is given."""
+
+    def __call__(
+        self,
+        params: Any,
+        pixels: jax.Array,
+        decoder_input_ids: jax.Array,
+        decoder_attention_mask: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array: ...
+
+
+def check_batch(batch: Batch, *, leading_axes: int) -> None:
+    """Assert a batch's shapes and dtypes: uint8 pixels [...,S,S,3], int32 tokens [...,T] that agree."""
+    pixels, labels = batch["pixels"], batch["labels"]
+    mask, inputs = batch["decoder_attention_mask"], batch["decoder_input_ids"]
+    chex.assert_rank(pixels, leading_axes + 3)
+    chex.assert_rank(labels, leading_axes + 1)
+    chex.assert_equal_shape((labels, mask, inputs))
+    chex.assert_equal_shape_prefix((pixels, labels), leading_axes)
+    chex.assert_axis_dimension(pixels, -1, 3)
+    chex.assert_type([pixels, labels, mask, inputs], [jnp.uint8, jnp.int32, jnp.int32, jnp.int32])
+
+
+def reduce_losses(sums: jax.Array, counts: jax.Array, reduction: LossReduction) -> jax.Array:
+    """Reduce each replica's (sum, count), float32[R], to the loss float32[]."""
+    chex.assert_equal_shape((sums, counts))
+    if reduction == "replica_means":
+        return (sums / counts).mean()
+    return sums.sum() / counts.sum()
+
+
+def make_train_step(
+    logits_fn: LogitsFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    reduction: LossReduction,
+    label_smoothing: float = 0.0,
+) -> TrainStep:
+    """Build the step: (state, batch [R,b,...]) to (state', {"loss", "learning_rate"} float32[] of this batch)."""
+
+    def replica_loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = logits_fn(
+            params,
+            batch["pixels"],
+            batch["decoder_input_ids"],
+            batch["decoder_attention_mask"],
+            dropout_key=key,
+        )
+        sums, counts = row_losses(
+            logits,
+            batch["labels"],
+            batch["decoder_attention_mask"],
+            label_smoothing=label_smoothing,
+        )
+        return sums.sum(), counts.sum()
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        check_batch(batch, leading_axes=2)
+        chex.assert_equal_shape_prefix((batch["labels"], state.dropout_keys), 1)
+        keys = jax.vmap(jax.random.split)(state.dropout_keys)
+
+        def loss_fn(params: Any) -> jax.Array:
+            sums, counts = jax.vmap(replica_loss, in_axes=(None, 0, 0))(params, batch, keys[:, 0])
+            return reduce_losses(sums, counts, reduction)
+
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        following = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            dropout_keys=keys[:, 1],
+        )
+        return following, {"loss": loss, "learning_rate": jnp.asarray(schedule(state.step))}
+
+    return train_step
+
+
+def make_eval_step(logits_fn: LogitsFn, *, label_smoothing: float = 0.0) -> EvalStep:
+    """Build the step: (params, batch [B,...]) to each row's loss (sum, count), float32[B]."""
+
+    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        check_batch(batch, leading_axes=1)
+        logits = logits_fn(
+            params, batch["pixels"], batch["decoder_input_ids"], batch["decoder_attention_mask"]
+        )
+        return row_losses(
+            logits,
+            batch["labels"],
+            batch["decoder_attention_mask"],
+            label_smoothing=label_smoothing,
+        )
+
+    return eval_step
