@@ -52,12 +52,14 @@ class RunResult:
     Attributes:
         folder: the run's.
         metrics: the last evaluation's and the prediction's, named and rounded as in the result files.
+        evaluations: the last evaluation, `eval`, and the prediction, `test`.
         facts: the content of `run.json`.
         checkpoints: the model folders that were saved, in order.
     """
 
     folder: Path
     metrics: dict[str, float]
+    evaluations: dict[str, Evaluation]
     facts: dict[str, Any]
     checkpoints: tuple[Path, ...]
 
@@ -333,6 +335,7 @@ def _execute(prepared: _Run, writer: RunWriter) -> RunResult:
     evaluator = _evaluator(prepared)
     params = put(prepared.pretrained.params, replicated(prepared.mesh))
     metrics: dict[str, float] = {}
+    evaluations: dict[str, Evaluation] = {}
     checkpoints: list[Path] = []
     step = 0
 
@@ -342,6 +345,7 @@ def _execute(prepared: _Run, writer: RunWriter) -> RunResult:
         seconds = time.perf_counter() - started
         writer.evaluation(prefix, evaluation, step=step, folder=folder, seconds=seconds)
         metrics.update(prefixed(prefix, evaluation.metrics))
+        evaluations[prefix] = evaluation
         log.info("step %d: %s", step, describe(prefix, evaluation))
 
     if args.do_train:
@@ -376,7 +380,7 @@ def _execute(prepared: _Run, writer: RunWriter) -> RunResult:
     if uploader:
         uploader.push("end of the run")
         uploader.wait()
-    return RunResult(writer.folder, metrics, facts, tuple(checkpoints))
+    return RunResult(writer.folder, metrics, evaluations, facts, tuple(checkpoints))
 
 
 def describe(prefix: str, evaluation: Evaluation) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.data.pocket import (
+from repro.data.scenes import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,

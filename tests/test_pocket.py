@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from repro.data import pocket
-from repro.data.pocket import Item, Scene, describe_scene, draw_scene, read_scenes, sample_scene
+from repro.data import scenes as rules
+from repro.data.pocket import read_scenes
+from repro.data.scenes import Item, Scene, describe_scene, draw_scene, sample_scene
 from repro.errors import InputError
 
 SETTINGS = {"num_train": 30, "num_val": 8, "num_test": 3, "image_size": 32, "seed": 5}
@@ -50,11 +52,11 @@ def test_an_object_s_colour_is_seen_at_its_position_and_the_background_in_the_co
     pixels = np.asarray(draw_scene(scene, side))
     assert pixels.shape == (side, side, 3)
     for item in scene.objects:
-        for at, name in zip(item.centre, pocket.POSITIONS[item.position], strict=True):
-            assert abs(at - name) <= pocket.JITTER + 1e-3
+        for at, name in zip(item.centre, rules.POSITIONS[item.position], strict=True):
+            assert abs(at - name) <= rules.JITTER + 1e-3
         x, y = (int(at * side) for at in item.centre)
-        assert tuple(pixels[y, x]) == pocket.COLOURS[item.colour]
-    assert tuple(pixels[0, 0]) == pocket.BACKGROUNDS[scene.background]
+        assert tuple(pixels[y, x]) == rules.COLOURS[item.colour]
+    assert tuple(pixels[0, 0]) == rules.BACKGROUNDS[scene.background]
 
 
 @given(scenes)
@@ -71,10 +73,10 @@ def test_objects_do_not_touch_each_other(scene):
 @given(scenes, st.data())
 def test_changing_any_attribute_changes_the_picture(scene, data):
     options = {
-        "shape": pocket.SHAPES,
-        "colour": pocket.COLOURS,
-        "size": pocket.SIZES,
-        "background": pocket.BACKGROUNDS,
+        "shape": rules.SHAPES,
+        "colour": rules.COLOURS,
+        "size": rules.SIZES,
+        "background": rules.BACKGROUNDS,
     }
     name = data.draw(st.sampled_from(sorted(options)))
     owner = scene if name == "background" else scene.objects[0]
@@ -90,21 +92,21 @@ def test_scenes_vary_in_all_they_can():
     rng = random.Random(0)
     drawn = [sample_scene(rng) for _ in range(600)]
     items = [item for scene in drawn for item in scene.objects]
-    assert {item.shape for item in items} == set(pocket.SHAPES)
-    assert {item.colour for item in items} == set(pocket.COLOURS)
-    assert {item.size for item in items} == set(pocket.SIZES)
-    assert {item.position for item in items} == set(pocket.POSITIONS)
-    assert {scene.background for scene in drawn} == set(pocket.BACKGROUNDS)
-    assert {len(scene.objects) for scene in drawn} == set(range(1, pocket.MAX_OBJECTS + 1))
+    assert {item.shape for item in items} == set(rules.SHAPES)
+    assert {item.colour for item in items} == set(rules.COLOURS)
+    assert {item.size for item in items} == set(rules.SIZES)
+    assert {item.position for item in items} == set(rules.POSITIONS)
+    assert {scene.background for scene in drawn} == set(rules.BACKGROUNDS)
+    assert {len(scene.objects) for scene in drawn} == set(range(1, rules.MAX_OBJECTS + 1))
     assert len({scene.attributes() for scene in drawn}) > 500
 
 
 @given(scenes, seeds)
 def test_a_scene_has_five_different_short_captions(scene, seed):
     captions = describe_scene(scene, random.Random(seed))
-    assert len(set(captions)) == len(captions) == pocket.CAPTIONS_PER_SCENE
+    assert len(set(captions)) == len(captions) == rules.CAPTIONS_PER_SCENE
     for caption in captions:
-        assert len(caption.replace(",", " ,").split()) <= pocket.MAX_WORDS
+        assert len(caption.replace(",", " ,").split()) <= rules.MAX_WORDS
         assert caption == caption.lower() == " ".join(caption.split())
 
 

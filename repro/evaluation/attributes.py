@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from repro.data.pocket import (
+from repro.data.scenes import (
     ANY_SHAPE,
     BACKGROUNDS,
     COLOURS,

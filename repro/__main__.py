@@ -1,0 +1,178 @@
+"""The command line: `repro COMMAND ...`; each command imports what it needs when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from repro import __doc__ as PURPOSE
+from repro import __version__
+from repro.errors import InputError
+
+INPUT_ERROR = 2
+INTERRUPTED = 130
+
+COMMANDS = {
+    "reproduce": "run a recipe offline and check its targets (default: pocket, minutes on a CPU)",
+    "train": "fine-tune, evaluate and predict with the example's documented flags",
+    "create-model": "join a vision encoder and a text decoder into a model folder",
+    "data": "make data: `repro data pocket FOLDER` renders captioned scenes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 a target was missed, 2 the input cannot be used."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else INPUT_ERROR
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    handlers: dict[str, Callable[[list[str]], int]] = {
+        "reproduce": _reproduce,
+        "train": _train,
+        "create-model": _create_model,
+        "data": _data,
+    }
+    try:
+        if arguments[0] not in handlers:
+            near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(f"unknown command {arguments[0]!r}.{hint} `repro --help` lists them.")
+        return handlers[arguments[0]](arguments[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INPUT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [f"usage: repro COMMAND ...\n\n{PURPOSE}\n\ncommands:", *lines]
+        + ["\n`repro COMMAND --help` describes a command."]
+    )
+
+
+def _start_logging() -> None:
+    """Log to the terminal, and quieten what the libraries say about their own future."""
+    import logging
+
+    os.environ.setdefault("USE_TORCH", "0")  # transformers would import PyTorch where it is installed
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("repro").setLevel(logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+
+
+def _train(argv: list[str]) -> int:
+    from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+
+    parsed = parse_arguments(
+        (ModelArguments, DataArguments, TrainingArguments), argv, command="train"
+    )
+    _start_logging()
+    from repro.run import run
+
+    result = run(*parsed)
+    _print_table("metric", {**result.metrics, **_speed(result.facts)})
+    print(f"written to {result.folder}")
+    return 0
+
+
+def _create_model(argv: list[str]) -> int:
+    from repro.config import CreateModelArguments, ModelArguments, parse_arguments
+
+    (args,) = parse_arguments((CreateModelArguments,), argv, command="create-model")
+    if args.output_dir is None:
+        raise InputError("--output_dir is missing: name a folder for the new model.")
+    _start_logging()
+    from repro.models.pretrained import save_model
+    from repro.reporting.writer import check_output_dir
+    from repro.run import load_or_create
+
+    check_output_dir(Path(args.output_dir), overwrite=False)
+    halves = {name: value for name, value in vars(args).items() if name not in ("seed", "output_dir")}
+    created = load_or_create(ModelArguments(**halves), seed=args.seed)
+    save_model(created, created.params, Path(args.output_dir))
+    for note in created.notes:
+        print(note)
+    print(f"written to {args.output_dir}")
+    return 0
+
+
+def _reproduce(argv: list[str]) -> int:
+    parser = _Parser(prog="repro reproduce", description=COMMANDS["reproduce"], allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", default="pocket", help="default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, help="default: ./repro-RECIPE")
+    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    parser.add_argument("--protocol", help="published, current or exact (default: the recipe's)")
+    args = parser.parse_args(argv)
+    _start_logging()
+    from repro.reproduce import reproduce
+
+    folder = args.output_dir or Path(f"repro-{args.recipe}")
+    result = reproduce(args.recipe, folder, seed=args.seed, protocol=args.protocol)
+    print("\ncaptions of unseen scenes")
+    for sample in result.samples:
+        print(f"  {Path(sample.image_path).name}  {sample.caption}\n{'shows:':>18}  {sample.truth}")
+    _print_table("metric", result.measured)
+    print(f"{'target':24} {'wanted':>22} {'measured':>12}")
+    for verdict in result.verdicts:
+        value = "missing" if verdict.measured is None else f"{verdict.measured:.4f}"
+        word = "PASS" if verdict.passed else "FAIL"
+        print(f"{verdict.metric:24} {verdict.bounds:>22} {value:>12}  {word}")
+    print(f"\n{'PASS' if result.passed else 'FAIL'}: written to {result.folder}")
+    return 0 if result.passed else 1
+
+
+def _data(argv: list[str]) -> int:
+    parser = _Parser(prog="repro data", description=COMMANDS["data"], allow_abbrev=False)
+    parser.add_argument("kind", choices=["pocket"])
+    parser.add_argument("folder", type=Path, help="where the COCO 2017 layout is written")
+    parser.add_argument("--num_train", type=int, default=4000, help="default: %(default)s")
+    parser.add_argument("--num_val", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--num_test", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--image_size", type=int, default=64, help="pixels, default: %(default)s")
+    parser.add_argument("--seed", type=int, default=2017, help="default: %(default)s")
+    args = vars(parser.parse_args(argv))
+    from repro.data.pocket import render_pocket
+
+    folder = args.pop("folder")
+    args.pop("kind")
+    render_pocket(folder, **args)
+    print(f"written to {folder}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise InputError(f"{message}. `{self.prog} --help` lists the flags.")
+
+
+def _speed(facts: dict[str, object]) -> dict[str, float]:
+    return {
+        name: value
+        for name in ("train_seconds", "train_rows_per_second")
+        if isinstance(value := facts.get(name), float)
+    }
+
+
+def _print_table(title: str, values: dict[str, float]) -> None:
+    print(f"\n{title}")
+    for name, value in values.items():
+        print(f"  {name:28} {value:>12.4f}")
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Eight CPU devices, strict ranks, a reproducible hypothesis: what makes silence impossible."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before JAX starts: the number of devices cannot be changed afterwards.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("repro", database=None, derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repro")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_inputs() -> Path:
+    """The folder of the goldens' images, rows and tiny model."""
+    return GOLDEN / "inputs"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(golden_inputs: Path):
+    """The goldens' byte-level BPE, padding with its eos token like GPT-2."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(golden_inputs / "model")
+    loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def image_processor(golden_inputs: Path):
+    """The goldens' ViTImageProcessor, 32 pixels a side."""
+    from transformers import ViTImageProcessor
+
+    return ViTImageProcessor.from_pretrained(golden_inputs / "model")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real photographs, captions and tokenizers; they may not be copied into the project."""
+    folder = os.environ.get("REPRO_REAL_DATA")
+    if not folder:
+        pytest.skip("REPRO_REAL_DATA does not name the folder of real data")
+    return Path(folder)
