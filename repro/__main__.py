@@ -57,8 +57,11 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(
-        [f"usage: repro COMMAND ...\n\n{PURPOSE}\n\ncommands:", *lines]
-        + ["\n`repro COMMAND --help` describes a command."]
+        [
+            f"usage: repro COMMAND ...\n\n{PURPOSE}\n\ncommands:",
+            *lines,
+            "\n`repro COMMAND --help` describes a command.",
+        ]
     )
 
 
@@ -77,9 +80,7 @@ def _start_logging() -> None:
 def _train(argv: list[str]) -> int:
     from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 
-    parsed = parse_arguments(
-        (ModelArguments, DataArguments, TrainingArguments), argv, command="train"
-    )
+    parsed = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, command="train")
     _start_logging()
     from repro.run import run
 
@@ -97,8 +98,8 @@ def _create_model(argv: list[str]) -> int:
         raise InputError("--output_dir is missing: name a folder for the new model.")
     _start_logging()
     from repro.models.pretrained import save_model
+    from repro.prepare import load_or_create
     from repro.reporting.writer import check_output_dir
-    from repro.run import load_or_create
 
     check_output_dir(Path(args.output_dir), overwrite=False)
     halves = {name: value for name, value in vars(args).items() if name not in ("seed", "output_dir")}

@@ -27,9 +27,7 @@ def _flag(default: Any, text: str, **metadata: Any) -> Any:
 class CreateModelArguments:
     """What `repro create-model` takes; the same five flags may be given to `repro train`."""
 
-    encoder_model_name_or_path: str | None = _flag(
-        None, "Folder or Hub id of the vision encoder's weights."
-    )
+    encoder_model_name_or_path: str | None = _flag(None, "Folder or Hub id of the vision encoder's weights.")
     decoder_model_name_or_path: str | None = _flag(
         None, "Folder or Hub id of the text decoder's weights and tokenizer."
     )
@@ -62,9 +60,7 @@ class ModelArguments:
         None, "Where downloads and decoded images are kept (default: the Hugging Face cache)."
     )
     use_fast_tokenizer: bool = _flag(True, "Use the tokenizers library's tokenizer.")
-    dtype: str = _flag(
-        "float32", "Type of the computation; parameters stay float32.", choices=DTYPES
-    )
+    dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
     token: str | None = _flag(None, "Hub token, for private models and data sets.")
     trust_remote_code: bool = _flag(False, "Allow a Hub model to run its own code.")
 
@@ -87,8 +83,8 @@ class DataArguments:
     test_file: str | None = _flag(None, "Test rows as csv, json or jsonl.")
     max_target_length: int = _flag(128, "Tokens per training caption, padded and truncated.")
     val_max_target_length: int | None = _flag(
-        None, "Tokens per evaluation caption and per generated one, start token included"
-        " (default: max_target_length).",
+        None,
+        "Tokens per evaluation caption and per generated one, start token included (default: max_target_length).",
     )
     max_train_samples: int | None = _flag(None, "Use only the first rows for training.")
     max_eval_samples: int | None = _flag(None, "Use only the first rows for evaluation.")
@@ -110,9 +106,7 @@ class TrainingArguments:
     do_predict: bool = _flag(False, "Caption the test rows.")
     per_device_train_batch_size: int = _flag(8, "Training rows per replica and step.")
     per_device_eval_batch_size: int = _flag(8, "Evaluation rows per replica and step.")
-    block_size: int = _flag(
-        0, "Rows per block, a multiple of the global batch sizes; 0: one block."
-    )
+    block_size: int = _flag(0, "Rows per block, a multiple of the global batch sizes; 0: one block.")
     learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
     weight_decay: float = _flag(0.0, "Decoupled weight decay of AdamW.")
     adam_beta1: float = _flag(0.9, "Beta 1 of AdamW.")
@@ -129,17 +123,13 @@ class TrainingArguments:
     push_to_hub: bool = _flag(False, "Upload the checkpoints to the Hugging Face Hub.")
     hub_model_id: str | None = _flag(None, "Repository there (default: output_dir's name).")
     hub_token: str | None = _flag(None, "Token with write access there.")
-    protocol: str = _flag(
-        "exact", "Further: whose numeric choices to follow: published, current or exact."
-    )
+    protocol: str = _flag("exact", "Further: whose numeric choices to follow: published, current or exact.")
     num_replicas: int | None = _flag(
         None, "Further: replicas the run is made of, whatever computes them (default: devices)."
     )
 
 
-def parse_arguments(
-    classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str
-) -> tuple[Any, ...]:
+def parse_arguments(classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str) -> tuple[Any, ...]:
     """Parse `argv`, or the one `.json` file that it names, into one instance of each class.
 
     Raises:
@@ -153,7 +143,7 @@ def parse_arguments(
         def error(self, message: str) -> Any:
             raise InputError(f"{message}. `repro {command} --help` lists the flags.")
 
-    parser = Parser(classes, prog=f"repro {command}", allow_abbrev=False)
+    parser = Parser(list(classes), prog=f"repro {command}", allow_abbrev=False)  # type: ignore[arg-type]
     known = {f.name for dataclass_type in classes for f in fields(dataclass_type)}  # type: ignore[arg-type]
     if len(argv) == 1 and argv[0].endswith(".json"):
         argv = _read_flags(argv[0], known)

@@ -1,7 +1,8 @@
 """Every numeric choice in which the example's two versions and this project differ, in one table.
 
 `published` is the example as of January 2022, whose numbers are the ones in its documentation; `current` is its last
-version (2025); `exact` is what this project computes by default: nothing dropped, nothing dependent on batch neighbours.
+version (2025); `exact` is what this project computes by default: nothing dropped, nothing dependent on batch
+neighbours.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Protocol:
     """One column of the table.
 
     Attributes:
-        loss_reduction: `replica_means` averages sum(loss x mask) / sum(mask) over the replicas; `tokens` divides the sum
+        loss_reduction: `replica_means` averages sum(loss x mask) / sum(mask) over the replicas; `tokens` divides the
+        sum
             over all replicas by the number of all unmasked tokens.
         decay_mask: `2022` decays all but biases and BART's LayerNorm names; `layer_norms` spares every LayerNorm.
         threefry_partitionable: which of JAX's two random streams (`jax_threefry_partitionable`).

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,7 @@ def reproduce(
     """
     recipe = read_recipe(name)
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise InputError(
-            f"--output_dir {folder}: holds something else; name a new or an empty folder."
-        )
+        raise InputError(f"--output_dir {folder}: holds something else; name a new or an empty folder.")
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / MARKER, {**recipe, "seed": seed})
@@ -115,15 +113,12 @@ def reproduce(
         },
     )
     step = max(len(paths) // SAMPLES, 1)
-    samples = [
-        Sample(paths[i], captions[i], scenes[i].in_words())
-        for i in range(0, len(paths), step)
-    ][:SAMPLES]
+    samples = [Sample(paths[i], captions[i], scenes[i].in_words()) for i in range(0, len(paths), step)][:SAMPLES]
     return Reproduction(folder, measured, verdicts, samples)
 
 
 def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:
-    """Write the configurations of a small ViT and GPT-2, with an image processor and a tokenizer made from the captions."""
+    """Write configurations of a small ViT and GPT-2, an image processor, and a tokenizer made from the captions."""
     shutil.rmtree(folder, ignore_errors=True)
     encoder, decoder = folder / "encoder", folder / "decoder"
     ViTConfig(**model["encoder"]).save_pretrained(encoder)
@@ -152,15 +147,10 @@ def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:
     ).save_pretrained(decoder)
 
 
-def captions_and_scenes(
-    result: RunResult, data_dir: Path
-) -> tuple[list[str], list[Scene], list[str]]:
+def captions_and_scenes(result: RunResult, data_dir: Path) -> tuple[list[str], list[Scene], list[str]]:
     """Pair one generated caption with the true scene of each validation image that was evaluated."""
     evaluation = result.evaluations["eval"]
-    by_path = {
-        path: row["pred"]
-        for path, row in zip(evaluation.image_paths, evaluation.generations, strict=True)
-    }
+    by_path = {path: row["pred"] for path, row in zip(evaluation.image_paths, evaluation.generations, strict=True)}
     scenes = read_scenes(data_dir, "val")
     paths = sorted(by_path)
     return (
@@ -170,7 +160,6 @@ def captions_and_scenes(
     )
 
 
-def _fields(arguments: type, flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value for name, value in flags.items() if name in arguments.__dataclass_fields__
-    }
+def _fields(arguments: type[DataArguments] | type[TrainingArguments], flags: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(arguments)}
+    return {name: value for name, value in flags.items() if name in names}

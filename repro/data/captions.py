@@ -37,8 +37,8 @@ def tokenize_captions(
     A caption that is too long loses its eos token. A row without a caption is all padding under an all-zero mask.
 
     Returns:
-        `labels`, `decoder_input_ids` and `decoder_attention_mask`, int32[N,T]. The mask is the tokenizer's attention mask and
-        serves the loss too: GPT-2 pads with its eos token, so the labels alone do not tell padding.
+        `labels`, `decoder_input_ids` and `decoder_attention_mask`, int32[N,T]. The mask is the tokenizer's attention
+        mask and serves the loss too: GPT-2 pads with its eos token, so the labels alone do not tell padding.
 
     Raises:
         InputError: the tokenizer has no pad or no eos token.

@@ -15,13 +15,11 @@ SPLIT_NAMES = {"train": "train", "validation": "val", "test": "test"}
 DOWNLOADS = "http://images.cocodataset.org"
 
 
-def read_coco(
-    data_dir: str | Path, year: str = "2017", splits: Sequence[str] = tuple(SPLIT_NAMES)
-) -> dict[str, Rows]:
+def read_coco(data_dir: str | Path, year: str = "2017", splits: Sequence[str] = tuple(SPLIT_NAMES)) -> dict[str, Rows]:
     """Read the asked-for splits of COCO captions, in the order of the annotation file.
 
-    Images and annotations may each be unpacked (`val2017/`, `annotations/`) or in the official zips; nothing is unpacked. The
-    test split has one row per image and no captions.
+    Images and annotations may each be unpacked (`val2017/`, `annotations/`) or in the official zips; nothing is
+    unpacked. The test split has one row per image and no captions.
 
     Args:
         data_dir: the folder that holds them.
@@ -51,9 +49,9 @@ def _read_split(folder: Path, year: str, split: str) -> Rows:
     if is_test:
         annotations = [{"image_id": image_id, "id": None, "caption": None} for image_id in images]
 
-    table: dict[str, list[Any]] = {name: [] for name in (
-        "row", "image_id", "caption_id", "caption", "height", "width", "file_name", "image_path"
-    )}
+    table: dict[str, list[Any]] = {
+        name: [] for name in ("row", "image_id", "caption_id", "caption", "height", "width", "file_name", "image_path")
+    }
     dropped = []
     for row, annotation in enumerate(annotations):
         image = images.get(annotation["image_id"])
@@ -70,8 +68,14 @@ def _read_split(folder: Path, year: str, split: str) -> Rows:
             continue
         file_name = image["file_name"]
         values = (
-            row, image["id"], annotation["id"], annotation["caption"], image.get("height"),
-            image.get("width"), file_name, f"{prefix}{file_name}{suffix}",
+            row,
+            image["id"],
+            annotation["id"],
+            annotation["caption"],
+            image.get("height"),
+            image.get("width"),
+            file_name,
+            f"{prefix}{file_name}{suffix}",
         )
         for column, value in zip(table.values(), values, strict=True):
             column.append(value)

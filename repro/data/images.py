@@ -1,7 +1,8 @@
 """Each distinct image, decoded and resized once, as bytes in one memory-mapped array.
 
-The bytes are those that ViTImageProcessor has after its resize; `pixel_table` holds what its rescaling and normalization
-make of each of the 256 values, so that a table look-up on the device gives its float32 pixels bit for bit.
+The bytes are those that ViTImageProcessor has after its resize; `pixel_table` holds what its rescaling and
+normalization make of each of the 256 values, so that a table look-up on the device gives its float32 pixels bit for
+bit.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def decode_image(path: str, resize: Resize, *, convert_to_rgb: bool) -> np.ndarr
 
     Args:
         path: of a file, or `zip://member::archive`.
-        convert_to_rgb: convert other modes; otherwise refuse what ViTImageProcessor refuses, which is all that does not decode
+        convert_to_rgb: convert other modes; otherwise refuse what ViTImageProcessor refuses, which is all that does
+        not decode
             to three channels, and images one pixel high, whose height it takes for a channel.
 
     Returns:
@@ -104,8 +106,16 @@ def decode_image(path: str, resize: Resize, *, convert_to_rgb: bool) -> np.ndarr
             with Image.open(_open(path)) as opened:
                 opened.load()
                 image: Image.Image = opened.convert("RGB") if convert_to_rgb else opened.copy()
-    except (OSError, ValueError, SyntaxError, KeyError, EOFError, zipfile.BadZipFile,
-            Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise ImageError(f"{type(error).__name__}: {error}") from error
     if len(image.getbands()) != 3:
         raise ImageError(f"mode {image.mode} is not RGB (--protocol exact converts it)")
@@ -130,7 +140,8 @@ def load_images(
     """Decode each distinct path once, or take the result of an earlier run.
 
     Args:
-        cache_dir: where the array is kept, under a name made of the paths, sizes and times of the files and the processor's
+        cache_dir: where the array is kept, under a name made of the paths, sizes and times of the files and the
+        processor's
             geometry; None to keep it in memory. It appears there whole or not at all.
         num_workers: processes that decode; None or 1 to decode in this one.
 
@@ -160,9 +171,7 @@ def load_images(
     return _store(np.load(target, mmap_mode="r"), distinct, json.loads(notes.read_text()))
 
 
-def _build(
-    target: Path, notes: Path, shape: tuple[int, ...], results: Iterator[list[Any]], bar: Any
-) -> None:
+def _build(target: Path, notes: Path, shape: tuple[int, ...], results: Iterator[list[Any]], bar: Any) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial_target = target.with_name(f"{target.name}.{os.getpid()}.partial")
     partial_notes = notes.with_name(f"{notes.name}.{os.getpid()}.partial")
@@ -170,9 +179,7 @@ def _build(
         if shape[0]:
             # Allocated up front: a full disk is then an error here, not a bus error on a later write.
             with partial_target.open("wb") as file:
-                np.lib.format.write_array_header_2_0(
-                    file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-                )
+                np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 os.posix_fallocate(file.fileno(), 0, file.tell() + int(np.prod(shape)))
             pixels = np.load(partial_target, mmap_mode="r+")
             reasons = _fill(pixels, results, bar)
@@ -218,9 +225,7 @@ def _map(decode: Any, chunks: list[list[str]], num_workers: int | None) -> Itera
         yield from pool.map(decode, chunks)
 
 
-def _decode_chunk(
-    paths: list[str], *, resize: Resize, convert_to_rgb: bool
-) -> list[tuple[str, np.ndarray | str]]:
+def _decode_chunk(paths: list[str], *, resize: Resize, convert_to_rgb: bool) -> list[tuple[str, np.ndarray | str]]:
     results: list[tuple[str, np.ndarray | str]] = []
     for path in paths:
         try:

@@ -23,8 +23,9 @@ REASONS_SHOWN = 3
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     """Draw the order of the rows in an epoch (counted from 0), int64[N], as the example does.
 
-    The key of the order is the second half of the chain's key, which each epoch splits; the chain starts with the first half of
-    the seed (the other half is dropout's). Which stream is drawn from is JAX's `jax_threefry_partitionable` at the call.
+    The key of the order is the second half of the chain's key, which each epoch splits; the chain starts with the
+    first half of the seed (the other half is dropout's). Which stream is drawn from is JAX's
+    `jax_threefry_partitionable` at the call.
     """
     chain, _dropout = jax.random.split(jax.random.PRNGKey(seed))
     for _ in range(epoch + 1):
@@ -48,7 +49,8 @@ def check_sizes(num_rows: int, *, train_batch: int, eval_batch: int, block_size:
     """Check that the training rows can be cut as asked.
 
     Raises:
-        InputError: the block size is negative or not a multiple of both global batches, or a batch has more rows than there are.
+        InputError: the block size is negative or not a multiple of both global batches, or a batch has more rows
+        than there are.
     """
     for name, batch in (("train", train_batch), ("eval", eval_batch)):
         if block_size < 0 or block_size % batch:
@@ -150,7 +152,10 @@ def prepare_split(
 
 
 def prefetch(items: Iterable[Item], size: int = 2) -> Iterator[Item]:
-    """Compute up to `size` items ahead in a thread, which ends with its consumer; exceptions are raised where items are used."""
+    """Compute up to `size` items ahead in a thread.
+
+    The thread ends with its consumer, and its exceptions are raised where the items are used.
+    """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=size)
     stopped = threading.Event()
 

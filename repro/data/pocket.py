@@ -75,8 +75,7 @@ def render_pocket(
         return
     if target.exists() and not marker.is_file() and (target.is_file() or any(target.iterdir())):
         raise InputError(
-            f"{target} holds something other than rendered scenes, and is left as it is; "
-            "name a new or an empty folder"
+            f"{target} holds something other than rendered scenes, and is left as it is; name a new or an empty folder"
         )
     building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -143,9 +142,7 @@ def _write_split(
     captions: list[tuple[int, str]] = []
     for image_id, scene in enumerate(scenes, first_image_id):
         file_name = f"{image_id:012d}.jpg"
-        draw_scene(scene, image_size).save(
-            folder / f"{split}{YEAR}" / file_name, quality=JPEG_QUALITY, subsampling=0
-        )
+        draw_scene(scene, image_size).save(folder / f"{split}{YEAR}" / file_name, quality=JPEG_QUALITY, subsampling=0)
         images.append(
             {
                 "license": 1,
@@ -167,10 +164,7 @@ def _write_split(
         {"image_id": image_id, "id": caption_id, "caption": caption}
         for caption_id, (image_id, caption) in enumerate(captions, first_caption_id)
     ]
-    truth = [
-        {"image_id": image["id"], **asdict(scene)}
-        for image, scene in zip(images, scenes, strict=True)
-    ]
+    truth = [{"image_id": image["id"], **asdict(scene)} for image, scene in zip(images, scenes, strict=True)]
     folder = folder / "annotations"
     if split == "test":
         _write_json(folder / f"image_info_test{YEAR}.json", {**header, "categories": []})

@@ -26,9 +26,7 @@ class Rows:
     dropped: list[Dropped]
 
 
-def make_rows(
-    table: dict[str, list[Any]], *, split: str, source: str, dropped: list[Dropped]
-) -> Rows:
+def make_rows(table: dict[str, list[Any]], *, split: str, source: str, dropped: list[Dropped]) -> Rows:
     """Check the captions of a table of columns and make a split of it.
 
     A caption that is not text, or not valid Unicode, drops its row. The test split needs no captions.

@@ -67,11 +67,7 @@ PLACE_PHRASES: dict[frozenset[str], tuple[str, ...]] = {
     frozenset({"left"}): ("on the left", "on the left side"),
     frozenset({"right"}): ("on the right", "on the right side"),
     frozenset({"centre"}): ("in the middle", "in the centre"),
-    **{
-        frozenset(name.split()): (f"in the {name}", f"in the {name} corner")
-        for name in POSITIONS
-        if name != "centre"
-    },
+    **{frozenset(name.split()): (f"in the {name}", f"in the {name} corner") for name in POSITIONS if name != "centre"},
 }
 RELATIONS: dict[str, tuple[str, str]] = {  # the sides on which the first and the second group lie
     "above": ("top", "bottom"),
@@ -151,8 +147,7 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
     for item in scene.objects:
         radius = SIZES[item.size]
         corners = [
-            (side * (item.centre[0] + radius * x), side * (item.centre[1] + radius * y))
-            for x, y in SHAPES[item.shape]
+            (side * (item.centre[0] + radius * x), side * (item.centre[1] + radius * y)) for x, y in SHAPES[item.shape]
         ]
         pen.polygon(corners, fill=COLOURS[item.colour])
     return image.reduce(SUPERSAMPLING)

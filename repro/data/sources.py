@@ -46,8 +46,7 @@ def load_splits(
     if dataset_name in COCO_NAMES:
         if (dataset_config_name or COCO_YEARS[0]) not in COCO_YEARS:
             raise InputError(
-                f"--dataset_config_name {dataset_config_name}: the built-in COCO reader knows"
-                f" {', '.join(COCO_YEARS)}."
+                f"--dataset_config_name {dataset_config_name}: the built-in COCO reader knows {', '.join(COCO_YEARS)}."
             )
         if data_dir is None:
             raise InputError(f"--dataset_name {dataset_name} needs --data_dir with the COCO files.")
@@ -55,20 +54,20 @@ def load_splits(
     columns = (image_column, caption_column)
     if dataset_name is not None:
         loaded = _load_dataset(
-            dataset_name, dataset_config_name, data_dir,
-            cache_dir=cache_dir, token=token, trust_remote_code=trust_remote_code,
+            dataset_name,
+            dataset_config_name,
+            data_dir,
+            cache_dir=cache_dir,
+            token=token,
+            trust_remote_code=trust_remote_code,
         )
         missing = [split for split in splits if split not in loaded]
         if missing:
             raise InputError(
-                f"--dataset_name {dataset_name}: has no split {missing[0]!r}, only"
-                f" {', '.join(map(repr, loaded))}."
+                f"--dataset_name {dataset_name}: has no split {missing[0]!r}, only {', '.join(map(repr, loaded))}."
             )
         base = Path(data_dir or dataset_name)
-        return {
-            split: _select(_columns(loaded[split]), split, dataset_name, base, *columns)
-            for split in splits
-        }
+        return {split: _select(_columns(loaded[split]), split, dataset_name, base, *columns) for split in splits}
     files = {"train": train_file, "validation": validation_file, "test": test_file}
     result = {}
     for split in splits:
@@ -154,8 +153,7 @@ def _select(
     unusable = [value for value in images if not isinstance(value, str)]
     if unusable:
         raise InputError(
-            f"{source}: the image column holds {type(unusable[0]).__name__}; it must hold paths of"
-            " image files."
+            f"{source}: the image column holds {type(unusable[0]).__name__}; it must hold paths of image files."
         )
     table = {
         "row": list(range(len(images))),
@@ -166,9 +164,7 @@ def _select(
     return make_rows(table, split=split, source=source, dropped=[])
 
 
-def _column(
-    what: str, name: str | None, usual: Sequence[str], columns: dict[str, list[Any]], source: str
-) -> str:
+def _column(what: str, name: str | None, usual: Sequence[str], columns: dict[str, list[Any]], source: str) -> str:
     found = ", ".join(map(repr, columns))
     if name is not None:
         if name not in columns:
@@ -176,9 +172,7 @@ def _column(
         return name
     candidates = [column for column in usual if column in columns]
     if len(candidates) != 1:
-        raise InputError(
-            f"{source}: which column holds the {what}s? Give --{what}_column; there are {found}."
-        )
+        raise InputError(f"{source}: which column holds the {what}s? Give --{what}_column; there are {found}.")
     return candidates[0]
 
 

@@ -38,9 +38,7 @@ def _any_of(words: Iterable[str]) -> str:
 _BACKGROUND = re.compile(rf"(?:\b(?:on|against) )?(?:\ba )?({_any_of(_COLOURS)}) background\b")
 _BREAK = re.compile(f"({_any_of([*RELATIONS, 'and', 'with'])}|,)")
 # "a red blue star" is read as "a red" and "blue star": nothing that is said goes unjudged.
-_PHRASE = re.compile(
-    "".join(f"(?:({_any_of(words)}) ?)?" for words in (COUNT_WORDS, _SIZES, _COLOURS, _NOUNS))
-)
+_PHRASE = re.compile("".join(f"(?:({_any_of(words)}) ?)?" for words in (COUNT_WORDS, _SIZES, _COLOURS, _NOUNS)))
 _SIDE = re.compile(_any_of(_SIDES))
 
 
@@ -57,9 +55,7 @@ class Phrase:
     def objects(self, scene: Scene) -> list[Item]:
         """The objects that have the phrase's shape and colour, as far as it tells them."""
         return [
-            item
-            for item in scene.objects
-            if self.shape in (None, item.shape) and self.colour in (None, item.colour)
+            item for item in scene.objects if self.shape in (None, item.shape) and self.colour in (None, item.colour)
         ]
 
 

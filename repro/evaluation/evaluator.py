@@ -77,7 +77,8 @@ class Evaluator:
             )
         rows = np.arange(num_rows)
         has_captions = all(caption is not None for caption in data.captions[:num_rows])
-        metrics, details = {}, {"rows": num_rows}
+        metrics: dict[str, float] = {}
+        details: dict[str, Any] = {"rows": num_rows}
         if has_captions:
             metrics["loss"] = self._loss(params, data, rows, name)
         generations: list[dict[str, str]] = []
@@ -86,9 +87,7 @@ class Evaluator:
             metrics["gen_len"] = float((tokens != self.tokenizer.pad_token_id).sum(axis=1).mean())
             generations = self._texts(tokens, data.labels[rows])
         if generations and has_captions:
-            scores = rouge_scores(
-                [row["pred"] for row in generations], [row["label"] for row in generations]
-            )
+            scores = rouge_scores([row["pred"] for row in generations], [row["label"] for row in generations])
             metrics.update(scores.means)
             details["rouge_intervals"] = scores.intervals
             details["sentence_splitter"] = scores.sentence_splitter
@@ -108,13 +107,9 @@ class Evaluator:
         total, count = np.stack(sums), np.stack(counts)
         if self.protocol.token_eval_loss:
             return float(total.sum() / count.sum())
-        return mean_of_batch_losses(
-            total, count, self.protocol.loss_reduction, num_replicas=self.num_replicas
-        )
+        return mean_of_batch_losses(total, count, self.protocol.loss_reduction, num_replicas=self.num_replicas)
 
-    def _captions(
-        self, params: Any, data: CaptionedImages, rows: np.ndarray, name: str
-    ) -> np.ndarray:
+    def _captions(self, params: Any, data: CaptionedImages, rows: np.ndarray, name: str) -> np.ndarray:
         """int32[N,L], one caption a row, generated once for each distinct image where the protocol says so."""
         assert self.generate is not None
         images, of_row = data.image_index[rows], np.arange(len(rows))
@@ -158,9 +153,7 @@ class Evaluator:
         ]
 
 
-def mean_of_batch_losses(
-    sums: np.ndarray, counts: np.ndarray, reduction: LossReduction, *, num_replicas: int
-) -> float:
+def mean_of_batch_losses(sums: np.ndarray, counts: np.ndarray, reduction: LossReduction, *, num_replicas: int) -> float:
     """Average the batches' losses without weights, as the example reports them.
 
     Args:

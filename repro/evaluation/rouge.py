@@ -1,7 +1,7 @@
 """ROUGE without a network: a metric of the `evaluate` library, and the same as a pure function with an interval.
 
-`evaluate.load` of this file's path gives the metric, with the arguments and the 0..1 scale of the library's own "rouge".
-`rouge_scores` is what runs report: F x 100, the plain mean over the rows, with a seeded bootstrap interval.
+`evaluate.load` of this file's path gives the metric, with the arguments and the 0..1 scale of the library's own
+"rouge". `rouge_scores` is what runs report: F x 100, the plain mean over the rows, with a seeded bootstrap interval.
 
 Source: rouge_score (Lin 2004, with the Porter stemmer) does the scoring.
 """
@@ -85,8 +85,7 @@ def bootstrap_interval(rows: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.n
     """
     generator = np.random.default_rng(seed)
     means = [
-        rows[generator.integers(len(rows), size=(CHUNK, len(rows)))].mean(axis=1)
-        for _ in range(NUM_RESAMPLES // CHUNK)
+        rows[generator.integers(len(rows), size=(CHUNK, len(rows)))].mean(axis=1) for _ in range(NUM_RESAMPLES // CHUNK)
     ]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
@@ -136,9 +135,7 @@ class Rouge(evaluate.Metric):
         wrapped = None
         if tokenizer is not None:
             wrapped = type("Tokenizer", (), {"tokenize": staticmethod(tokenizer)})()
-        scorer = rouge_scorer.RougeScorer(
-            list(rouge_types), use_stemmer=use_stemmer, tokenizer=wrapped
-        )
+        scorer = rouge_scorer.RougeScorer(list(rouge_types), use_stemmer=use_stemmer, tokenizer=wrapped)
         scored = [
             scorer.score_multi([reference] if isinstance(reference, str) else reference, prediction)
             for prediction, reference in zip(predictions, references, strict=True)

@@ -40,9 +40,7 @@ class Verdict:
         return f"{self.low:g} to {self.high:g}"
 
 
-def check_targets(
-    targets: Sequence[Mapping[str, Any]], measured: Mapping[str, float]
-) -> list[Verdict]:
+def check_targets(targets: Sequence[Mapping[str, Any]], measured: Mapping[str, float]) -> list[Verdict]:
     """Hold each target {"metric", "low", "high", "source"} against the metric of its name; a NaN never passes."""
     return [
         Verdict(

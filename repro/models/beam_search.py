@@ -1,7 +1,8 @@
 """Beam search over any decoder that has a cache, with the stop rules of the three protocols.
 
-Finished beams are ranked by log-probability / (tokens, start included, before the end token) ** length_penalty. The search
-of a *group* of rows goes on while its rule says so; a row of a group that has ended keeps its result while others go on.
+Finished beams are ranked by log-probability / (tokens, start included, before the end token) ** length_penalty. The
+search of a *group* of rows goes on while its rule says so; a row of a group that has ended keeps its result while
+others go on.
 
 | rule      | a group goes on while                                                     | a group is     |
 |-----------|---------------------------------------------------------------------------|----------------|
@@ -43,8 +44,7 @@ class Captions(NamedTuple):
     scores: jax.Array
 
 
-@flax.struct.dataclass
-class _Search:
+class _Search(flax.struct.PyTreeNode):
     length: jax.Array  # int32[], tokens so far, start token included
     running: jax.Array  # int32[B,K,L]
     running_scores: jax.Array  # float32[B,K], best first
@@ -88,9 +88,7 @@ def beam_search(
         """bool[B]: the stop rule, decided by each group for all of its rows."""
         reach = max_length if stop_rule == "2022" else search.length - 1
         best_running = search.running_scores[:, :1] / reach**penalty
-        worst_finished = jnp.where(
-            search.is_finished, search.finished_scores.min(axis=1, keepdims=True), IMPOSSIBLE
-        )
+        worst_finished = jnp.where(search.is_finished, search.finished_scores.min(axis=1, keepdims=True), IMPOSSIBLE)
         better = (best_running > worst_finished).reshape(-1, group_size * beams)
         on = better.all(axis=1) if stop_rule == "2022" else better.any(axis=1)
         if early_stopping:
@@ -114,9 +112,7 @@ def beam_search(
         final_scores = scores / search.length**penalty + ~ended * IMPOSSIBLE
         if early_stopping:
             final_scores += search.is_finished.all(axis=1, keepdims=True) * IMPOSSIBLE
-        finished_scores, best = jax.lax.top_k(
-            jnp.concatenate([search.finished_scores, final_scores], axis=1), beams
-        )
+        finished_scores, best = jax.lax.top_k(jnp.concatenate([search.finished_scores, final_scores], axis=1), beams)
         moved = _take(parents, kept) + jnp.arange(rows)[:, None] * beams
         following = _Search(
             length=search.length + 1,
@@ -143,9 +139,7 @@ def beam_search(
         going_on=jnp.ones(rows, bool),
         cache=cache,
     )
-    end = jax.lax.while_loop(
-        lambda search: (search.length < max_length) & search.going_on.any(), advance, start
-    )
+    end = jax.lax.while_loop(lambda search: (search.length < max_length) & search.going_on.any(), advance, start)
     any_finished = end.is_finished.any(axis=1)
     lengths = (end.running[:, 0] != pad_token_id).sum(axis=1)
     return Captions(
@@ -170,6 +164,4 @@ def _keep_ended(before: _Search, after: _Search) -> _Search:
         return jnp.where(before.going_on.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     names = ("running", "running_scores", "finished", "finished_scores", "is_finished")
-    return after.replace(
-        **{name: choose(getattr(before, name), getattr(after, name)) for name in names}
-    )
+    return after.replace(**{name: choose(getattr(before, name), getattr(after, name)) for name in names})

@@ -57,9 +57,7 @@ class Source:
         return path
 
 
-def load_model(
-    path: str, *, dtype: str = "float32", use_fast_tokenizer: bool = True, **hub: Any
-) -> Pretrained:
+def load_model(path: str, *, dtype: str = "float32", use_fast_tokenizer: bool = True, **hub: Any) -> Pretrained:
     """Load a vision-encoder-text-decoder model saved in the Hugging Face layout.
 
     Args:
@@ -70,13 +68,13 @@ def load_model(
     Raises:
         InputError: configuration, weights, tokenizer or image processor are missing or unusable.
     """
-    model, info = _read(
+    # This class takes no trust_remote_code: there is no code but transformers' own for it.
+    options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
+    model = _read(
         path,
         "the model",
-        lambda: FlaxVisionEncoderDecoderModel.from_pretrained(
-            path, dtype=jnp.dtype(dtype), _do_init=True, **_without(hub, "trust_remote_code")
-        ),
-    ), ()
+        lambda: FlaxVisionEncoderDecoderModel.from_pretrained(path, dtype=jnp.dtype(dtype), **options),
+    )
     tokenizer = _read(
         path,
         "the tokenizer",
@@ -87,7 +85,7 @@ def load_model(
         "the image processor (preprocessor_config.json)",
         lambda: AutoImageProcessor.from_pretrained(path, use_fast=False, **hub),
     )
-    return _assemble(model, model.params, tokenizer, processor, path, notes=info)
+    return _assemble(model, model.params, tokenizer, processor, path)
 
 
 def create_model(
@@ -109,22 +107,13 @@ def create_model(
     for half, source in (("encoder", encoder), ("decoder", decoder)):
         if source.weights is None and source.config is None:
             raise InputError(
-                f"no {half} is named: give --{half}_model_name_or_path, or --{half}_config_name"
-                " for random weights."
+                f"no {half} is named: give --{half}_model_name_or_path, or --{half}_config_name for random weights."
             )
-    encoder_config, decoder_config = (
-        _read(
-            source.config_path,
-            "the configuration",
-            lambda source=source: AutoConfig.from_pretrained(source.config_path, **hub),
-        )
-        for source in (encoder, decoder)
-    )
+    encoder_config, decoder_config = (_read_config(source.config_path, hub) for source in (encoder, decoder))
     decoder_config.is_decoder = decoder_config.add_cross_attention = True
-    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder_config, decoder_config)
+    config: Any = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder_config, decoder_config)
     start, end, pad = (
-        getattr(decoder_config, name)
-        for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+        getattr(decoder_config, name) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     )
     config.decoder_start_token_id = decoder_config.bos_token_id if start is None else start
     config.eos_token_id = end
@@ -149,9 +138,7 @@ def create_model(
     )
     params = {**model.params, **halves}
     processor = _image_processor(encoder, encoder_config, hub)
-    return _assemble(
-        model, params, tokenizer, processor, decoder.config_path, notes=tuple(notes)
-    )
+    return _assemble(model, params, tokenizer, processor, decoder.config_path, notes=tuple(notes))
 
 
 def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
@@ -161,12 +148,12 @@ def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
     pretrained.image_processor.save_pretrained(folder)
 
 
-def _half_weights(
-    path: str, kind: Any, config: PretrainedConfig, seed: int, hub: dict[str, Any]
-) -> Params:
-    loaded = _read(
-        path, "the weights", lambda: kind.from_pretrained(path, config=config, seed=seed, **hub)
-    )
+def _read_config(path: str, hub: dict[str, Any]) -> Any:
+    return _read(path, "the configuration", lambda: AutoConfig.from_pretrained(path, **hub))
+
+
+def _half_weights(path: str, kind: Any, config: PretrainedConfig, seed: int, hub: dict[str, Any]) -> Params:
+    loaded = _read(path, "the weights", lambda: kind.from_pretrained(path, config=config, seed=seed, **hub))
     return loaded.params
 
 
@@ -176,21 +163,18 @@ def _image_processor(encoder: Source, config: PretrainedConfig, hub: dict[str, A
         return AutoImageProcessor.from_pretrained(path, use_fast=False, **hub)
     except (OSError, ValueError) as error:
         if encoder.weights is not None:
-            raise InputError(
-                f"{path}: no image processor (preprocessor_config.json): {error}"
-            ) from error
+            raise InputError(f"{path}: no image processor (preprocessor_config.json): {error}") from error
         return ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
 
 
 def _assemble(
-    model: Any, params: Params, tokenizer: Any, processor: Any, path: str, *, notes: tuple[str, ...]
+    model: Any, params: Params, tokenizer: Any, processor: Any, path: str, *, notes: tuple[str, ...] = ()
 ) -> Pretrained:
     config = model.config
     for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name, None) is None:
             raise InputError(
-                f"{path}: the configuration has no {name}; set it in config.json"
-                " (`repro create-model` does)."
+                f"{path}: the configuration has no {name}; set it in config.json (`repro create-model` does)."
             )
     pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     if pad_token is None or tokenizer.eos_token is None:
@@ -216,7 +200,3 @@ def _read(path: str, what: str, load: Callable[[], Loaded]) -> Loaded:
             f"{path}: {what} cannot be loaded. Give a folder that holds it, or a Hub id where there"
             f" is a network. ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
         ) from error
-
-
-def _without(options: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != name}

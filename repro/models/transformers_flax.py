@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import FlaxVisionEncoderDecoderModel, VisionEncoderDecoderConfig
+from transformers import FlaxVisionEncoderDecoderModel
 
 from repro.models.beam_search import Captions, beam_search
 from repro.protocol import StopRule
@@ -30,7 +30,8 @@ class Captioner:
     pixel_table: np.ndarray
 
     @property
-    def config(self) -> VisionEncoderDecoderConfig:
+    def config(self) -> Any:
+        """The `VisionEncoderDecoderConfig`."""
         return self.model.config
 
     def logits(
@@ -54,7 +55,7 @@ class Captioner:
             [B,T,V] in the model's dtype.
         """
         length = decoder_input_ids.shape[-1]
-        return self.model.module.apply(
+        outputs: Any = self.model.module.apply(
             {"params": params},
             self._normalize(pixels),
             decoder_input_ids,
@@ -62,7 +63,8 @@ class Captioner:
             jnp.broadcast_to(jnp.arange(length), decoder_input_ids.shape),
             deterministic=dropout_key is None,
             rngs={} if dropout_key is None else {"dropout": dropout_key},
-        ).logits
+        )
+        return outputs.logits
 
     def generate(
         self,
@@ -81,9 +83,7 @@ class Captioner:
         cache = self.model.init_cache(rows * num_beams, max_length, outputs)
         mask = jnp.ones((rows * num_beams, max_length), jnp.int32)
 
-        def decode_step(
-            tokens: jax.Array, position: jax.Array, cache: Any
-        ) -> tuple[jax.Array, Any]:
+        def decode_step(tokens: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
             step = self.model.decode(
                 tokens[:, None],
                 outputs,

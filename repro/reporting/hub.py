@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 
 from repro.reporting.writer import log
 
@@ -15,7 +16,7 @@ class HubUploader:
     def __init__(self, folder: Path, *, repository: str | None, token: str | None) -> None:
         self._folder = folder
         self._api = HfApi(token=token)
-        self._pending = None
+        self._pending: Future[CommitInfo] | None = None
         self.repository: str | None = None
         try:
             url = self._api.create_repo(repository or folder.resolve().name, exist_ok=True)

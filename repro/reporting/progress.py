@@ -67,8 +67,7 @@ class StepLog:
 
     def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
         rows: list[dict[str, Any]] = [
-            {"step": step, **{name: float(value) for name, value in metrics.items()}}
-            for step, metrics in steps
+            {"step": step, **{name: float(value) for name, value in metrics.items()}} for step, metrics in steps
         ]
         self._writer.train_steps(rows)
         for row in rows:
@@ -77,7 +76,9 @@ class StepLog:
                 self._writer.train_scalars(row["step"], row, seconds)
                 log.info(
                     "step %d: loss %.4f, learning rate %.3e",
-                    row["step"], row["loss"], row["learning_rate"],
+                    row["step"],
+                    row["loss"],
+                    row["learning_rate"],
                 )
         self._refreshed = time.perf_counter()
         if rows:

@@ -12,8 +12,10 @@ from typing import Any
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
 
-RUN_FILES = ("log", "metrics.jsonl", "run.json", "dropped.jsonl", "test_results.json")
-RUN_FILES += ("test_generation.json", "eval_results.json", "eval_generation.json")
+RUN_FILES = (
+    *("log", "metrics.jsonl", "run.json", "dropped.jsonl"),
+    *("eval_results.json", "eval_generation.json", "test_results.json", "test_generation.json"),
+)
 RUN_PATTERNS = ("ckpt_epoch_*_step_*", "events.out.tfevents.*")
 DECIMALS = 6
 
@@ -97,10 +99,8 @@ class RunWriter:
         self._tensorboard.add_scalar("train_learning_rate", row["learning_rate"], step)
         self._tensorboard.flush()
 
-    def evaluation(
-        self, prefix: str, evaluation: Evaluation, *, step: int, folder: Path, seconds: float
-    ) -> None:
-        """Write `{prefix}_results.json` and `{prefix}_generation.json` into `folder`, and the metrics everywhere else."""
+    def evaluation(self, prefix: str, evaluation: Evaluation, *, step: int, folder: Path, seconds: float) -> None:
+        """Write `{prefix}_results.json` and `{prefix}_generation.json` to `folder`, and the metrics to the logs."""
         folder.mkdir(parents=True, exist_ok=True)
         results = prefixed(prefix, evaluation.metrics)
         write_json(folder / f"{prefix}_results.json", results)

@@ -60,14 +60,8 @@ def epoch_batches(schedule: Schedule, num_rows: int, epoch: int) -> Iterator[np.
 
     The order is drawn at the call, in the caller's thread: which random stream JAX uses is thread-local.
     """
-    order = (
-        epoch_order(schedule.seed, epoch, num_rows) if schedule.shuffle else np.arange(num_rows)
-    )
-    return (
-        rows
-        for block in blocks(order, schedule.block_size)
-        for rows in batches(block, schedule.global_batch)
-    )
+    order = epoch_order(schedule.seed, epoch, num_rows) if schedule.shuffle else np.arange(num_rows)
+    return (rows for block in blocks(order, schedule.block_size) for rows in batches(block, schedule.global_batch))
 
 
 def take_steps(

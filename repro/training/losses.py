@@ -37,10 +37,7 @@ def token_losses(logits: jax.Array, labels: jax.Array, *, label_smoothing: float
     vocabulary = logits.shape[-1]
     confidence = 1.0 - label_smoothing
     low = label_smoothing / (vocabulary - 1)
-    least = -(
-        confidence * math.log(confidence)
-        + (vocabulary - 1) * low * math.log(low + LOG_OFFSET)
-    )
+    least = -(confidence * math.log(confidence) + (vocabulary - 1) * low * math.log(low + LOG_OFFSET))
     elsewhere = logits.sum(axis=-1) - vocabulary * normalizer - at_label
     return -(confidence * at_label + low * elsewhere) - least
 

@@ -14,9 +14,7 @@ BART_LAYER_NORMS = ("self_attn_layer_norm", "layernorm_embedding", "final_layer_
 LAYER_NORM_MARKS = ("layernorm", "layer_norm", "ln")
 
 
-def create_learning_rate_fn(
-    learning_rate: float, *, num_steps: int, warmup_steps: int = 0
-) -> optax.Schedule:
+def create_learning_rate_fn(learning_rate: float, *, num_steps: int, warmup_steps: int = 0) -> optax.Schedule:
     """Rise linearly from 0 over `warmup_steps`, then fall linearly to 0 at `num_steps`.
 
     The learning rate of the s-th step is the schedule at s - 1.
@@ -29,8 +27,9 @@ def create_learning_rate_fn(
 def decay_mask(params: Any, rule: DecayMask) -> Any:
     """Say for each parameter whether weight decay applies.
 
-    `2022` spares biases and the scales of BART's LayerNorms, so those of ViT and GPT-2 decay; `layer_norms` spares biases and
-    every parameter named like one (module and name) whose whole path, joined and lower-cased, contains a mark of LayerNorm.
+    `2022` spares biases and the scales of BART's LayerNorms, so those of ViT and GPT-2 decay; `layer_norms` spares
+    biases and every parameter named like one (module and name) whose whole path, joined and lower-cased, contains a
+    mark of LayerNorm.
 
     Returns:
         The tree of `params` with a bool in the place of each array.
@@ -39,14 +38,8 @@ def decay_mask(params: Any, rule: DecayMask) -> Any:
     if rule == "2022":
         spared = {(name, "scale") for name in BART_LAYER_NORMS}
     else:
-        spared = {
-            path[-2:]
-            for path in paths
-            if any(mark in "".join(path).lower() for mark in LAYER_NORM_MARKS)
-        }
-    return traverse_util.unflatten_dict(
-        {path: path[-1] != "bias" and path[-2:] not in spared for path in paths}
-    )
+        spared = {path[-2:] for path in paths if any(mark in "".join(path).lower() for mark in LAYER_NORM_MARKS)}
+    return traverse_util.unflatten_dict({path: path[-1] != "bias" and path[-2:] not in spared for path in paths})
 
 
 def create_optimizer(

@@ -33,9 +33,7 @@ def train_batch_sharding(mesh: Mesh, *, num_replicas: int) -> NamedSharding:
 
 def rows_sharding(mesh: Mesh, *, num_rows: int) -> NamedSharding:
     """Split [B,...] by rows where the devices divide them, else compute all rows on every device."""
-    return NamedSharding(
-        mesh, PartitionSpec("data") if num_rows % mesh.size == 0 else PartitionSpec()
-    )
+    return NamedSharding(mesh, PartitionSpec("data") if num_rows % mesh.size == 0 else PartitionSpec())
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

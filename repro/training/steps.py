@@ -1,7 +1,7 @@
 """The training and evaluation step: pure functions of (state, batch), written for one array on one machine.
 
-A training batch has a leading axis of replicas, R, each with its own dropout key and, under `replica_means`, its own mean
-loss; which devices compute them is the sharding's matter (`repro.training.sharding`).
+A training batch has a leading axis of replicas, R, each with its own dropout key and, under `replica_means`, its own
+mean loss; which devices compute them is the sharding's matter (`repro.training.sharding`).
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def make_eval_step(logits_fn: LogitsFn, *, label_smoothing: float = 0.0) -> Eval
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         check_batch(batch, leading_axes=1)
-        logits = logits_fn(
-            params, batch["pixels"], batch["decoder_input_ids"], batch["decoder_attention_mask"]
-        )
+        logits = logits_fn(params, batch["pixels"], batch["decoder_input_ids"], batch["decoder_attention_mask"])
         return row_losses(
             logits,
             batch["labels"],

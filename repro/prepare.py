@@ -1,0 +1,268 @@
+"""From flags to a run that can start: everything is checked, read and decoded, nothing is written yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from repro.config import DataArguments, ModelArguments, TrainingArguments
+from repro.data.images import load_images
+from repro.data.pipeline import CaptionedImages, check_sizes, prepare_split
+from repro.data.rows import Rows
+from repro.data.sources import load_splits
+from repro.errors import InputError
+from repro.models.pretrained import Pretrained, Source, create_model, load_model
+from repro.protocol import Protocol
+from repro.reporting.writer import check_output_dir
+from repro.training.optimizer import count_parameters
+from repro.training.sharding import create_mesh
+
+PACKAGES = (
+    *("jax", "flax", "optax", "transformers", "datasets", "evaluate", "rouge_score", "numpy"),
+    *("pillow", "nltk"),
+)
+SECRETS = ("token", "hub_token")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that is known before the first step."""
+
+    data_args: DataArguments
+    args: TrainingArguments
+    protocol: Protocol
+    num_replicas: int
+    mesh: Mesh
+    pretrained: Pretrained
+    splits: dict[str, CaptionedImages]
+    dropped: list[dict[str, Any]]
+    facts: dict[str, Any]
+    progress: bool
+
+    @property
+    def train_batch(self) -> int:
+        return self.num_replicas * self.args.per_device_train_batch_size
+
+    @property
+    def num_epochs(self) -> int:
+        return int(self.args.num_train_epochs)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.splits["train"]) // self.train_batch
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_epoch * self.num_epochs
+
+
+def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
+    """Load the whole model that the flags name, or join the two halves that they name."""
+    options: dict[str, Any] = {
+        "dtype": model_args.dtype,
+        "use_fast_tokenizer": model_args.use_fast_tokenizer,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    if model_args.model_name_or_path is not None:
+        return load_model(model_args.model_name_or_path, **options)
+    encoder = Source(model_args.encoder_model_name_or_path, model_args.encoder_config_name)
+    decoder = Source(model_args.decoder_model_name_or_path, model_args.decoder_config_name)
+    return create_model(encoder, decoder, seed=seed, **options)
+
+
+def check_flags(model_args: ModelArguments, args: TrainingArguments) -> None:
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise InputError("nothing to do: add --do_train, --do_eval or --do_predict.")
+    if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 1:
+        raise InputError(f"--num_train_epochs {args.num_train_epochs}: must be a whole number, at least 1.")
+    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "num_replicas")
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: must be at least 1.")
+    named = (
+        model_args.model_name_or_path,
+        model_args.encoder_model_name_or_path or model_args.encoder_config_name,
+    )
+    if named.count(None) == len(named):
+        raise InputError(
+            "no model is named: give --model_name_or_path, or --encoder_model_name_or_path and"
+            " --decoder_model_name_or_path."
+        )
+    check_output_dir(Path(args.output_dir), overwrite=args.overwrite_output_dir)
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    protocol: Protocol,
+    devices: Sequence[jax.Device],
+    progress: bool,
+) -> PreparedRun:
+    limits = {
+        "train": data_args.max_train_samples if args.do_train else 0,
+        "validation": data_args.max_eval_samples if args.do_eval else 0,
+        "test": data_args.max_predict_samples if args.do_predict else 0,
+    }
+    wanted = [name for name, limit in limits.items() if limit != 0]
+    rows = load_splits(
+        splits=wanted,
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        data_dir=data_args.data_dir,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        test_file=data_args.test_file,
+        image_column=data_args.image_column,
+        caption_column=data_args.caption_column,
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+    rows = {name: _first(split, limits[name]) for name, split in rows.items()}
+    pretrained = load_or_create(model_args, seed=args.seed)
+    _check_lengths(data_args, pretrained)
+    splits, dropped = _decode(rows, pretrained, model_args, data_args, protocol, progress)
+
+    num_replicas = args.num_replicas or len(devices)
+    if "train" in splits:
+        check_sizes(
+            len(splits["train"]),
+            train_batch=num_replicas * args.per_device_train_batch_size,
+            eval_batch=num_replicas * args.per_device_eval_batch_size,
+            block_size=args.block_size,
+        )
+    mesh = create_mesh(
+        devices,
+        num_replicas=num_replicas,
+        replica_batch=args.per_device_train_batch_size,
+    )
+    prepared = PreparedRun(
+        data_args=data_args,
+        args=args,
+        protocol=protocol,
+        num_replicas=num_replicas,
+        mesh=mesh,
+        pretrained=pretrained,
+        splits=splits,
+        dropped=dropped,
+        facts={},
+        progress=progress,
+    )
+    return dataclasses.replace(prepared, facts=_facts(prepared, rows, model_args))
+
+
+def _first(split: Rows, limit: int | None) -> Rows:
+    if limit is None or limit >= len(split.dataset):
+        return split
+    return dataclasses.replace(split, dataset=split.dataset.select(range(limit)))
+
+
+def _check_lengths(data_args: DataArguments, pretrained: Pretrained) -> None:
+    positions = getattr(pretrained.captioner.config.decoder, "max_position_embeddings", None)
+    for name in ("max_target_length", "val_max_target_length"):
+        length = getattr(data_args, name)
+        if length is not None and (length < 2 or (positions is not None and length > positions)):
+            raise InputError(f"--{name} {length}: must be between 2 and the decoder's {positions} positions.")
+
+
+def _decode(
+    rows: dict[str, Rows],
+    pretrained: Pretrained,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    protocol: Protocol,
+    progress: bool,
+) -> tuple[dict[str, CaptionedImages], list[dict[str, Any]]]:
+    """Decode the images and tokenize the captions of all splits; the rows that cannot be used are returned too."""
+    splits, dropped = {}, []
+    for name, split in rows.items():
+        store = load_images(
+            split.dataset["image_path"],
+            pretrained.image_processor,
+            convert_to_rgb=protocol.convert_to_rgb,
+            cache_dir=_image_cache(model_args),
+            num_workers=data_args.preprocessing_num_workers,
+            overwrite_cache=data_args.overwrite_cache,
+            progress=progress,
+        )
+        length = data_args.max_target_length
+        if name != "train":
+            length = data_args.val_max_target_length or length
+        splits[name], failed = prepare_split(
+            split.dataset,
+            pretrained.tokenizer,
+            store,
+            max_length=length,
+            decoder_start_token_id=pretrained.captioner.config.decoder_start_token_id,
+            split=name,
+        )
+        dropped += [*split.dropped, *failed]
+    return splits, dropped
+
+
+def _image_cache(model_args: ModelArguments) -> Path:
+    if model_args.cache_dir is not None:
+        return Path(model_args.cache_dir) / "repro-images"
+    from datasets.config import HF_CACHE_HOME
+
+    return Path(HF_CACHE_HOME) / "repro-images"
+
+
+def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArguments) -> dict[str, Any]:
+    flags = {
+        name: value
+        for arguments in (model_args, prepared.data_args, prepared.args)
+        for name, value in dataclasses.asdict(arguments).items()
+        if name not in SECRETS
+    }
+    counts = {
+        name: {
+            "read": len(split.dataset) + len(split.dropped),
+            "kept": len(prepared.splits[name]),
+            "dropped": sum(row["split"] == name for row in prepared.dropped),
+            "images": len(np.unique(prepared.splits[name].image_index)),
+            "fingerprint": fingerprint(prepared.splits[name]),
+        }
+        for name, split in rows.items()
+    }
+    steps = prepared.args.do_train
+    return {
+        "flags": flags,
+        "protocol": dataclasses.asdict(prepared.protocol),
+        "num_replicas": prepared.num_replicas,
+        "devices": [str(device) for device in prepared.mesh.devices.flat],
+        "platform": f"{jax.default_backend()}, {platform.platform()}, Python {sys.version.split()[0]}",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "model": {
+            "parameters": count_parameters(prepared.pretrained.params),
+            "notes": list(prepared.pretrained.notes),
+        },
+        "data": counts,
+        "steps_per_epoch": prepared.steps_per_epoch if steps else 0,
+        "num_steps": prepared.num_steps if steps else 0,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def fingerprint(split: CaptionedImages) -> str:
+    """Hash what is learned from: tokens, and which image each row has."""
+    digest = hashlib.sha256()
+    for array in (split.labels, split.decoder_attention_mask, split.image_index):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,220 @@
+"""Input that cannot be used ends before any training: one message, status 2, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from repro.__main__ import main
+from repro.data.pocket import render_pocket
+
+
+class Workplace:
+    """A small data set, a model and the command line of a run that works."""
+
+    def __init__(self, folder: Path, golden_inputs: Path) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        shutil.copytree(golden_inputs / "model", self.model)
+        self.rows = []
+        for number in range(6):
+            name = f"{number}.png"
+            Image.new("RGB", (40, 30), (40 * number, 90, 200)).save(folder / name)
+            self.rows.append({"image_path": name, "caption": f"picture number {number}"})
+        self.train_file = folder / "train.jsonl"
+        self.write_rows()
+        self.output_dir = folder / "run"
+        self.flags = {
+            "output_dir": str(self.output_dir),
+            "cache_dir": str(folder / "cache"),
+            "model_name_or_path": str(self.model),
+            "train_file": str(self.train_file),
+            "validation_file": str(self.train_file),
+            "image_column": "image_path",
+            "caption_column": "caption",
+            "do_train": "true",
+            "per_device_train_batch_size": "2",
+            "per_device_eval_batch_size": "2",
+            "num_replicas": "1",
+            "max_target_length": "12",
+            "num_train_epochs": "1",
+        }
+
+    def write_rows(self) -> None:
+        self.train_file.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def train(self, **flags: str | None) -> int:
+        merged = {name: value for name, value in {**self.flags, **flags}.items() if value is not None}
+        return main(["train", *(f"--{name}={value}" for name, value in merged.items())])
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, golden_inputs: Path) -> Workplace:
+    return Workplace(tmp_path, golden_inputs)
+
+
+def wrong_column(place: Workplace) -> dict[str, str]:
+    return {"caption_column": "text"}
+
+
+def missing_file(place: Workplace) -> dict[str, str]:
+    return {"train_file": str(place.folder / "absent.jsonl")}
+
+
+def missing_data_folder(place: Workplace) -> dict[str, str | None]:
+    return {"dataset_name": "ydshieh/coco_dataset_script", "data_dir": str(place.folder / "absent")}
+
+
+def empty_data_folder(place: Workplace) -> dict[str, str | None]:
+    (place.folder / "empty").mkdir()
+    return {"dataset_name": "ydshieh/coco_dataset_script", "data_dir": str(place.folder / "empty")}
+
+
+def missing_annotations(place: Workplace) -> dict[str, str | None]:
+    data = place.folder / "coco"
+    render_pocket(data, num_train=2, num_val=1, image_size=16, seed=0)
+    (data / "annotations" / "captions_train2017.json").unlink()
+    return {"dataset_name": "ydshieh/coco_dataset_script", "data_dir": str(data)}
+
+
+def no_readable_image(place: Workplace) -> dict[str, str]:
+    for image in place.folder.glob("*.png"):
+        image.write_bytes(b"not an image")
+    return {}
+
+
+def null_caption(place: Workplace) -> dict[str, str]:
+    place.rows[3]["caption"] = None
+    place.write_rows()
+    return {}
+
+
+def block_size(place: Workplace) -> dict[str, str]:
+    return {"block_size": "3"}
+
+
+def batch_larger_than_data(place: Workplace) -> dict[str, str]:
+    return {"per_device_train_batch_size": "7"}
+
+
+def no_weights(place: Workplace) -> dict[str, str]:
+    (place.model / "flax_model.msgpack").unlink()
+    return {}
+
+
+def no_pad_token(place: Workplace) -> dict[str, str]:
+    path = place.model / "config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token_id"]
+    path.write_text(json.dumps(config))
+    return {}
+
+
+def unknown_protocol(place: Workplace) -> dict[str, str]:
+    return {"protocol": "exakt"}
+
+
+def nothing_to_do(place: Workplace) -> dict[str, str | None]:
+    return {"do_train": None}
+
+
+def unknown_flag(place: Workplace) -> dict[str, str]:
+    return {"num_beam": "3"}
+
+
+def no_model(place: Workplace) -> dict[str, str | None]:
+    return {"model_name_or_path": None}
+
+
+def half_a_model(place: Workplace) -> dict[str, str | None]:
+    return {"model_name_or_path": None, "encoder_config_name": str(place.model)}
+
+
+def too_long(place: Workplace) -> dict[str, str]:
+    return {"max_target_length": "65"}
+
+
+def part_of_an_epoch(place: Workplace) -> dict[str, str]:
+    return {"num_train_epochs": "1.5"}
+
+
+def output_dir_is_a_file(place: Workplace) -> dict[str, str]:
+    (place.folder / "file").write_text("mine")
+    return {"output_dir": str(place.folder / "file")}
+
+
+CASES: list[tuple[Callable[[Workplace], dict[str, str | None]], tuple[str, ...]]] = [
+    (wrong_column, ("'text'", "'image_path', 'caption'")),
+    (missing_file, ("absent.jsonl", "no such file")),
+    (missing_data_folder, ("absent", "not a folder", "zip")),
+    (empty_data_folder, ("empty", "zip")),
+    (missing_annotations, ("captions_train2017.json", "annotations_trainval2017.zip")),
+    (no_readable_image, ("no row is left of 6", "Check the paths", "0.png")),
+    (null_caption, ("row 3", "null", "take the row out")),
+    (block_size, ("--block_size 3", "multiple", "2 rows")),
+    (batch_larger_than_data, ("7 rows", "6 rows", "--per_device_train_batch_size")),
+    (no_weights, ("model", "cannot be loaded", "flax_model.msgpack")),
+    (no_pad_token, ("pad_token_id", "config.json")),
+    (unknown_protocol, ("'exakt'", "published, current, exact")),
+    (nothing_to_do, ("--do_train, --do_eval or --do_predict",)),
+    (unknown_flag, ("--num_beam", "--num_beams")),
+    (no_model, ("--model_name_or_path",)),
+    (half_a_model, ("--decoder_model_name_or_path",)),
+    (too_long, ("--max_target_length 65", "64")),
+    (part_of_an_epoch, ("1.5", "whole number")),
+    (output_dir_is_a_file, ("file", "name a folder")),
+]
+
+
+@pytest.mark.parametrize(("spoil", "wanted"), [pytest.param(*case, id=case[0].__name__) for case in CASES])
+def test_unusable_input_ends_before_training_with_one_message(
+    spoil: Callable[[Workplace], dict[str, str | None]],
+    wanted: tuple[str, ...],
+    workplace: Workplace,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = spoil(workplace)
+    capsys.readouterr()
+    assert workplace.train(**flags) == 2
+    message = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    for words in wanted:
+        assert words in message
+    assert not workplace.output_dir.exists()
+
+
+def test_a_full_output_dir_is_left_as_it_is(workplace: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    workplace.output_dir.mkdir()
+    (workplace.output_dir / "metrics.jsonl").write_text("an earlier run\n")
+    assert workplace.train() == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    # Allowed to overwrite, but with other input that cannot be used: the earlier run still stands.
+    assert workplace.train(overwrite_output_dir="true", block_size="3") == 2
+    assert (workplace.output_dir / "metrics.jsonl").read_text() == "an earlier run\n"
+
+
+def test_a_single_broken_image_or_caption_is_dropped_counted_and_listed(workplace: Workplace) -> None:
+    (workplace.folder / "1.png").write_bytes((workplace.folder / "1.png").read_bytes()[:40])
+    workplace.rows[4]["caption"] = 17
+    workplace.write_rows()
+    assert workplace.train() == 0
+    dropped = [json.loads(line) for line in (workplace.output_dir / "dropped.jsonl").read_text().splitlines()]
+    assert {(row["split"], row["row"]) for row in dropped} == {("train", 1), ("train", 4)}
+    assert all(row["reason"] for row in dropped)
+    counts = json.loads((workplace.output_dir / "run.json").read_text())["data"]["train"]
+    assert (counts["read"], counts["kept"], counts["dropped"]) == (6, 4, 2)
+
+
+def test_commands_and_recipes_are_looked_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "Did you mean train?" in capsys.readouterr().err
+    assert main(["reproduce", "poket", "--output_dir", str(tmp_path / "new")]) == 2
+    assert "pocket" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").write_text("mine")
+    assert main(["reproduce", "--output_dir", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,146 @@
+"""ROUGE against rouge_score's facts, the `evaluate` library's documented examples and the goldens."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score import rouge_scorer
+
+from repro.evaluation import rouge
+from repro.evaluation.rouge import TYPES, bootstrap_interval, rouge_scores
+
+words = st.lists(st.sampled_from("a red two circles squares runs running on the left".split()), min_size=1, max_size=12)
+captions = words.map(" ".join)
+pairs = st.lists(st.tuples(captions, captions), min_size=1, max_size=8)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("something tried to connect")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def metric(no_network: None) -> evaluate.Metric:
+    return evaluate.load(rouge.__file__)
+
+
+def evaluations() -> list[tuple[str, list[dict[str, str]], dict[str, float]]]:
+    found = []
+    for path in sorted(GOLDEN.glob("*.json")):
+        for evaluation in json.loads(path.read_text())["evals"]:
+            prefix = "eval" if "eval_generation" in evaluation else "test"
+            name = f"{path.stem}-{evaluation['dir'] or prefix}"
+            found.append((name, evaluation[f"{prefix}_generation"], evaluation[f"{prefix}_rouge_exact_mean"]))
+    return found
+
+
+@pytest.mark.parametrize(("rows", "expected"), [pytest.param(*case[1:], id=case[0]) for case in evaluations()])
+def test_means_equal_the_goldens(rows: list[dict[str, str]], expected: dict[str, float]) -> None:
+    scores = rouge_scores(
+        [row["pred"] for row in rows], [row["label"] for row in rows], splitter="punkt_default"
+    )
+    assert scores.sentence_splitter == "punkt_default"
+    assert scores.means == pytest.approx(expected, abs=1e-4)
+
+
+@given(captions)
+def test_a_caption_scores_100_against_itself(caption: str) -> None:
+    scores = rouge_scores([caption], [caption])
+    one_word = len(caption.split()) == 1
+    assert scores.means == pytest.approx({kind: 0.0 if kind == "rouge2" and one_word else 100.0 for kind in TYPES})
+
+
+@given(pairs, st.randoms(use_true_random=False))
+def test_means_do_not_depend_on_the_order_of_rows(rows: list[tuple[str, str]], rng: random.Random) -> None:
+    shuffled = rng.sample(rows, len(rows))
+    means = [rouge_scores(*map(list, zip(*order, strict=True))).means for order in (rows, shuffled)]
+    assert means[0] == pytest.approx(means[1])
+
+
+@given(captions, captions)
+def test_f_is_symmetric(first: str, second: str) -> None:
+    forth, back = rouge_scores([first], [second]), rouge_scores([second], [first])
+    assert forth.means == pytest.approx(back.means)
+
+
+@given(pairs)
+def test_the_interval_holds_the_mean_and_repeats_with_its_seed(rows: list[tuple[str, str]]) -> None:
+    scores, again = (rouge_scores(*map(list, zip(*rows, strict=True)), seed=3) for _ in range(2))
+    assert scores.intervals == again.intervals
+    for kind in TYPES:
+        low, high = scores.intervals[kind]
+        assert low - 1e-9 <= scores.rows[:, TYPES.index(kind)].max()
+        assert low <= high
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        low, high = bootstrap_interval(generator.normal(size=(100, 1)), seed=seed)
+        covered += low[0] <= 0.0 <= high[0]
+    assert 180 <= covered <= 198  # 95 % of 200 are 190, with a standard deviation of 3
+
+
+def test_sentences_on_lines_of_their_own_change_rouge_lsum_alone() -> None:
+    prediction, reference = "A cat sits. A dog runs.", "A dog runs. A cat sits."
+    scores = rouge_scores([prediction], [reference], splitter="punkt_default")
+    assert scores.means["rougeLsum"] == pytest.approx(100.0)
+    assert scores.means["rougeL"] == pytest.approx(50.0)
+
+
+def test_english_parameters_are_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> None:
+        raise LookupError("punkt_tab")
+
+    monkeypatch.setattr(rouge.punkt, "PunktTokenizer", absent)
+    rouge._splitter.cache_clear()
+    assert rouge_scores(["a"], ["a"]).sentence_splitter == "punkt_default"
+    with pytest.raises(LookupError):
+        rouge_scores(["a"], ["a"], splitter="punkt_english")
+    rouge._splitter.cache_clear()
+
+
+def test_documented_examples_of_the_evaluate_library(metric: evaluate.Metric) -> None:
+    same = ["hello there", "general kenobi"]
+    assert metric.compute(predictions=same, references=same) == dict.fromkeys(TYPES, 1.0)
+    rows = metric.compute(predictions=same, references=same, rouge_types=["rouge1", "rougeL"], use_aggregator=False)
+    assert rows == {"rouge1": [1.0, 1.0], "rougeL": [1.0, 1.0]}
+    several = metric.compute(predictions=same, references=[["hello", "there"], ["general kenobi", "general yoda"]])
+    assert several == pytest.approx({"rouge1": 5 / 6, "rouge2": 0.5, "rougeL": 5 / 6, "rougeLsum": 5 / 6})
+
+
+def test_the_metric_and_the_function_agree(metric: evaluate.Metric) -> None:
+    predictions, references = ["two red circles run", "a star"], ["two circles running", "a big star"]
+    ours = rouge_scores(predictions, references).means
+    theirs = metric.compute(predictions=predictions, references=references, use_stemmer=True)
+    assert ours == pytest.approx({kind: 100 * value for kind, value in theirs.items()})
+
+
+def test_agreement_with_perl_rouge(real_data: Path) -> None:
+    folder = real_data / "rouge_golden"
+    expected = json.loads((folder / "expected.json").read_text())
+    targets = (folder / "target.txt").read_text().splitlines()
+    predictions = (folder / "prediction.txt").read_text().splitlines()
+    for stemmer, rows in ((key == "use_stemmer=true", value) for key, value in expected.items() if "=" in key):
+        scorer = rouge_scorer.RougeScorer(list(rows[0]), use_stemmer=stemmer)
+        for target, prediction, row in zip(targets, predictions, rows, strict=False):
+            scores = scorer.score(target, prediction)
+            for kind, value in row.items():
+                assert scores[kind].fmeasure == pytest.approx(value["f"], abs=1e-5)
+    stemmed = expected["use_stemmer=true"]
+    rows = rouge_scores(predictions[: len(stemmed)], targets[: len(stemmed)]).rows
+    for measured, row in zip(rows, stemmed, strict=True):
+        assert measured[:2] == pytest.approx([100 * row[kind]["f"] for kind in TYPES[:2]], abs=1e-3)
