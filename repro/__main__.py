@@ -66,12 +66,22 @@ def _help() -> str:
 
 
 def _start_logging() -> None:
-    """Log to the terminal, and quieten what the libraries say about their own future."""
+    """Log to the terminal around the progress bars, and quieten what the libraries say about their own future."""
     import logging
 
-    os.environ.setdefault("USE_TORCH", "0")  # transformers would import PyTorch where it is installed
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("repro").setLevel(logging.INFO)
+    # transformers would import PyTorch where it is installed, for seconds and nothing.
+    os.environ.setdefault("USE_TORCH", "0")
+    from tqdm import tqdm
+
+    class Terminal(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    logger = logging.getLogger("repro")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(Terminal())
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -147,6 +147,8 @@ def prepare(
             eval_batch=num_replicas * args.per_device_eval_batch_size,
             block_size=args.block_size,
         )
+    for name in {"validation", "test"} & set(splits):
+        check_fills_a_batch(len(splits[name]), num_replicas * args.per_device_eval_batch_size, name, protocol)
     mesh = create_mesh(
         devices,
         num_replicas=num_replicas,
@@ -165,6 +167,19 @@ def prepare(
         progress=progress,
     )
     return dataclasses.replace(prepared, facts=_facts(prepared, rows, model_args))
+
+
+def check_fills_a_batch(num_rows: int, batch_size: int, split: str, protocol: Protocol) -> None:
+    """Check that evaluation has something left where the protocol drops incomplete batches.
+
+    Raises:
+        InputError: there is no complete batch.
+    """
+    if num_rows < batch_size and not protocol.keep_incomplete_batch:
+        raise InputError(
+            f"{split}: {num_rows} rows do not fill one batch of {batch_size}, and --protocol {protocol.name} drops"
+            " incomplete batches; lower --per_device_eval_batch_size, or use --protocol exact."
+        )
 
 
 def _first(split: Rows, limit: int | None) -> Rows:

@@ -102,6 +102,10 @@ def batch_larger_than_data(place: Workplace) -> dict[str, str]:
     return {"per_device_train_batch_size": "7"}
 
 
+def eval_batch_larger_than_data(place: Workplace) -> dict[str, str]:
+    return {"per_device_eval_batch_size": "7", "do_eval": "true", "protocol": "current"}
+
+
 def no_weights(place: Workplace) -> dict[str, str]:
     (place.model / "flax_model.msgpack").unlink()
     return {}
@@ -158,6 +162,7 @@ CASES: list[tuple[Callable[[Workplace], dict[str, str | None]], tuple[str, ...]]
     (null_caption, ("row 3", "null", "take the row out")),
     (block_size, ("--block_size 3", "multiple", "2 rows")),
     (batch_larger_than_data, ("7 rows", "6 rows", "--per_device_train_batch_size")),
+    (eval_batch_larger_than_data, ("6 rows", "batch of 7", "--protocol exact")),
     (no_weights, ("model", "cannot be loaded", "flax_model.msgpack")),
     (no_pad_token, ("pad_token_id", "config.json")),
     (unknown_protocol, ("'exakt'", "published, current, exact")),

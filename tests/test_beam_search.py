@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from repro.models.beam_search import beam_search
@@ -21,7 +22,7 @@ ROWS = 4
 
 
 @pytest.fixture(scope="module")
-def captioner(golden_inputs):
+def model(golden_inputs):
     return load_model(str(golden_inputs / "model"))
 
 
@@ -45,30 +46,17 @@ def images(seed: int, rows: int = ROWS) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
 
 
-@cache
-def ours(pretrained, num_beams, max_length, stop_rule, group_size):
+def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size: int):
+    """`Captioner.generate` with these settings."""
     return jax.jit(
         partial(
-            pretrained.captioner.generate,
+            model.captioner.generate,
             num_beams=num_beams,
             max_length=max_length,
             stop_rule=stop_rule,
             group_size=group_size,
         )
     )
-
-
-class Identity:
-    """Lets an unhashable model stand in a cache's key."""
-
-    def __init__(self, pretrained):
-        self.captioner = pretrained.captioner
-        self.params = pretrained.params
-
-
-@pytest.fixture(scope="module")
-def model(captioner):
-    return Identity(captioner)
 
 
 @pytest.mark.parametrize(("num_beams", "max_length"), CHOICES)
@@ -83,7 +71,7 @@ def test_captions_under_current_are_those_of_transformers(model, num_beams, max_
             channels_first, params=params, max_length=max_length, num_beams=num_beams
         ).sequences
 
-    generate = ours(model, num_beams, max_length, "current", ROWS)
+    generate = compiled(model, num_beams, max_length, "current", ROWS)
     seen = set()
     for seed in range(6):
         params, pixels = randomized(model.params, seed), images(seed)
@@ -95,7 +83,7 @@ def test_captions_under_current_are_those_of_transformers(model, num_beams, max_
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_captions_under_exact_do_not_depend_on_the_rest_of_the_batch(model, num_beams):
-    batch, single = ours(model, num_beams, 16, "exact", ROWS), ours(model, num_beams, 16, "current", 1)
+    batch, single = compiled(model, num_beams, 16, "exact", ROWS), compiled(model, num_beams, 16, "current", 1)
     for seed in range(4):
         params, pixels = randomized(model.params, seed), images(seed)
         captions = batch(params, pixels)
@@ -107,11 +95,11 @@ def test_captions_under_exact_do_not_depend_on_the_rest_of_the_batch(model, num_
 
 @pytest.mark.parametrize("stop_rule", ["2022", "current"])
 def test_a_group_is_captioned_as_if_it_were_the_whole_batch(model, stop_rule):
-    batch, half = ours(model, 3, 16, stop_rule, 2), ours(model, 3, 16, stop_rule, 2)
+    search = compiled(model, 3, 16, stop_rule, 2)
     for seed in range(4):
         params, pixels = randomized(model.params, seed), images(seed)
-        halves = [half(params, part).tokens for part in (pixels[:2], pixels[2:])]
-        np.testing.assert_array_equal(batch(params, pixels).tokens, np.concatenate(halves))
+        halves = [search(params, part).tokens for part in (pixels[:2], pixels[2:])]
+        np.testing.assert_array_equal(search(params, pixels).tokens, np.concatenate(halves))
 
 
 def history_search(log_probs: np.ndarray, num_beams: int, **settings):
@@ -161,7 +149,7 @@ exhaustive_search = jax.jit(
 )
 
 
-@settings(max_examples=40)
+@hypothesis_settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0, 2.0]), st.floats(0.3, 4.0))
 def test_with_a_beam_for_every_sequence_the_best_of_all_is_found(seed, length_penalty, spread):
     # 3 tokens, of which one ends, and 3 positions: at most 7 sequences that end and 8 that go on.
@@ -174,7 +162,7 @@ def test_with_a_beam_for_every_sequence_the_best_of_all_is_found(seed, length_pe
         assert tuple(captions.tokens[row].tolist()) == sequence
 
 
-@settings(max_examples=40)
+@hypothesis_settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["2022", "current", "exact"]))
 def test_a_caption_starts_with_the_start_and_is_padded_after_its_end(seed, stop_rule):
     log_probs = 2 * np.random.default_rng(seed).standard_normal((2, 3, 9, 3)).astype(np.float32)
@@ -190,12 +178,16 @@ def narrow_search(log_probs, stop_rule):
 
 
 A, B = 1, 2
-REST = 1e-6
+VOCABULARY = 4
 
 
 def log_table(*steps: dict[int, float]) -> np.ndarray:
-    """Log-probabilities [L-1,V] of a row whose next token depends on the position alone."""
-    return np.log([[step.get(token, REST) for token in range(4)] for step in steps]).astype(np.float32)
+    """Log-probabilities [L-1,V] of a row whose next token depends on the position alone; unnamed tokens share the rest."""
+    table = []
+    for step in steps:
+        rest = (1 - sum(step.values())) / (VOCABULARY - len(step))
+        table.append([step.get(token, rest) for token in range(VOCABULARY)])
+    return np.log(table).astype(np.float32)
 
 
 def table_search(*rows: np.ndarray, num_beams: int, stop_rule: str, group_size: int, **settings):
@@ -217,59 +209,57 @@ def table_search(*rows: np.ndarray, num_beams: int, stop_rule: str, group_size: 
     return captions.tokens.tolist(), captions.scores.tolist()
 
 
-# Ends likeliest at once, [end] at log 0.60 / 1 = -0.51; two beams also hold A, at log 0.39 = -0.94, and B.
-# If it goes on: A, end scores log(0.39 x 0.98) / 2 = -0.48, which is better.
-HASTY = log_table({END: 0.60, A: 0.39, B: 0.01}, {END: 0.98, A: 0.01, B: 0.005}, {END: 0.98}, {END: 0.98})
-# Goes on for three tokens, then ends: A, A, A, end scores log(0.9 ** 4) / 4 = -0.11.
-PATIENT = log_table({A: 0.9, B: 0.09, END: 0.01}, *[{A: 0.9, B: 0.09, END: 0.01}] * 2, {END: 0.9, A: 0.05})
-
-HASTY_ALONE = ([START, A, END, PAD, PAD], np.log(0.39 * 0.98) / 2)
-PATIENT_ALONE = ([START, A, A, A, END], np.log(0.9**4) / 4)
-
-# Ends at once with such certainty, log 0.97 = -0.03, that no rule goes on once both beams hold an end.
-DONE = log_table({END: 0.97, A: 0.02, B: 0.005}, {END: 0.9, A: 0.05}, {END: 0.9}, {END: 0.9})
+# The end comes likeliest at once, at log 0.60 = -0.51; but A, end scores log(0.39 x 0.98) / 2 = -0.48, which is better.
+HASTY = log_table({END: 0.60, A: 0.39}, *[{END: 0.98, A: 0.01}] * 3)
+HASTY_BEST = ([START, A, END, PAD, PAD], np.log(0.39 * 0.98) / 2)
+# Three times A, and only then the end: log(0.9 ** 4) / 4 = -0.11.
+PATIENT = log_table(*[{A: 0.90, B: 0.08, END: 0.01}] * 3, {END: 0.90, A: 0.05})
+PATIENT_BEST = ([START, A, A, A, END], np.log(0.9**4) / 4)
+# The end at once, at log 0.97 = -0.03, and little hope for anything else.
+DONE = log_table({END: 0.97, A: 0.02}, {END: 0.90, A: 0.05}, *[{END: 0.99}] * 2)
+DONE_BEST = ([START, END, PAD, PAD, PAD], np.log(0.97))
 
 
 def test_under_2022_a_group_stops_as_soon_as_one_of_its_rows_is_done():
-    # After two tokens DONE holds two ends: log 0.97 and log(0.02 x 0.9) / 2 = -2.0. Its best running sum is
-    # log(0.02 x 0.05) = -6.9, over max_length 5 = -1.4: it could still win. After three tokens the best running one is
-    # log(0.02 x 0.05 x 1e-6) / 5 = -4.1 and the ends are as before: done. PATIENT then holds A, A, A and the ends
-    # log 0.01 / 1 = -4.6 (end), log(0.9 x 0.01) / 2 = -2.4 (A, end), log(0.81 x 0.01) / 3 = -1.6 (A, A, end): the last.
+    # After two tokens DONE holds two ends, log 0.97 and log(0.02 x 0.90) / 2 = -2.0, and its best running sum over
+    # max_length, log(0.02 x 0.05) / 5 = -1.4, could still beat the worse one. After three tokens it cannot:
+    # log(0.02 x 0.05 x 0.0033) / 5 = -2.5. PATIENT has by then seen the ends log 0.01 = -4.6 (end),
+    # log(0.9 x 0.01) / 2 = -2.4 (A, end) and log(0.81 x 0.01) / 3 = -1.6 (A, A, end): it must take the last.
     alone = table_search(PATIENT, num_beams=2, stop_rule="2022", group_size=1)
     tokens, scores = table_search(DONE, PATIENT, num_beams=2, stop_rule="2022", group_size=2)
-    assert alone[0] == [PATIENT_ALONE[0]]
-    assert tokens == [[START, END, PAD, PAD, PAD], [START, A, A, END, PAD]]
-    np.testing.assert_allclose(scores, [np.log(0.97), np.log(0.81 * 0.01) / 3], rtol=1e-3)
+    assert alone[0] == [PATIENT_BEST[0]]
+    assert tokens == [DONE_BEST[0], [START, A, A, END, PAD]]
+    np.testing.assert_allclose(scores, [DONE_BEST[1], np.log(0.81 * 0.01) / 3], rtol=1e-3)
 
 
 @pytest.mark.parametrize(("stop_rule", "group_size"), [("2022", 1), ("current", 1), ("current", 2), ("exact", 2)])
 def test_under_other_rules_or_in_another_group_the_row_goes_on(stop_rule, group_size):
     tokens, scores = table_search(DONE, PATIENT, num_beams=2, stop_rule=stop_rule, group_size=group_size)
-    assert tokens == [[START, END, PAD, PAD, PAD], PATIENT_ALONE[0]]
-    np.testing.assert_allclose(scores, [np.log(0.97), PATIENT_ALONE[1]], rtol=1e-3)
+    assert tokens == [DONE_BEST[0], PATIENT_BEST[0]]
+    np.testing.assert_allclose(scores, [DONE_BEST[1], PATIENT_BEST[1]], rtol=1e-3)
 
 
 def test_a_row_that_goes_on_finds_its_later_and_better_end():
     tokens, scores = table_search(HASTY, num_beams=2, stop_rule="exact", group_size=1)
-    assert tokens == [HASTY_ALONE[0]]
-    np.testing.assert_allclose(scores, [HASTY_ALONE[1]], rtol=1e-3)
+    assert tokens == [HASTY_BEST[0]]
+    np.testing.assert_allclose(scores, [HASTY_BEST[1]], rtol=1e-3)
 
 
 def test_with_one_beam_the_likeliest_token_is_taken_until_it_is_the_end():
     # Greedy search: PATIENT's less likely ends are not looked at, HASTY's better one is never reached.
     tokens, _ = table_search(HASTY, PATIENT, num_beams=1, stop_rule="current", group_size=2)
-    assert tokens == [[START, END, PAD, PAD, PAD], PATIENT_ALONE[0]]
+    assert tokens == [DONE_BEST[0], PATIENT_BEST[0]]
 
 
 @pytest.mark.parametrize("stop_rule", ["2022", "current", "exact"])
 def test_with_one_beam_no_rule_lets_a_row_end_for_its_neighbour(stop_rule):
     tokens, _ = table_search(DONE, PATIENT, num_beams=1, stop_rule=stop_rule, group_size=2)
-    assert tokens == [[START, END, PAD, PAD, PAD], PATIENT_ALONE[0]]
+    assert tokens == [DONE_BEST[0], PATIENT_BEST[0]]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_caption_without_an_end_is_the_best_of_full_length(num_beams):
-    endless = log_table(*[{A: 0.3, B: 0.7, END: 0.0}] * 3)
+    endless = log_table(*[{A: 0.3, B: 0.6}] * 3)
     endless[:, END] = -1e9
     tokens, scores = table_search(endless, num_beams=num_beams, stop_rule="exact", group_size=1)
     assert tokens == [[START, B, B, B]]
@@ -278,8 +268,8 @@ def test_a_caption_without_an_end_is_the_best_of_full_length(num_beams):
 
 def test_early_stopping_takes_the_first_ends_of_all_beams():
     # Two beams hold two ends after two tokens: log 0.60 and log(0.39 x 0.30) / 2 = -1.07. Then A, A, end would come:
-    # log(0.39 x 0.69 x 1) / 3 = -0.44, better than both.
-    row = log_table({END: 0.60, A: 0.39, B: 0.005}, {END: 0.30, A: 0.69, B: 0.005}, {END: 1.0})
+    # log(0.39 x 0.69 x 0.97) / 3 = -0.45, better than both.
+    row = log_table({END: 0.60, A: 0.39}, {END: 0.30, A: 0.69}, {END: 0.97})
     hasty = table_search(row, num_beams=2, stop_rule="exact", group_size=1, early_stopping=True)[0]
     patient = table_search(row, num_beams=2, stop_rule="exact", group_size=1)[0]
     assert (hasty, patient) == ([[START, END, PAD, PAD]], [[START, A, A, END]])

@@ -153,7 +153,7 @@ def load_images(
     decode = partial(_decode_chunk, resize=resize, convert_to_rgb=convert_to_rgb)
     chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
     shape = (len(distinct), resize.height, resize.width, 3)
-    with tqdm(total=len(distinct), desc="images", unit="image", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(distinct), desc="images", unit="image", disable=None if progress else True, leave=False) as bar:
         if cache_dir is None:
             pixels = np.zeros(shape, np.uint8)
             reasons = _fill(pixels, _map(decode, chunks, num_workers), bar)

@@ -10,7 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from repro.data.pipeline import CaptionedImages, prefetch
-from repro.errors import InputError
 from repro.evaluation.rouge import rouge_scores
 from repro.protocol import LossReduction, Protocol
 
@@ -61,20 +60,11 @@ class Evaluator:
         return self.num_replicas * self.replica_batch
 
     def evaluate(self, params: Any, data: CaptionedImages, *, name: str = "eval") -> Evaluation:
-        """Evaluate every row, or the rows of whole batches where the protocol drops the rest.
-
-        Raises:
-            InputError: the protocol drops incomplete batches and there is no complete one.
-        """
+        """Evaluate every row, or the rows of whole batches where the protocol drops the rest."""
         num_rows = len(data)
         if not self.protocol.keep_incomplete_batch:
             num_rows -= num_rows % self.batch_size
-        if num_rows == 0:
-            raise InputError(
-                f"{name}: {len(data)} rows do not fill one batch of {self.batch_size}, and"
-                f" --protocol {self.protocol.name} drops incomplete batches; lower"
-                " --per_device_eval_batch_size, or use --protocol exact."
-            )
+        assert num_rows, "the caller checks that there is a whole batch"
         rows = np.arange(num_rows)
         has_captions = all(caption is not None for caption in data.captions[:num_rows])
         metrics: dict[str, float] = {}
@@ -139,7 +129,7 @@ class Evaluator:
             desc=description,
             unit="batch",
             leave=False,
-            disable=not self.progress,
+            disable=None if self.progress else True,
         )
 
     def _texts(self, tokens: np.ndarray, labels: np.ndarray) -> list[dict[str, str]]:

@@ -1,16 +1,15 @@
 """Beam search over any decoder that has a cache, with the stop rules of the three protocols.
 
-Finished beams are ranked by log-probability / (tokens, start included, before the end token) ** length_penalty. The
-search of a *group* of rows goes on while its rule says so; a row of a group that has ended keeps its result while
-others go on.
+Ended beams are ranked by log-probability / (tokens before the end token, start included) ** length_penalty. The search of a
+*group* of rows goes on while its rule says so; a row whose group has ended keeps its result while others go on.
 
-| rule      | a group goes on while                                                     | a group is     |
-|-----------|---------------------------------------------------------------------------|----------------|
-| `2022`    | every row's best running sum / max_length ** penalty beats its worst end  | a device batch |
-| `current` | any row's best running sum / (tokens so far) ** penalty beats its worst end | a device batch |
-| `exact`   | as `current`                                                              | one row        |
+`2022`     A group is a device batch; it goes on while, in every row, the best running sum / max_length ** penalty beats
+           the worst of the ended beams, once there are as many as beams.
+`current`  A group is a device batch; it goes on while that holds in any row, with the tokens so far in the place of
+           max_length.
+`exact`    As `current`, but each row is a group of its own.
 
-Source: Freitag and Al-Onaizan 2017 for the search; the rules from transformers 4.15 and 4.57.
+Source: Freitag and Al-Onaizan 2017 for the search; transformers 4.15 and 4.57 for the rules.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def beam_search(
         early_stopping: stop a group as soon as all its beams have ended.
     """
     chex.assert_is_divisible(batch_size, group_size)
-    group_size = 1 if stop_rule == "exact" else group_size
+    group_size = 1 if stop_rule == "exact" or num_beams == 1 else group_size
     rows, beams, penalty = batch_size, num_beams, length_penalty
     blank = jnp.full((rows, beams, max_length), pad_token_id, jnp.int32)
 
@@ -102,8 +101,8 @@ def beam_search(
         vocabulary = log_probs.shape[-1]
         totals = (log_probs + search.running_scores[:, :, None]).reshape(rows, -1)
 
-        # Twice the beams: even if the best K all end here, K others go on.
-        scores, flat = jax.lax.top_k(totals, 2 * beams)
+        # Twice the beams: even if the best K all end here, K others go on. A greedy search ends there instead.
+        scores, flat = jax.lax.top_k(totals, 2 * beams if beams > 1 else 1)
         parents, tokens = flat // vocabulary, flat % vocabulary
         sequences = _take(search.running, parents).at[:, :, search.length].set(tokens)
         ended = tokens == end_token_id

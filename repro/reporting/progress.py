@@ -30,7 +30,7 @@ class StepLog:
         self._training_seconds = 0.0
         self._resumed = self._started
         self._written = 0
-        self._bar = tqdm(total=num_steps, desc="train", unit="step", disable=not progress)
+        self._bar = tqdm(total=num_steps, desc="train", unit="step", disable=None if progress else True)
 
     def add(self, result: StepResult) -> None:
         """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""

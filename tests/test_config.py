@@ -1,0 +1,223 @@
+"""The documented flags, one by one, and what is said about a wrong one; the protocols' table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from repro.config import CreateModelArguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.errors import InputError
+from repro.protocol import EXACT, PROTOCOLS, protocol_named
+
+# (flag, default, a value as it is typed, the value it becomes)
+MODEL_FLAGS = [
+    ("model_name_or_path", None, "model", "model"),
+    ("encoder_model_name_or_path", None, "google/vit", "google/vit"),
+    ("decoder_model_name_or_path", None, "gpt2", "gpt2"),
+    ("encoder_config_name", None, "vit", "vit"),
+    ("decoder_config_name", None, "gpt2", "gpt2"),
+    ("cache_dir", None, "cache", "cache"),
+    ("use_fast_tokenizer", True, "False", False),
+    ("dtype", "float32", "bfloat16", "bfloat16"),
+    ("dtype", "float32", "float16", "float16"),
+    ("token", None, "secret", "secret"),
+    ("trust_remote_code", False, "True", True),
+]
+DATA_FLAGS = [
+    ("dataset_name", None, "ydshieh/dummy_coco_dataset", "ydshieh/dummy_coco_dataset"),
+    ("dataset_config_name", None, "2017", "2017"),
+    ("data_dir", None, "data", "data"),
+    ("image_column", None, "image_path", "image_path"),
+    ("caption_column", None, "caption", "caption"),
+    ("train_file", None, "train.csv", "train.csv"),
+    ("validation_file", None, "val.json", "val.json"),
+    ("test_file", None, "test.jsonl", "test.jsonl"),
+    ("max_target_length", 128, "32", 32),
+    ("val_max_target_length", None, "16", 16),
+    ("max_train_samples", None, "10", 10),
+    ("max_eval_samples", None, "10", 10),
+    ("max_predict_samples", None, "10", 10),
+    ("preprocessing_num_workers", None, "16", 16),
+    ("predict_with_generate", False, "True", True),
+    ("num_beams", None, "8", 8),
+    ("overwrite_cache", False, "true", True),
+]
+TRAINING_FLAGS = [
+    ("overwrite_output_dir", False, "1", True),
+    ("do_train", False, "True", True),
+    ("do_eval", False, "yes", True),
+    ("do_predict", False, "True", True),
+    ("per_device_train_batch_size", 8, "32", 32),
+    ("per_device_eval_batch_size", 8, "32", 32),
+    ("block_size", 0, "16384", 16384),
+    ("learning_rate", 5e-5, "3e-5", 3e-5),
+    ("weight_decay", 0.0, "0.01", 0.01),
+    ("adam_beta1", 0.9, "0.8", 0.8),
+    ("adam_beta2", 0.999, "0.98", 0.98),
+    ("adam_epsilon", 1e-8, "1e-6", 1e-6),
+    ("label_smoothing_factor", 0.0, "0.1", 0.1),
+    ("num_train_epochs", 3.0, "1", 1.0),
+    ("warmup_steps", 0, "100", 100),
+    ("logging_steps", 500, "10", 10),
+    ("eval_steps", None, "500", 500),
+    ("seed", 42, "7", 7),
+    ("push_to_hub", False, "True", True),
+    ("hub_model_id", None, "me/model", "me/model"),
+    ("hub_token", None, "secret", "secret"),
+]
+FURTHER_FLAGS = [("protocol", "exact", "published", "published"), ("num_replicas", None, "8", 8)]
+CREATE_FLAGS = [
+    ("encoder_model_name_or_path", None, "google/vit", "google/vit"),
+    ("decoder_model_name_or_path", None, "gpt2", "gpt2"),
+    ("encoder_config_name", None, "vit", "vit"),
+    ("decoder_config_name", None, "gpt2", "gpt2"),
+    ("seed", 42, "7", 7),
+    ("output_dir", None, "model", "model"),
+]
+TRAIN_CLASSES = (ModelArguments, DataArguments, TrainingArguments)
+ALL_FLAGS = MODEL_FLAGS + DATA_FLAGS + TRAINING_FLAGS + FURTHER_FLAGS
+
+
+def parse(*argv: str) -> dict:
+    """All flags of `repro train` in one dictionary."""
+    parsed = parse_arguments(TRAIN_CLASSES, argv, command="train")
+    return {name: value for arguments in parsed for name, value in vars(arguments).items()}
+
+
+def parse_create(*argv: str) -> dict:
+    return vars(*parse_arguments((CreateModelArguments,), argv, command="create-model"))
+
+
+def assert_is(value, expected):
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.fixture(scope="module")
+def defaults() -> dict:
+    return parse("--output_dir", "out")
+
+
+def test_the_tables_below_name_every_flag(defaults):
+    assert set(defaults) == {"output_dir", *(flag for flag, *_ in ALL_FLAGS)}
+
+
+@pytest.mark.parametrize(("flag", "default", "typed", "value"), ALL_FLAGS)
+def test_flag_of_train_has_its_default_and_its_type(defaults, flag, default, typed, value):
+    assert_is(defaults[flag], default)
+    assert_is(parse("--output_dir", "out", f"--{flag}", typed)[flag], value)
+    assert_is(parse("--output_dir", "out", f"--{flag}={typed}")[flag], value)
+
+
+@pytest.mark.parametrize(("flag", "default", "typed", "value"), CREATE_FLAGS)
+def test_flag_of_create_model_has_its_default_and_its_type(flag, default, typed, value):
+    assert_is(parse_create()[flag], default)
+    assert_is(parse_create(f"--{flag}", typed)[flag], value)
+
+
+@pytest.mark.parametrize("flag", [flag for flag, default, *_ in ALL_FLAGS if isinstance(default, bool)])
+@pytest.mark.parametrize(("typed", "value"), [((), True), (("True",), True), (("False",), False)])
+def test_a_boolean_flag_may_stand_alone_or_have_a_value(flag, typed, value):
+    assert parse("--output_dir", "out", f"--{flag}", *typed)[flag] is value
+
+
+def test_the_documented_command_is_understood():
+    command = (
+        "--output_dir ./image-captioning-training-results"
+        " --encoder_model_name_or_path google/vit-base-patch16-224-in21k --decoder_model_name_or_path gpt2"
+        " --dataset_name ydshieh/dummy_coco_dataset --dataset_config_name=2017 --data_dir data"
+        " --image_column image_path --caption_column caption --do_train --do_eval --predict_with_generate"
+        " --num_train_epochs 1 --eval_steps 500 --learning_rate 3e-5 --warmup_steps 0"
+        " --per_device_train_batch_size 32 --per_device_eval_batch_size 32 --overwrite_output_dir"
+        " --max_target_length 32 --num_beams 8 --preprocessing_num_workers 16 --logging_steps 10"
+        " --block_size 16384 --push_to_hub"
+    )
+    flags = parse(*command.split())
+    assert flags["dataset_config_name"] == "2017"
+    assert all(flags[name] for name in ("do_train", "do_eval", "predict_with_generate", "push_to_hub"))
+    assert (flags["learning_rate"], flags["block_size"], flags["num_beams"]) == (3e-5, 16384, 8)
+
+
+def test_a_json_file_says_the_same_as_the_command_line(tmp_path):
+    flags = {"output_dir": "out", "do_train": True, "use_fast_tokenizer": False, "learning_rate": 3e-5, "seed": 7}
+    flags |= {"num_train_epochs": 2, "data_dir": "a folder/with spaces", "train_file": "-odd=name.csv", "eval_steps": None}
+    path = tmp_path / "flags.json"
+    path.write_text(json.dumps(flags))
+    read = parse(str(path))
+    assert {name: read[name] for name in flags} == flags
+    assert read == parse(
+        *("--output_dir", "out", "--do_train", "--use_fast_tokenizer", "False", "--learning_rate", "3e-5"),
+        *("--seed", "7", "--num_train_epochs", "2", "--data_dir", "a folder/with spaces"),
+        "--train_file=-odd=name.csv",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"output_dir": "out", "learning_rat": 1}', "'learning_rat'.*--learning_rate"),
+        ('{"output_dir": "out", "learning_rate": "fast"}', "learning_rate.*'fast'"),
+        ('{"output_dir": "out", "do_train": "perhaps"}', "do_train|perhaps"),
+        ('{"do_train": true}', "output_dir"),
+        ("[1]", "one JSON object"),
+        ("{", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+    ids=["unknown", "wrong-type", "wrong-bool", "missing-flag", "no-object", "no-json", "no-file"],
+)
+def test_a_wrong_json_file_is_refused_with_its_fault(tmp_path, content, message):
+    path = tmp_path / "flags.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        parse(str(path))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rte", "1"], r"unknown argument '--learning_rte'\. Did you mean --learning_rate\?"),
+        (["--learning_rte=1"], r"Did you mean --learning_rate\?"),
+        (["--num_beam", "4"], r"unknown argument '--num_beam'\. Did you mean --num_beams\?"),
+        (["--zzzzzzzz"], r"unknown argument '--zzzzzzzz'\.$"),
+        (["stray"], "unknown argument 'stray'"),
+        (["--learning_rate", "fast"], "--learning_rate: .*'fast'.*repro train --help"),
+        (["--num_beams", "2.5"], "--num_beams: .*'2.5'"),
+        (["--do_train", "perhaps"], "perhaps|do_train"),
+        (["--dtype", "float64"], "--dtype: .*'float64'.*bfloat16"),
+        (["--learning_rate"], "--learning_rate: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_refused_with_its_remedy(argv, message):
+    with pytest.raises(InputError, match=message):
+        parse("--output_dir", "out", *argv)
+
+
+def test_output_dir_must_be_given():
+    with pytest.raises(InputError, match="--output_dir"):
+        parse("--do_train")
+
+
+def test_create_model_refuses_flags_of_training():
+    with pytest.raises(InputError, match="--num_beams"):
+        parse_create("--num_beams", "8")
+
+
+def test_help_ends_the_program_and_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert [flag for flag, *_ in ALL_FLAGS if f"--{flag}" not in shown] == []
+
+
+def test_protocols_are_found_by_their_names():
+    assert {name: protocol_named(name).name for name in PROTOCOLS} == {name: name for name in PROTOCOLS}
+    assert protocol_named("exact") is EXACT
+    assert list(PROTOCOLS) == ["published", "current", "exact"]
+
+
+def test_an_unknown_protocol_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"'precise'.*published, current, exact"):
+        protocol_named("precise")

@@ -1,0 +1,235 @@
+"""Evaluation with a fake model in NumPy: what is counted, what is dropped, what is generated; and targets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repro.data.pipeline import CaptionedImages
+from repro.errors import InputError
+from repro.evaluation.evaluator import Evaluator, mean_of_batch_losses
+from repro.evaluation.targets import Verdict, check_targets
+from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
+
+LENGTH, SIDE = 5, 2
+ROWS_PER_IMAGE = 3
+
+
+class FakeModel:
+    """Loss of a token: its label / 7. Caption of an image: as many tokens as its byte modulo 4, plus one."""
+
+    def __init__(self) -> None:
+        self.generated: list[int] = []
+        self.batch_sizes: set[int] = set()
+
+    def row_losses(self, params, batch):
+        self.batch_sizes.add(len(batch["labels"]))
+        mask = batch["decoder_attention_mask"]
+        return (batch["labels"] / 7 * mask).sum(axis=1) * params, mask.sum(axis=1).astype(np.float32)
+
+    def generate(self, params, pixels):
+        self.batch_sizes.add(len(pixels))
+        images = pixels[:, 0, 0, 0].astype(np.int32)
+        self.generated += images.tolist()
+        is_token = np.arange(LENGTH) < (images % 4 + 1)[:, None]
+        return np.where(is_token, 40 + images[:, None], 0).astype(np.int32)
+
+
+def make_data(num_rows: int, *, captions: bool = True, seed: int = 0) -> CaptionedImages:
+    """Rows of images 0 0 0 1 1 1 ..., whose bytes are their numbers; captions of 1 to 5 tokens."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(40, 60, (num_rows, LENGTH), dtype=np.int32)
+    mask = (np.arange(LENGTH) < random.integers(1, LENGTH + 1, num_rows)[:, None]).astype(np.int32)
+    images = np.arange(num_rows) // ROWS_PER_IMAGE
+    numbers = np.arange(num_rows // ROWS_PER_IMAGE + 1, dtype=np.uint8)
+    return CaptionedImages(
+        labels=labels * mask,
+        decoder_input_ids=labels,
+        decoder_attention_mask=mask,
+        image_index=images,
+        pixels=np.broadcast_to(numbers[:, None, None, None], (len(numbers), SIDE, SIDE, 3)),
+        captions=["a caption" if captions else None] * num_rows,
+        image_ids=images.tolist(),
+        image_paths=[f"{image}.png" for image in images],
+    )
+
+
+def make_evaluator(model, tokenizer, protocol=EXACT, *, replicas=2, rows=2, generate=True) -> Evaluator:
+    return Evaluator(
+        row_losses=model.row_losses,
+        generate=model.generate if generate else None,
+        tokenizer=tokenizer,
+        protocol=protocol,
+        num_replicas=replicas,
+        replica_batch=rows,
+        progress=False,
+    )
+
+
+def loss_of(data, protocol=EXACT, **sizes) -> float:
+    evaluator = make_evaluator(FakeModel(), None, protocol, generate=False, **sizes)
+    return evaluator.evaluate(1.0, data).metrics["loss"]
+
+
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_exact_loss_is_per_token_over_every_row_whatever_the_batch(num_rows, batch_size, seed):
+    data = make_data(num_rows, seed=seed)
+    expected = (data.labels / 7 * data.decoder_attention_mask).sum() / data.decoder_attention_mask.sum()
+    assert loss_of(data, replicas=1, rows=batch_size) == pytest.approx(expected, rel=1e-12)
+
+
+def test_current_loss_is_the_unweighted_mean_of_the_batches_token_losses():
+    data = make_data(11)
+    batches = [slice(0, 4), slice(4, 8)]
+    expected = np.mean([data.labels[b].sum() / 7 / data.decoder_attention_mask[b].sum() for b in batches])
+    assert loss_of(data, CURRENT) == pytest.approx(expected, rel=1e-12)
+    assert loss_of(data, replace(CURRENT, token_eval_loss=True)) != pytest.approx(expected, rel=1e-6)
+
+
+def test_published_loss_is_the_mean_over_replicas_too():
+    data = make_data(11)
+    replicas = [slice(start, start + 2) for start in range(0, 8, 2)]
+    expected = np.mean([data.labels[r].sum() / 7 / data.decoder_attention_mask[r].sum() for r in replicas])
+    assert loss_of(data, PUBLISHED) == pytest.approx(expected, rel=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 4]))
+def test_means_of_batch_losses_follow_the_reduction(seed, replicas):
+    random = np.random.default_rng(seed)
+    sums, counts = random.random((3, 4)), random.integers(1, 9, (3, 4)).astype(float)
+    by_replica = [np.split(values, replicas * 3) for values in (sums.ravel(), counts.ravel())]
+    means = [s.sum() / c.sum() for s, c in zip(*by_replica, strict=True)]
+    assert mean_of_batch_losses(sums, counts, "replica_means", num_replicas=replicas) == pytest.approx(np.mean(means))
+    tokens = (sums.sum(axis=1) / counts.sum(axis=1)).mean()
+    assert mean_of_batch_losses(sums, counts, "tokens", num_replicas=replicas) == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize(("protocol", "evaluated"), [(EXACT, 11), (CURRENT, 8), (PUBLISHED, 8)])
+def test_only_exact_evaluates_the_rows_of_the_incomplete_batch(tokenizer, protocol, evaluated):
+    data, model = make_data(11), FakeModel()
+    evaluation = make_evaluator(model, tokenizer, protocol).evaluate(1.0, data)
+    assert evaluation.details["rows"] == evaluated
+    assert len(evaluation.generations) == evaluated
+    assert evaluation.image_paths == data.image_paths[:evaluated]
+    assert model.batch_sizes == {4}, "the last batch must have the shape of all others"
+
+
+@pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED])
+def test_fewer_rows_than_a_batch_are_refused_where_they_would_all_be_dropped(protocol):
+    with pytest.raises(InputError, match=r"3 rows .* batch of 4.*--per_device_eval_batch_size"):
+        make_evaluator(FakeModel(), None, protocol).evaluate(1.0, make_data(3))
+
+
+def test_exact_evaluates_fewer_rows_than_a_batch():
+    data = make_data(3)
+    assert loss_of(data) == pytest.approx(data.labels.sum() / 7 / data.decoder_attention_mask.sum())
+
+
+def test_exact_generates_once_for_each_image(tokenizer):
+    model = FakeModel()
+    # 12 rows of 4 images: one full batch, without padding.
+    make_evaluator(model, tokenizer).evaluate(1.0, make_data(12))
+    assert model.generated == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED])
+def test_the_examples_protocols_generate_once_for_each_row(tokenizer, protocol):
+    model = FakeModel()
+    make_evaluator(model, tokenizer, protocol).evaluate(1.0, make_data(12))
+    assert model.generated == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_each_row_has_the_caption_of_its_image_and_its_own_label(tokenizer, protocol):
+    data = make_data(12)
+    generations = make_evaluator(FakeModel(), tokenizer, protocol).evaluate(1.0, data).generations
+    for row, generation in enumerate(generations):
+        image = row // ROWS_PER_IMAGE
+        assert generation["pred"] == tokenizer.decode([40 + image] * (image % 4 + 1)).strip()
+        assert generation["label"] == tokenizer.decode(data.labels[row], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("protocol", [EXACT, CURRENT], ids=["exact", "current"])
+def test_gen_len_is_the_mean_number_of_tokens_over_rows_not_images(tokenizer, protocol):
+    data = make_data(8)  # images 0 0 0 1 1 1 2 2, with captions of 1, 2 and 3 tokens
+    evaluation = make_evaluator(FakeModel(), tokenizer, protocol).evaluate(1.0, data)
+    assert evaluation.metrics["gen_len"] == pytest.approx((3 * 1 + 3 * 2 + 2 * 3) / 8)
+
+
+def test_exact_evaluation_does_not_depend_on_the_batch(tokenizer):
+    data = make_data(11)
+    first, *others = (
+        make_evaluator(FakeModel(), tokenizer, replicas=replicas, rows=rows).evaluate(1.0, data)
+        for replicas, rows in ((1, 1), (2, 2), (1, 11), (8, 4))
+    )
+    for other in others:
+        assert other.metrics == pytest.approx(first.metrics, rel=1e-12)
+        assert other.generations == first.generations
+
+
+def test_without_captions_there_is_neither_loss_nor_rouge(tokenizer):
+    evaluation = make_evaluator(FakeModel(), tokenizer).evaluate(1.0, make_data(5, captions=False))
+    assert set(evaluation.metrics) == {"gen_len"}
+    assert len(evaluation.generations) == 5
+
+
+def test_without_generation_there_is_the_loss_alone():
+    evaluation = make_evaluator(FakeModel(), None, generate=False).evaluate(1.0, make_data(5))
+    assert set(evaluation.metrics) == {"loss"}
+    assert evaluation.generations == []
+
+
+def test_metrics_are_those_of_the_examples_results(tokenizer):
+    evaluation = make_evaluator(FakeModel(), tokenizer).evaluate(1.0, make_data(5))
+    assert set(evaluation.metrics) == {"loss", "gen_len", "rouge1", "rouge2", "rougeL", "rougeLsum"}
+
+
+def test_the_given_parameters_are_evaluated():
+    data, evaluator = make_data(5), make_evaluator(FakeModel(), None, generate=False)
+    once, twice = (evaluator.evaluate(params, data).metrics["loss"] for params in (1.0, 2.0))
+    assert twice == pytest.approx(2 * once)
+
+
+def verdict(low, high, measured) -> Verdict:
+    return Verdict(metric="loss", low=low, high=high, measured=measured, source="a test")
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False), st.floats(allow_nan=False))
+def test_a_target_passes_from_its_low_to_its_high_bound_both_included(low, high, measured):
+    assert verdict(low, high, measured).passed == (low <= measured <= high)
+    assert verdict(low, None, measured).passed == (low <= measured)
+    assert verdict(None, high, measured).passed == (measured <= high)
+    assert verdict(low, None, low).passed
+    assert verdict(None, high, high).passed
+
+
+@pytest.mark.parametrize("measured", [None, math.nan], ids=["missing", "nan"])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, None), (None, 1.0)])
+def test_a_metric_that_is_missing_or_not_a_number_never_passes(measured, low, high):
+    assert not verdict(low, high, measured).passed
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(1.5, None, "at least 1.5"), (None, 2.0, "at most 2"), (1.5, 2.0, "1.5 to 2")]
+)
+def test_bounds_are_said_in_words(low, high, words):
+    assert verdict(low, high, 0.0).bounds == words
+
+
+def test_targets_are_held_against_the_metric_of_their_name():
+    targets = [
+        {"metric": "loss", "low": 1.0, "high": 2.0, "source": "a"},
+        {"metric": "rouge2", "low": 10.0, "source": "b"},
+        {"metric": "gen_len", "high": 9.0, "source": "c"},
+    ]
+    verdicts = check_targets(targets, {"loss": 1.5, "rouge2": 9.99, "other": 1.0})
+    assert [(v.metric, v.measured, v.passed, v.source) for v in verdicts] == [
+        ("loss", 1.5, True, "a"),
+        ("rouge2", 9.99, False, "b"),
+        ("gen_len", None, False, "c"),
+    ]
