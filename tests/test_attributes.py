@@ -109,9 +109,7 @@ def test_a_claim_is_true_only_of_objects_of_the_stated_shape_and_colour(caption,
     assert false_claims(caption) == false
 
 
-@pytest.mark.parametrize(
-    "caption", ["", "a picture of a", "we see and with the", "left of it", "?"]
-)
+@pytest.mark.parametrize("caption", ["", "a picture of a", "we see and with the", "left of it", "?"])
 def test_a_caption_without_attributes_claims_nothing_and_is_counted(caption):
     assert judge(mentioned(caption), SCENE) == []
     alone = attribute_accuracy([caption], [SCENE])

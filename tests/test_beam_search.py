@@ -46,6 +46,10 @@ def images(seed: int, rows: int = ROWS) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
 
 
+CHEAP = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+"""Compiler options: each search here runs but a few times."""
+
+
 def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size: int):
     """`Captioner.generate` with these settings."""
     return jax.jit(
@@ -55,7 +59,8 @@ def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size:
             max_length=max_length,
             stop_rule=stop_rule,
             group_size=group_size,
-        )
+        ),
+        compiler_options=CHEAP,
     )
 
 
@@ -63,7 +68,7 @@ def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size:
 def test_captions_under_current_are_those_of_transformers(model, num_beams, max_length):
     table = model.captioner.pixel_table
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=CHEAP)
     def theirs(params, pixels):
         normalized = jnp.asarray(table)[pixels.astype(jnp.int32), jnp.arange(3)]
         channels_first = jnp.moveaxis(normalized, -1, 1)
@@ -73,7 +78,7 @@ def test_captions_under_current_are_those_of_transformers(model, num_beams, max_
 
     generate = compiled(model, num_beams, max_length, "current", ROWS)
     seen = set()
-    for seed in range(6):
+    for seed in range(5):
         params, pixels = randomized(model.params, seed), images(seed)
         tokens = np.asarray(generate(params, pixels).tokens)
         np.testing.assert_array_equal(tokens, theirs(params, pixels), err_msg=f"seed {seed}")
@@ -105,7 +110,7 @@ def test_a_group_is_captioned_as_if_it_were_the_whole_batch(model, stop_rule):
 def history_search(log_probs: np.ndarray, num_beams: int, **settings):
     """Search where a row's next token depends on all tokens so far: log_probs float32[B,L-1,V**(L-2),V].
 
-    The history is kept in the cache, as a number in base V, so that a cache that is not reordered with its beams is seen.
+    The history is kept in the cache, as a number in base V, so that a cache left unordered is seen.
     """
     rows, positions, _, vocabulary = log_probs.shape
     row = jnp.repeat(jnp.arange(rows), num_beams)
@@ -182,7 +187,7 @@ VOCABULARY = 4
 
 
 def log_table(*steps: dict[int, float]) -> np.ndarray:
-    """Log-probabilities [L-1,V] of a row whose next token depends on the position alone; unnamed tokens share the rest."""
+    """Log-probabilities [L-1,V] of a row whose tokens depend on the position alone; unnamed ones share the rest."""
     table = []
     for step in steps:
         rest = (1 - sum(step.values())) / (VOCABULARY - len(step))

@@ -99,7 +99,7 @@ def defaults() -> dict:
     return parse("--output_dir", "out")
 
 
-def test_the_tables_below_name_every_flag(defaults):
+def test_the_tables_name_every_flag(defaults):
     assert set(defaults) == {"output_dir", *(flag for flag, *_ in ALL_FLAGS)}
 
 
@@ -141,7 +141,8 @@ def test_the_documented_command_is_understood():
 
 def test_a_json_file_says_the_same_as_the_command_line(tmp_path):
     flags = {"output_dir": "out", "do_train": True, "use_fast_tokenizer": False, "learning_rate": 3e-5, "seed": 7}
-    flags |= {"num_train_epochs": 2, "data_dir": "a folder/with spaces", "train_file": "-odd=name.csv", "eval_steps": None}
+    flags |= {"num_train_epochs": 2, "data_dir": "a folder/with spaces", "train_file": "-odd=name.csv"}
+    flags |= {"eval_steps": None}
     path = tmp_path / "flags.json"
     path.write_text(json.dumps(flags))
     read = parse(str(path))
@@ -182,11 +183,11 @@ def test_a_wrong_json_file_is_refused_with_its_fault(tmp_path, content, message)
         (["--num_beam", "4"], r"unknown argument '--num_beam'\. Did you mean --num_beams\?"),
         (["--zzzzzzzz"], r"unknown argument '--zzzzzzzz'\.$"),
         (["stray"], "unknown argument 'stray'"),
-        (["--learning_rate", "fast"], "--learning_rate: .*'fast'.*repro train --help"),
-        (["--num_beams", "2.5"], "--num_beams: .*'2.5'"),
+        (["--learning_rate", "fast"], "--learning_rate.*: .*'fast'.*repro train --help"),
+        (["--num_beams", "2.5"], r"--num_beams.*: .*'2\.5'"),
         (["--do_train", "perhaps"], "perhaps|do_train"),
-        (["--dtype", "float64"], "--dtype: .*'float64'.*bfloat16"),
-        (["--learning_rate"], "--learning_rate: expected one argument"),
+        (["--dtype", "float64"], "--dtype.*: .*'float64'.*bfloat16"),
+        (["--learning_rate"], "--learning_rate.*: expected one argument"),
     ],
 )
 def test_a_wrong_flag_is_refused_with_its_remedy(argv, message):

@@ -14,6 +14,7 @@ from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, mean_of_batch_losses
 from repro.evaluation.targets import Verdict, check_targets
+from repro.prepare import check_fills_a_batch
 from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
 
 LENGTH, SIDE = 5, 2
@@ -119,10 +120,12 @@ def test_only_exact_evaluates_the_rows_of_the_incomplete_batch(tokenizer, protoc
     assert model.batch_sizes == {4}, "the last batch must have the shape of all others"
 
 
-@pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED])
+@pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED], ids=["current", "published"])
 def test_fewer_rows_than_a_batch_are_refused_where_they_would_all_be_dropped(protocol):
-    with pytest.raises(InputError, match=r"3 rows .* batch of 4.*--per_device_eval_batch_size"):
-        make_evaluator(FakeModel(), None, protocol).evaluate(1.0, make_data(3))
+    with pytest.raises(InputError, match=r"validation: 3 rows .* batch of 4.*--per_device_eval_batch_size"):
+        check_fills_a_batch(3, 4, "validation", protocol)
+    check_fills_a_batch(4, 4, "validation", protocol)
+    check_fills_a_batch(3, 4, "validation", EXACT)
 
 
 def test_exact_evaluates_fewer_rows_than_a_batch():

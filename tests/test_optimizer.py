@@ -59,7 +59,9 @@ def test_no_rate_is_negative_beyond_the_last_step():
 def test_schedule_is_the_same_with_and_without_jit():
     schedule = create_learning_rate_fn(PEAK, num_steps=10, warmup_steps=4)
     counts = jnp.arange(12)
-    np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(counts), [schedule(c) for c in counts], rtol=1e-6, atol=1e-6 * PEAK)
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(schedule))(counts), [schedule(c) for c in counts], rtol=1e-6, atol=1e-6 * PEAK
+    )
 
 
 @pytest.mark.parametrize("rule", ["2022", "layer_norms"])

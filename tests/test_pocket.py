@@ -29,10 +29,7 @@ seeds = st.integers(0, 2**32)
 
 def digest(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def load(folder: Path, name: str) -> dict:
@@ -175,10 +172,7 @@ def test_the_side_file_holds_the_scene_of_every_picture(folder):
 
 def test_no_held_out_scene_occurs_in_training(tmp_path):
     pocket.render_pocket(tmp_path, num_train=1500, num_val=300, image_size=16, seed=0)
-    train, val = (
-        [scene.attributes() for scene in read_scenes(tmp_path, split).values()]
-        for split in ("train", "val")
-    )
+    train, val = ([scene.attributes() for scene in read_scenes(tmp_path, split).values()] for split in ("train", "val"))
     assert (len(train), len(val), len(set(val))) == (1500, 300, 300)
     assert not set(train) & set(val)
 

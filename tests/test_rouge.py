@@ -48,9 +48,7 @@ def evaluations() -> list[tuple[str, list[dict[str, str]], dict[str, float]]]:
 
 @pytest.mark.parametrize(("rows", "expected"), [pytest.param(*case[1:], id=case[0]) for case in evaluations()])
 def test_means_equal_the_goldens(rows: list[dict[str, str]], expected: dict[str, float]) -> None:
-    scores = rouge_scores(
-        [row["pred"] for row in rows], [row["label"] for row in rows], splitter="punkt_default"
-    )
+    scores = rouge_scores([row["pred"] for row in rows], [row["label"] for row in rows], splitter="punkt_default")
     assert scores.sentence_splitter == "punkt_default"
     assert scores.means == pytest.approx(expected, abs=1e-4)
 

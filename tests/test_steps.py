@@ -75,19 +75,26 @@ def numpy_losses(params, batch, smoothing: float) -> tuple[np.ndarray, np.ndarra
     return (tokens * mask).sum(axis=-1), mask.sum(axis=-1)
 
 
+def compile_fast(function):
+    """Compile without costly optimizations: each step here runs but once or a few times."""
+    return jax.jit(
+        function, compiler_options={"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+    )
+
+
 def run_on(devices, step, state, batch):
     """Take a compiled step where the mesh of these devices puts state and batch."""
     replicas, rows = batch["labels"].shape[:2]
     mesh = create_mesh(devices, num_replicas=replicas, replica_batch=rows)
     placed = put(batch, train_batch_sharding(mesh, num_replicas=replicas))
-    return mesh, jax.jit(step)(put(state, replicated(mesh)), placed)
+    return mesh, compile_fast(step)(put(state, replicated(mesh)), placed)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_step_is_the_same_with_and_without_jit(reduction):
     step, optimizer = make_step(reduction, dropout=0.2)
     state, batch = create_train_state(make_params(), optimizer, seed=3, num_replicas=2), make_batch(0, 2, 4)
-    chex.assert_trees_all_close(jax.jit(step)(state, batch), step(state, batch), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(compile_fast(step)(state, batch), step(state, batch), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -104,7 +111,7 @@ def test_step_is_the_same_on_one_and_on_eight_devices(reduction, replicas, rows)
 
 def test_steps_are_compiled_once():
     step, optimizer = make_step(dropout=0.2)
-    compiled = jax.jit(chex.assert_max_traces(step, n=1))
+    compiled = compile_fast(chex.assert_max_traces(step, n=1))
     state = create_train_state(make_params(), optimizer, seed=3, num_replicas=2)
     for seed in range(4):
         state, _ = compiled(state, make_batch(seed, 2, 4))
@@ -150,6 +157,7 @@ def test_under_tokens_replicas_without_dropout_are_one_plain_batch():
     batch = make_batch(0, 4, 2)
     plain = {name: array.reshape(1, 8, *array.shape[2:]) for name, array in batch.items()}
     step, optimizer = make_step("tokens")
+    step = compile_fast(step)
     states = [
         step(create_train_state(make_params(), optimizer, seed=3, num_replicas=len(b["labels"])), b)[0]
         for b in (batch, plain)
@@ -161,9 +169,7 @@ def test_one_replica_is_the_plain_batch_under_both_reductions():
     results = []
     for reduction in REDUCTIONS:
         step, optimizer = make_step(reduction, dropout=0.2)
-        results.append(
-            step(create_train_state(make_params(), optimizer, seed=3, num_replicas=1), make_batch(0, 1, 8))
-        )
+        results.append(step(create_train_state(make_params(), optimizer, seed=3, num_replicas=1), make_batch(0, 1, 8)))
     chex.assert_trees_all_close(*results, rtol=1e-6, atol=1e-7)
 
 
@@ -197,6 +203,7 @@ def test_dropout_keys_are_those_of_the_example():
 
 def test_the_same_rows_drop_out_differently_in_another_replica_and_in_the_next_step():
     step, optimizer = make_step("replica_means", dropout=0.5, learning_rate=0.0)
+    step = compile_fast(step)
     row = make_batch(0, 1, 2)
     batch = {name: np.concatenate([array, array]) for name, array in row.items()}
     state = create_train_state(make_params(), optimizer, seed=3, num_replicas=2)
@@ -256,7 +263,7 @@ def test_eval_step_sums_each_row_and_counts_its_tokens(smoothing):
     params, batch = make_params(), make_batch(0, 8)
     expected_sums, expected_counts = numpy_losses(params, batch, smoothing)
     eval_step = make_eval_step(make_logits(dropout=0.5), label_smoothing=smoothing)
-    for step in (eval_step, jax.jit(eval_step)):
+    for step in (eval_step, compile_fast(eval_step)):
         sums, counts = step(params, batch)
         np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(counts, expected_counts)
@@ -271,7 +278,7 @@ def test_eval_step_refuses_a_training_batch():
 def test_eval_step_is_the_same_on_one_and_on_eight_devices(num_rows):
     params, batch = make_params(), make_batch(0, num_rows)
     mesh = create_mesh(jax.devices(), num_replicas=8, replica_batch=1)
-    step = jax.jit(make_eval_step(make_logits()))
+    step = compile_fast(make_eval_step(make_logits()))
     spread = step(put(params, replicated(mesh)), put(batch, rows_sharding(mesh, num_rows=num_rows)))
     chex.assert_trees_all_close(jax.device_get(spread), jax.device_get(step(params, batch)), rtol=1e-6, atol=1e-6)
 
@@ -289,10 +296,14 @@ def test_mesh_has_as_many_devices_as_divide_the_replicas_or_their_rows(replicas,
     assert [shard.data.shape for shard in shards] == [tuple(shape)] * used
 
 
-def test_golden_model_trains_the_same_on_one_and_on_eight_devices(golden_inputs):
-    model = load_model(str(golden_inputs / "model"))
-    step, optimizer = make_step(logits=model.captioner.logits, learning_rate=1e-3)
-    state = create_train_state(model.params, optimizer, seed=3, num_replicas=8)
+@pytest.fixture(scope="module")
+def golden_model(golden_inputs):
+    return load_model(str(golden_inputs / "model"))
+
+
+def test_golden_model_trains_the_same_on_one_and_on_eight_devices(golden_model):
+    step, optimizer = make_step(logits=golden_model.captioner.logits, learning_rate=1e-3)
+    state = create_train_state(golden_model.params, optimizer, seed=3, num_replicas=8)
     batch = make_batch(0, 8, 1, side=32, vocabulary=340)
     _, one = run_on(jax.devices()[:1], step, state, batch)
     mesh, eight = run_on(jax.devices(), step, state, batch)
@@ -304,13 +315,11 @@ def test_golden_model_trains_the_same_on_one_and_on_eight_devices(golden_inputs)
     )
 
 
-def test_golden_models_logits_are_the_same_with_and_without_jit(golden_inputs):
-    model = load_model(str(golden_inputs / "model"))
+def test_golden_models_logits_are_the_same_with_and_without_jit(golden_model):
     batch = make_batch(0, 2, side=32, vocabulary=340)
-    eval_step = make_eval_step(model.captioner.logits, label_smoothing=0.1)
-    chex.assert_trees_all_close(
-        eval_step(model.params, batch), jax.jit(eval_step)(model.params, batch), rtol=1e-5, atol=1e-5
-    )
+    eval_step = make_eval_step(golden_model.captioner.logits, label_smoothing=0.1)
+    eager, compiled = (step(golden_model.params, batch) for step in (eval_step, compile_fast(eval_step)))
+    chex.assert_trees_all_close(eager, compiled, rtol=1e-5, atol=1e-5)
 
 
 def captioned(num_rows: int) -> CaptionedImages:
@@ -376,6 +385,8 @@ def test_training_lowers_the_loss_of_what_it_sees():
     mesh = create_mesh(jax.devices(), num_replicas=2, replica_batch=2)
     state = put(create_train_state(make_params(), optimizer, seed=0, num_replicas=2), replicated(mesh))
     sharding = train_batch_sharding(mesh, num_replicas=2)
-    losses = [float(result.metrics["loss"]) for result in take_steps(jax.jit(step), state, data, schedule, sharding)]
+    losses = [
+        float(result.metrics["loss"]) for result in take_steps(compile_fast(step), state, data, schedule, sharding)
+    ]
     assert len(losses) == 30
     assert max(losses[-3:]) < 0.2 * min(losses[:3])

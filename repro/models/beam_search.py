@@ -1,13 +1,16 @@
 """Beam search over any decoder that has a cache, with the stop rules of the three protocols.
 
-Ended beams are ranked by log-probability / (tokens before the end token, start included) ** length_penalty. The search of a
-*group* of rows goes on while its rule says so; a row whose group has ended keeps its result while others go on.
+Ended beams are ranked by log-probability / (tokens before the end token, start included) ** length_penalty. The search
+of a *group* of rows goes on while its rule says so; a row whose group has ended keeps its result while others go on.
 
 `2022`     A group is a device batch; it goes on while, in every row, the best running sum / max_length ** penalty beats
            the worst of the ended beams, once there are as many as beams.
 `current`  A group is a device batch; it goes on while that holds in any row, with the tokens so far in the place of
            max_length.
 `exact`    As `current`, but each row is a group of its own.
+
+With one beam the search is greedy, as transformers makes it: each row ends, by itself, where its likeliest token is
+the end.
 
 Source: Freitag and Al-Onaizan 2017 for the search; transformers 4.15 and 4.57 for the rules.
 """
@@ -140,7 +143,7 @@ def beam_search(
     )
     end = jax.lax.while_loop(lambda search: (search.length < max_length) & search.going_on.any(), advance, start)
     any_finished = end.is_finished.any(axis=1)
-    lengths = (end.running[:, 0] != pad_token_id).sum(axis=1)
+    lengths = (end.running[:, 0, 1:] != pad_token_id).sum(axis=1)
     return Captions(
         tokens=jnp.where(any_finished[:, None], end.finished[:, 0], end.running[:, 0]),
         scores=jnp.where(

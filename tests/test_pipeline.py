@@ -1,0 +1,153 @@
+"""Order, blocks and batches; joining rows with images; the background thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repro.data.images import ImageStore
+from repro.data.pipeline import batches, blocks, check_sizes, epoch_order, prefetch, prepare_split
+from repro.errors import InputError
+from repro.training.loop import Schedule, epoch_batches
+
+sizes = st.integers(0, 60)
+
+
+@given(sizes, st.integers(0, 20))
+def test_blocks_partition_the_order(num_rows: int, block_size: int) -> None:
+    order = np.random.default_rng(num_rows).permutation(num_rows)
+    cut = list(blocks(order, block_size))
+    assert np.concatenate([*cut, []]).tolist() == order.tolist()
+    assert all(len(block) == block_size for block in cut[:-1])
+    assert len(cut) <= 1 or block_size
+
+
+@given(sizes, st.integers(1, 6), st.integers(1, 4))
+def test_batches_do_not_depend_on_the_block_size(num_rows: int, batch_size: int, batches_per_block: int) -> None:
+    order = np.random.default_rng(num_rows).permutation(num_rows)
+
+    def cut(block_size: int) -> list[list[int]]:
+        return [batch.tolist() for block in blocks(order, block_size) for batch in batches(block, batch_size)]
+
+    assert cut(batch_size * batches_per_block) == cut(0)
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.booleans())
+def test_every_row_comes_once_an_epoch_but_for_the_incomplete_batch(
+    num_rows: int, num_replicas: int, replica_batch: int, epoch: int, shuffle: bool
+) -> None:
+    schedule = Schedule(
+        seed=3, num_epochs=3, shuffle=shuffle, block_size=0, num_replicas=num_replicas, replica_batch=replica_batch
+    )
+    cut = list(epoch_batches(schedule, num_rows, epoch))
+    rows = np.concatenate([*cut, []]).astype(int).tolist()
+    assert all(len(batch) == schedule.global_batch for batch in cut)
+    assert len(rows) == num_rows // schedule.global_batch * schedule.global_batch
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(range(num_rows))
+    if not shuffle:
+        assert rows == sorted(rows)
+
+
+@pytest.mark.parametrize("partitionable", [True, False])
+def test_the_order_follows_the_documented_chain_of_keys(partitionable: bool) -> None:
+    with jax.threefry_partitionable(partitionable):
+        rng, _dropout = jax.random.split(jax.random.PRNGKey(42))
+        for epoch in range(3):
+            rng, input_rng = jax.random.split(rng)
+            expected = jax.random.permutation(input_rng, 50)
+            assert epoch_order(42, epoch, 50).tolist() == expected.tolist()
+
+
+def test_epochs_and_streams_have_orders_of_their_own() -> None:
+    orders = [epoch_order(42, epoch, 50).tolist() for epoch in (0, 1)]
+    with jax.threefry_partitionable(False):
+        orders.append(epoch_order(42, 0, 50).tolist())
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_the_order_is_drawn_from_the_stream_of_the_caller_even_when_another_thread_takes_the_batches() -> None:
+    schedule = Schedule(seed=1, num_epochs=1, shuffle=True, block_size=0, num_replicas=1, replica_batch=10)
+    with jax.threefry_partitionable(False):
+        expected = epoch_order(1, 0, 30).tolist()
+        taken = list(prefetch(epoch_batches(schedule, 30, 0)))
+    assert np.concatenate(taken).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "block_size", "words"),
+    [
+        (100, 12, "--block_size 12: must be 0 or a multiple of the global train batch of 8"),
+        (100, 24, "--block_size 24: must be 0 or a multiple of the global eval batch of 16"),
+        (100, -8, "--block_size -8"),
+        (7, 0, "train batch of 8 rows is larger than the data: 7 rows"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(num_rows: int, block_size: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_sizes(num_rows, train_batch=8, eval_batch=16, block_size=block_size)
+    check_sizes(8, train_batch=8, eval_batch=16, block_size=32)
+
+
+def make_split(tokenizer, failures: dict[str, str]):
+    paths = ["a.jpg", "b.jpg", "a.jpg", "c.jpg"]
+    dataset = Dataset.from_dict(
+        {"row": [0, 1, 2, 5], "image_path": paths, "image_id": paths, "caption": ["one", "two", "three", "four"]}
+    )
+    distinct = dict.fromkeys(paths)
+    store = ImageStore(
+        pixels=np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3),
+        index={path: place for place, path in enumerate(distinct) if path not in failures},
+        failures=failures,
+    )
+    return prepare_split(dataset, tokenizer, store, max_length=6, decoder_start_token_id=0, split="train"), store
+
+
+def test_rows_share_their_image_and_lose_it_together(tokenizer) -> None:
+    (split, dropped), store = make_split(tokenizer, {"b.jpg": "no such file"})
+    assert split.captions == ["one", "three", "four"]
+    assert [(row["row"], row["image_path"], row["reason"]) for row in dropped] == [(1, "b.jpg", "no such file")]
+    batch = split.batch(np.array([2, 0]))
+    np.testing.assert_array_equal(batch["pixels"], store.pixels[[2, 0]])
+    np.testing.assert_array_equal(batch["labels"], split.labels[[2, 0]])
+    assert split.image_index[0] == split.image_index[1]
+
+
+def test_no_row_left_is_an_error(tokenizer) -> None:
+    with pytest.raises(InputError, match=r"no row is left of 4.*a\.jpg: gone"):
+        make_split(tokenizer, dict.fromkeys(["a.jpg", "b.jpg", "c.jpg"], "gone"))
+
+
+@given(st.lists(st.integers(), max_size=20), st.integers(1, 4))
+def test_prefetch_keeps_every_item_in_order(items: list[int], size: int) -> None:
+    assert list(prefetch(iter(items), size)) == items
+
+
+def test_prefetch_raises_where_the_items_are_used() -> None:
+    def produce():
+        yield 1
+        raise OSError("the disk is gone")
+
+    items = prefetch(produce())
+    assert next(items) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(items)
+
+
+def test_prefetch_is_bounded_and_ends_with_its_consumer() -> None:
+    made: list[int] = []
+    before = threading.active_count()
+    items = prefetch((made.append(n) or n for n in range(1000)), size=2)
+    assert next(items) == 0
+    time.sleep(0.2)
+    assert len(made) <= 4  # one used, two waiting, one in the hand
+    items.close()
+    assert threading.active_count() == before
