@@ -1,0 +1,83 @@
+"""The documented command as the README has it, on local folders in the place of what a network would give."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, FlaxGPT2LMHeadModel, FlaxViTModel, GPT2Config, ViTConfig, ViTImageProcessor
+
+from repro.__main__ import main
+from repro.data.pocket import render_pocket
+from repro.models.pretrained import load_model
+
+README = Path(__file__).parents[1] / "README.md"
+ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
+
+
+@pytest.fixture
+def halves(tmp_path: Path, golden_inputs: Path) -> dict[str, str]:
+    """Folders with the weights of a tiny ViT and a tiny GPT-2, by the names that the command has for the real ones."""
+    config = json.loads((golden_inputs / "model" / "config.json").read_text())
+    encoder, decoder = tmp_path / "encoder", tmp_path / "decoder"
+    FlaxViTModel(ViTConfig(**config["encoder"]), seed=1).save_pretrained(encoder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(encoder)
+    settings = config["decoder"] | {"is_decoder": False, "add_cross_attention": False}
+    FlaxGPT2LMHeadModel(GPT2Config(**settings), seed=2).save_pretrained(decoder)
+    AutoTokenizer.from_pretrained(golden_inputs / "model").save_pretrained(decoder)
+    return {ENCODER: str(encoder), DECODER: str(decoder)}
+
+
+def documented_command() -> list[str]:
+    block = re.search(r"```\nrepro train \\\n.*?```", README.read_text(), re.S)
+    assert block, "the README has lost the documented command"
+    words = shlex.split(block.group().strip("`").replace("\\\n", " "))
+    assert words[:2] == ["repro", "train"]
+    return words[1:]
+
+
+def test_the_documented_command_runs_with_all_its_flags(
+    halves: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    render_pocket(tmp_path / "data", num_train=54, num_val=3, image_size=32, seed=1)
+    arguments = [halves.get(word, word.replace("$PWD", str(tmp_path))) for word in documented_command()]
+    assert main([*arguments, "--cache_dir", str(tmp_path / "cache")]) == 0
+    folder = tmp_path / "image-captioning-training-results"
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["num_replicas"] == 8  # the devices of the tests
+    assert facts["num_steps"] == 54 * 5 // 256
+    assert len(json.loads((folder / "ckpt_epoch_1_step_1" / "eval_generation.json").read_text())) == 15
+    assert "--push_to_hub: the Hub cannot be reached" in (folder / "log").read_text()
+    assert "eval_rouge2" in capsys.readouterr().out
+    load_model(str(folder / "ckpt_epoch_1_step_1"))
+
+
+def test_create_model_keeps_the_halves_and_reports_what_is_random(
+    halves: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--encoder_model_name_or_path", halves[ENCODER], "--decoder_model_name_or_path", halves[DECODER]]
+    model = tmp_path / "model"
+    assert main(["create-model", *flags, "--output_dir", str(model)]) == 0
+    assert "cross-attention and projection: random weights, seed 42" in capsys.readouterr().out
+    created = load_model(str(model))
+    encoder = FlaxViTModel.from_pretrained(halves[ENCODER]).params
+    decoder = FlaxGPT2LMHeadModel.from_pretrained(halves[DECODER]).params
+    path = ("layer", "1", "output", "dense", "kernel")
+    ours, theirs = created.params["encoder"]["encoder"], encoder["encoder"]
+    for name in path:
+        ours, theirs = ours[name], theirs[name]
+    assert (ours == theirs).all()
+    wte = created.params["decoder"]["transformer"]["wte"]["embedding"]
+    assert (wte == decoder["transformer"]["wte"]["embedding"]).all()
+    assert created.tokenizer.pad_token == created.tokenizer.eos_token == "<|endoftext|>"
+    assert main(["create-model", *flags, "--output_dir", str(model)]) == 2  # nothing is overwritten
+
+
+def test_the_readme_has_its_two_commands() -> None:
+    text = README.read_text()
+    assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/repro reproduce" in text
+    assert re.search(r"<!-- test command -->\n```\n\.venv/bin/pip install tox && \.venv/bin/tox\n```", text)
