@@ -106,11 +106,12 @@ def _execute(prepared: PreparedRun, writer: RunWriter) -> RunResult:
         for result in _steps(prepared, params):
             params, step = result.state.params, result.step
             steps.add(result)
-            if not (_evaluates_at(prepared, result) or _saves_at(prepared, result)):
+            evaluates = _evaluates_at(prepared, result)
+            if not evaluates and not _saves_at(prepared, result, saved_before=bool(checkpoints)):
                 continue
             steps.pause()
             folder = writer.folder / f"ckpt_epoch_{result.epoch}_step_{step}"
-            if args.do_eval:
+            if evaluates:
                 evaluate(params, "validation", "eval", folder)
             save_model(prepared.pretrained, jax.device_get(params), folder)
             checkpoints.append(folder)
@@ -146,9 +147,9 @@ def _evaluates_at(prepared: PreparedRun, result: StepResult) -> bool:
     return result.is_epoch_end
 
 
-def _saves_at(prepared: PreparedRun, result: StepResult) -> bool:
-    """Without evaluations the example saves nothing at all; a trained model is kept here."""
-    return not prepared.args.do_eval and result.step == prepared.num_steps
+def _saves_at(prepared: PreparedRun, result: StepResult, *, saved_before: bool) -> bool:
+    """The example saves when it evaluates, which may be never; no training ends without a model here."""
+    return result.step == prepared.num_steps and not saved_before
 
 
 def _steps(prepared: PreparedRun, params: Any) -> Iterator[StepResult]:

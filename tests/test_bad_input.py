@@ -214,6 +214,15 @@ def test_a_single_broken_image_or_caption_is_dropped_counted_and_listed(workplac
     assert (counts["read"], counts["kept"], counts["dropped"]) == (6, 4, 2)
 
 
+@pytest.mark.parametrize("do_eval", ["true", "false"])
+def test_no_training_ends_without_a_model(workplace: Workplace, do_eval: str) -> None:
+    assert workplace.train(protocol="current", do_eval=do_eval, eval_steps="500") == 0
+    (checkpoint,) = workplace.output_dir.glob("ckpt_*")
+    assert checkpoint.name == "ckpt_epoch_1_step_3"
+    assert (checkpoint / "flax_model.msgpack").is_file()
+    assert not (checkpoint / "eval_results.json").exists()  # --eval_steps suppresses the evaluation, as in the example
+
+
 def test_commands_and_recipes_are_looked_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "Did you mean train?" in capsys.readouterr().err

@@ -23,7 +23,9 @@ LAYERS = {
     "reporting": {"foundation", "data", "models", "training", "evaluation", "reporting"},
     "recipes": {"foundation", "recipes"},
 }
-FOUNDATION = {"errors", "protocol", "__init__"}
+FOUNDATION = {"errors", "protocol", "__init__", "__version__", "__doc__"}
+COMMANDS = {"__main__", "config", "prepare", "reproduce", "run"}
+TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "README.md"}
 MAX_LINES, MAX_TOTAL_LINES = 350, 4500
 
 
@@ -31,17 +33,38 @@ def layer(parts: tuple[str, ...]) -> str:
     """Which layer a module of `repro`, named by its path below the package, belongs to."""
     if parts[0] in LAYERS:
         return parts[0]
-    return "foundation" if parts[0] in FOUNDATION else COMMAND_LINE
+    if parts[0] in FOUNDATION:
+        return "foundation"
+    assert parts[0] in COMMANDS, f"repro.{parts[0]} has no place in the table"
+    return COMMAND_LINE
 
 
-def imported_modules(path: Path) -> set[tuple[str, ...]]:
+def imported_modules(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """The names below `repro` that a module inside `package` imports, as paths, relative imports resolved."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            origin = ".".join((*base, *([node.module] if node.module else [])))
+            names = [f"{origin}.{alias.name}" for alias in node.names]
         found |= {tuple(name.split(".")[1:]) or ("__init__",) for name in names if name.split(".")[0] == "repro"}
     return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import repro.config",
+        "from repro.config import X",
+        "from repro import config",
+        "from ..config import X",
+        "from .. import config",
+        "def f():\n    from repro.config import X",
+    ],
+)
+def test_every_spelling_of_an_import_is_seen(source: str) -> None:
+    assert {module[0] for module in imported_modules(source, ("repro", "data"))} == {"config"}
 
 
 def name_of(path: Path) -> str:
@@ -50,9 +73,11 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
-    own = layer(path.relative_to(PACKAGE).with_suffix("").parts)
+    place = path.relative_to(PACKAGE)
+    own = layer(place.with_suffix("").parts)
     if own != COMMAND_LINE:  # which may import everything, and alone sees the configuration
-        assert {layer(module) for module in imported_modules(path)} <= LAYERS[own]
+        imported = imported_modules(path.read_text(), ("repro", *place.parent.parts))
+        assert {layer(module) for module in imported} <= LAYERS[own]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -65,6 +90,14 @@ def test_a_module_is_short_and_says_its_idea(path: Path) -> None:
 
 def test_the_package_is_compact() -> None:
     assert sum(len(path.read_text().splitlines()) for path in MODULES) <= MAX_TOTAL_LINES
+
+
+def test_the_top_level_holds_what_is_given() -> None:
+    root = Path(__file__).parents[1]
+    listed = subprocess.run(["git", "-C", str(root), "ls-files"], capture_output=True, text=True, check=False).stdout
+    # Without git's list, in an unpacked archive, the folder itself is the list.
+    names = {line.split("/")[0] for line in listed.splitlines()} or {path.name for path in root.iterdir()}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
 
 
 @pytest.mark.parametrize("argument", ["--help", "--version"])

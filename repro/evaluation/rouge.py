@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+from nltk.stem.porter import PorterStemmer
 from nltk.tokenize import punkt
-from rouge_score import rouge_scorer
+from rouge_score import rouge_scorer, tokenize
 
 TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 NUM_RESAMPLES = 1000
@@ -60,7 +62,10 @@ def rouge_scores(
         LookupError: the English parameters were asked for and are not installed.
     """
     name, split = _splitter(splitter)
-    scorer = rouge_scorer.RougeScorer(list(TYPES), use_stemmer=True)
+    # Captions repeat few words, and stemming is most of the time: each word is stemmed once.
+    stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
+    stems = SimpleNamespace(tokenize=lambda text: tokenize.tokenize(text, stemmer))
+    scorer = rouge_scorer.RougeScorer(list(TYPES), tokenizer=stems)
     rows = np.empty((len(predictions), len(TYPES)))
     for place, pair in enumerate(zip(references, predictions, strict=True)):
         scores = scorer.score(*("\n".join(split.tokenize(text.strip())) for text in pair))
