@@ -20,6 +20,7 @@ COMMANDS = {
     "reproduce": "run a recipe offline and check its targets (default: pocket, minutes on a CPU)",
     "train": "fine-tune, evaluate and predict with the example's documented flags",
     "create-model": "join a vision encoder and a text decoder into a model folder",
+    "export": "write a model in both formats, for Flax and for PyTorch",
     "data": "make data: `repro data pocket FOLDER` renders captioned scenes",
 }
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "reproduce": _reproduce,
         "train": _train,
         "create-model": _create_model,
+        "export": _export,
         "data": _data,
     }
     try:
@@ -144,6 +146,27 @@ def _reproduce(argv: list[str]) -> int:
         print(f"{verdict.metric:24} {verdict.bounds:>22} {value:>12}  {word}")
     print(f"\n{'PASS' if result.passed else 'FAIL'}: written to {result.folder}")
     return 0 if result.passed else 1
+
+
+def _export(argv: list[str]) -> int:
+    from repro.config import ExportArguments, parse_arguments
+
+    (args,) = parse_arguments((ExportArguments,), argv, command="export")
+    for name in ("model_name_or_path", "output_dir"):
+        if getattr(args, name) is None:
+            raise InputError(f"--{name} is missing.")
+    _start_logging()
+    from repro.models.pretrained import Options, load_model, save_model
+    from repro.reporting.writer import check_output_dir
+
+    folder = Path(args.output_dir)
+    check_output_dir(folder, overwrite=False)
+    loaded = load_model(args.model_name_or_path, Options(implementation="native"))
+    save_model(loaded, loaded.params, folder)
+    for note in loaded.notes:
+        print(note)
+    print(f"written to {folder}")
+    return 0
 
 
 def _data(argv: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from repro.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
+IMPLEMENTATIONS = ("native", "transformers")
 
 Arguments = TypeVar("Arguments")
 
@@ -42,6 +43,14 @@ class CreateModelArguments:
 
 
 @dataclass(frozen=True)
+class ExportArguments:
+    """What `repro export` takes."""
+
+    model_name_or_path: str | None = _flag(None, "Folder or Hub id of the model to export.")
+    output_dir: str | None = _flag(None, "Folder to write it to.")
+
+
+@dataclass(frozen=True)
 class ModelArguments:
     """The model and how it computes."""
 
@@ -63,6 +72,15 @@ class ModelArguments:
     dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
     token: str | None = _flag(None, "Hub token, for private models and data sets.")
     trust_remote_code: bool = _flag(False, "Allow a Hub model to run its own code.")
+    model_implementation: str | None = _flag(
+        None,
+        "Further: this project's ViT-GPT-2, or transformers' Flax class for any pair (default: native for a ViT with a"
+        " GPT-2).",
+        choices=IMPLEMENTATIONS,
+    )
+    gradient_checkpointing: bool = _flag(
+        False, "Further: compute activations again in the backward pass, for less memory (native)."
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from repro.data.pipeline import CaptionedImages, check_sizes, prepare_split
 from repro.data.rows import Rows
 from repro.data.sources import load_splits
 from repro.errors import InputError
-from repro.models.pretrained import Pretrained, Source, create_model, load_model
+from repro.models.beam_search import check_beams
+from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.protocol import Protocol
 from repro.reporting.writer import check_output_dir
 from repro.training.optimizer import count_parameters
@@ -70,18 +71,19 @@ class PreparedRun:
 
 def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
     """Load the whole model that the flags name, or join the two halves that they name."""
-    options: dict[str, Any] = {
-        "dtype": model_args.dtype,
-        "use_fast_tokenizer": model_args.use_fast_tokenizer,
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.token,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
+    options = Options(
+        implementation=model_args.model_implementation,  # type: ignore[arg-type]
+        dtype=model_args.dtype,
+        gradient_checkpointing=model_args.gradient_checkpointing,
+        seed=seed,
+        use_fast_tokenizer=model_args.use_fast_tokenizer,
+        hub={name: getattr(model_args, name) for name in ("cache_dir", "token", "trust_remote_code")},
+    )
     if model_args.model_name_or_path is not None:
-        return load_model(model_args.model_name_or_path, **options)
+        return load_model(model_args.model_name_or_path, options)
     encoder = Source(model_args.encoder_model_name_or_path, model_args.encoder_config_name)
     decoder = Source(model_args.decoder_model_name_or_path, model_args.decoder_config_name)
-    return create_model(encoder, decoder, seed=seed, **options)
+    return create_model(encoder, decoder, options)
 
 
 def check_flags(model_args: ModelArguments, args: TrainingArguments) -> None:
@@ -137,6 +139,13 @@ def prepare(
     rows = {name: _first(split, limits[name]) for name, split in rows.items()}
     pretrained = load_or_create(model_args, seed=args.seed)
     _check_lengths(data_args, pretrained)
+    if data_args.predict_with_generate:
+        captioner = pretrained.captioner
+        check_beams(
+            num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
+            num_return_sequences=1,
+            vocab_size=captioner.config.decoder.vocab_size,
+        )
     splits, dropped = _decode(rows, pretrained, model_args, data_args, protocol, progress)
 
     num_replicas = args.num_replicas or len(devices)
@@ -265,6 +274,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         "platform": f"{jax.default_backend()}, {platform.platform()}, Python {sys.version.split()[0]}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "model": {
+            "implementation": type(prepared.pretrained.captioner).__name__,
             "parameters": count_parameters(prepared.pretrained.params),
             "notes": list(prepared.pretrained.notes),
         },

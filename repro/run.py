@@ -196,18 +196,16 @@ def _evaluator(prepared: PreparedRun) -> Evaluator:
     eval_step = jax.jit(make_eval_step(captioner.logits, label_smoothing=args.label_smoothing_factor))
     generate: Callable[[Any, np.ndarray], Any] | None = None
     if data_args.predict_with_generate:
-        settings = captioner.model.generation_config
+        settings = captioner.generation_config
         captions = jax.jit(
-            lambda params, pixels: (
-                captioner.generate(
-                    params,
-                    pixels,
-                    max_length=data_args.val_max_target_length or data_args.max_target_length,
-                    num_beams=data_args.num_beams or settings.num_beams,
-                    stop_rule=prepared.protocol.stop_rule,
-                    group_size=args.per_device_eval_batch_size,
-                ).tokens
-            )
+            lambda params, pixels: captioner.generate(
+                params,
+                pixels,
+                max_length=data_args.val_max_target_length or data_args.max_target_length,
+                num_beams=data_args.num_beams or settings.num_beams or 1,
+                stop_rule=prepared.protocol.stop_rule,
+                group_size=args.per_device_eval_batch_size,
+            ).tokens[:, 0]
         )
         generate = lambda params, pixels: captions(params, put(pixels, sharding))  # noqa: E731
     return Evaluator(

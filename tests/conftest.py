@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,10 +12,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import transformers
 from hypothesis import settings
 
 settings.register_profile("repro", database=None, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repro")
+
+# Each has a tox environment in which its tests must run: `tests`, and `torch`.
+collect_ignore = []
+if not hasattr(transformers, "FlaxVisionEncoderDecoderModel"):
+    collect_ignore.append("test_flax_class.py")
+if importlib.util.find_spec("torch") is None:
+    collect_ignore.append("test_torch.py")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -62,7 +62,7 @@ def test_create_model_keeps_the_halves_and_reports_what_is_random(
     flags = ["--encoder_model_name_or_path", halves[ENCODER], "--decoder_model_name_or_path", halves[DECODER]]
     model = tmp_path / "model"
     assert main(["create-model", *flags, "--output_dir", str(model)]) == 0
-    assert "cross-attention and projection: random weights, seed 42" in capsys.readouterr().out
+    assert "cross-attention, enc_to_dec_proj: random weights, seed 42" in capsys.readouterr().out
     created = load_model(str(model))
     encoder = FlaxViTModel.from_pretrained(halves[ENCODER]).params
     decoder = FlaxGPT2LMHeadModel.from_pretrained(halves[DECODER]).params

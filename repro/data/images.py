@@ -74,7 +74,8 @@ def resize_of(image_processor: Any) -> Resize:
     Raises:
         InputError: it does not resize to one fixed height and width.
     """
-    size = dict(image_processor.size)
+    # transformers 5 lists the sizes that are not given, too.
+    size = {name: pixels for name, pixels in dict(image_processor.size).items() if pixels is not None}
     if not image_processor.do_resize or set(size) != {"height", "width"}:
         raise InputError(
             f"image processor with do_resize {image_processor.do_resize} and size {size}: all images"

@@ -9,6 +9,9 @@ of a *group* of rows goes on while its rule says so; a row whose group has ended
            max_length.
 `exact`    As `current`, but each row is a group of its own.
 
+`early_stopping` is transformers': True ends a group once all its beams have ended, "never" compares with the best that
+max_length could bring.
+
 With one beam the search is greedy, as transformers makes it: each row ends, by itself, where its likeliest token is
 the end.
 
@@ -18,43 +21,67 @@ Source: Freitag and Al-Onaizan 2017 for the search; transformers 4.15 and 4.57 f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from repro.errors import InputError
 from repro.protocol import StopRule
 
 IMPOSSIBLE = -1.0e7
 """Log-probability of what must not be chosen; both versions of transformers use this value."""
 
 Cache = Any
-DecodeStep = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+DecodeStep = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+EarlyStopping = bool | Literal["never"]
 
 
 class Captions(NamedTuple):
-    """The best sequence of each row.
+    """The best R sequences of each row, best first.
 
     Attributes:
-        tokens: int32[B,L], start token first, padded after the end token.
-        scores: float32[B], length-normalized log-probability.
+        tokens: int32[B,R,L], start token first, padded after the end token.
+        scores: float32[B,R], length-normalized log-probability.
     """
 
     tokens: jax.Array
     scores: jax.Array
 
 
-class _Search(flax.struct.PyTreeNode):
-    length: jax.Array  # int32[], tokens so far, start token included
+class _Beams(flax.struct.PyTreeNode):
+    """What is known of some rows: the beams that go on, and the best that have ended."""
+
     running: jax.Array  # int32[B,K,L]
     running_scores: jax.Array  # float32[B,K], best first
     finished: jax.Array  # int32[B,K,L]
     finished_scores: jax.Array  # float32[B,K], best first
     is_finished: jax.Array  # bool[B,K]
+
+
+class _Search(flax.struct.PyTreeNode):
+    length: jax.Array  # int32[], tokens so far, start token included
+    beams: _Beams
+    parents: jax.Array  # int32[B,K], the beams that the running ones continue
     going_on: jax.Array  # bool[B]
     cache: Cache
+
+
+def check_beams(*, num_beams: int, num_return_sequences: int, vocab_size: int) -> None:
+    """Check what can be known before the search.
+
+    Raises:
+        InputError: there are no beams, more beams than tokens, or more sequences to return than beams.
+    """
+    if not 1 <= num_beams <= vocab_size:
+        raise InputError(f"--num_beams {num_beams}: must be between 1 and the vocabulary's {vocab_size} tokens.")
+    if not 1 <= num_return_sequences <= num_beams:
+        raise InputError(
+            f"--num_return_sequences {num_return_sequences}: must be between 1 and --num_beams {num_beams}."
+        )
 
 
 def beam_search(
@@ -70,88 +97,121 @@ def beam_search(
     stop_rule: StopRule,
     group_size: int = 1,
     length_penalty: float = 1.0,
-    early_stopping: bool = False,
+    early_stopping: EarlyStopping = False,
+    num_return_sequences: int = 1,
+    smallest_batch: int | None = None,
 ) -> Captions:
     """Find the most probable captions of a batch.
 
     Args:
-        decode_step: (tokens int32[B*K], position int32[], cache) to (logits [B*K,V], cache).
-        cache: pytree; the leading axis of every leaf that has one is B*K, row-major.
+        decode_step: (tokens int32[B,K], parents int32[B,K], position int32[], cache) to (logits [B,K,V], cache). A
+            beam continues what its parent had at the positions before; the cache is the step's to reorder.
+        cache: pytree; the leading axis of every leaf that has one is a multiple of B, row-major.
         max_length: tokens of a caption, start token included.
         group_size: rows of a device batch under the rules `2022` and `current`.
-        early_stopping: stop a group as soon as all its beams have ended.
+        num_return_sequences: R; where fewer have ended, the best of those that have not follow them.
+        smallest_batch: let rows that have ended leave the batch, halving it down to this many; None to keep them.
+            The decoder is compiled once for each size.
     """
     chex.assert_is_divisible(batch_size, group_size)
     group_size = 1 if stop_rule == "exact" or num_beams == 1 else group_size
-    rows, beams, penalty = batch_size, num_beams, length_penalty
-    blank = jnp.full((rows, beams, max_length), pad_token_id, jnp.int32)
+    beams, penalty = num_beams, length_penalty
+    furthest = max_length if stop_rule == "2022" else max_length - 1
 
-    def can_improve(search: _Search) -> jax.Array:
+    def can_improve(length: jax.Array, known: _Beams) -> jax.Array:
         """bool[B]: the stop rule, decided by each group for all of its rows."""
-        reach = max_length if stop_rule == "2022" else search.length - 1
-        best_running = search.running_scores[:, :1] / reach**penalty
-        worst_finished = jnp.where(search.is_finished, search.finished_scores.min(axis=1, keepdims=True), IMPOSSIBLE)
+        hopes_for_length = early_stopping == "never" and penalty > 0
+        reach = furthest if stop_rule == "2022" or hopes_for_length else length - 1
+        best_running = known.running_scores[:, :1] / reach**penalty
+        worst_finished = jnp.where(known.is_finished, known.finished_scores.min(axis=1, keepdims=True), IMPOSSIBLE)
         better = (best_running > worst_finished).reshape(-1, group_size * beams)
         on = better.all(axis=1) if stop_rule == "2022" else better.any(axis=1)
-        if early_stopping:
-            on &= ~search.is_finished.reshape(-1, group_size * beams).all(axis=1)
+        if early_stopping is True:
+            on &= ~known.is_finished.reshape(-1, group_size * beams).all(axis=1)
         return jnp.repeat(on, group_size)
 
     def advance(search: _Search) -> _Search:
-        last = jax.lax.dynamic_index_in_dim(search.running, search.length - 1, 2, keepdims=False)
-        logits, cache = decode_step(last.reshape(-1), search.length - 1, search.cache)
-        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(rows, beams, -1)
+        known, rows = search.beams, len(search.going_on)
+        last = jax.lax.dynamic_index_in_dim(known.running, search.length - 1, 2, keepdims=False)
+        logits, cache = decode_step(last, search.parents, search.length - 1, search.cache)
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
         vocabulary = log_probs.shape[-1]
-        totals = (log_probs + search.running_scores[:, :, None]).reshape(rows, -1)
+        totals = (log_probs + known.running_scores[:, :, None]).reshape(rows, -1)
 
         # Twice the beams: even if the best K all end here, K others go on. A greedy search ends there instead.
         scores, flat = jax.lax.top_k(totals, 2 * beams if beams > 1 else 1)
         parents, tokens = flat // vocabulary, flat % vocabulary
-        sequences = _take(search.running, parents).at[:, :, search.length].set(tokens)
+        sequences = _take(known.running, parents).at[:, :, search.length].set(tokens)
         ended = tokens == end_token_id
 
         running_scores, kept = jax.lax.top_k(scores + ended * IMPOSSIBLE, beams)
         final_scores = scores / search.length**penalty + ~ended * IMPOSSIBLE
-        if early_stopping:
-            final_scores += search.is_finished.all(axis=1, keepdims=True) * IMPOSSIBLE
-        finished_scores, best = jax.lax.top_k(jnp.concatenate([search.finished_scores, final_scores], axis=1), beams)
-        moved = _take(parents, kept) + jnp.arange(rows)[:, None] * beams
-        following = _Search(
-            length=search.length + 1,
+        if early_stopping is True:
+            final_scores += known.is_finished.all(axis=1, keepdims=True) * IMPOSSIBLE
+        finished_scores, best = jax.lax.top_k(jnp.concatenate([known.finished_scores, final_scores], axis=1), beams)
+        following = _Beams(
             running=_take(sequences, kept),
             running_scores=running_scores,
-            finished=_take(jnp.concatenate([search.finished, sequences], axis=1), best),
+            finished=_take(jnp.concatenate([known.finished, sequences], axis=1), best),
             finished_scores=finished_scores,
-            is_finished=_take(jnp.concatenate([search.is_finished, ended], axis=1), best),
-            going_on=search.going_on,
-            # Rows that have ended may reorder their cache: nothing reads it again.
-            cache=jax.tree.map(lambda x: x[moved.reshape(-1)] if x.ndim else x, cache),
+            is_finished=_take(jnp.concatenate([known.is_finished, ended], axis=1), best),
         )
-        following = following.replace(going_on=search.going_on & can_improve(following))
-        return _keep_ended(search, following)
+        length = search.length + 1
+        return _Search(
+            length=length,
+            # Rows whose group had ended keep their results.
+            beams=jax.tree.map(partial(_choose, search.going_on), following, known),
+            parents=_take(parents, kept),
+            going_on=search.going_on & can_improve(length, following),
+            cache=cache,
+        )
 
-    start = _Search(
-        length=jnp.asarray(1, jnp.int32),
+    blank = jnp.full((batch_size, beams, max_length), pad_token_id, jnp.int32)
+    results = _Beams(
         running=blank.at[:, :, 0].set(start_token_id),
         # All beams start alike; only the first may have children, or all K would be the same.
-        running_scores=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE), (rows, 1)),
+        running_scores=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE), (batch_size, 1)),
         finished=blank,
-        finished_scores=jnp.full((rows, beams), IMPOSSIBLE),
-        is_finished=jnp.zeros((rows, beams), bool),
-        going_on=jnp.ones(rows, bool),
+        finished_scores=jnp.full((batch_size, beams), IMPOSSIBLE),
+        is_finished=jnp.zeros((batch_size, beams), bool),
+    )
+    search = _Search(
+        length=jnp.asarray(1, jnp.int32),
+        beams=results,
+        parents=jnp.tile(jnp.arange(beams), (batch_size, 1)),
+        going_on=jnp.ones(batch_size, bool),
         cache=cache,
     )
-    end = jax.lax.while_loop(lambda search: (search.length < max_length) & search.going_on.any(), advance, start)
-    any_finished = end.is_finished.any(axis=1)
-    lengths = (end.running[:, 0, 1:] != pad_token_id).sum(axis=1)
-    return Captions(
-        tokens=jnp.where(any_finished[:, None], end.finished[:, 0], end.running[:, 0]),
-        scores=jnp.where(
-            any_finished,
-            end.finished_scores[:, 0],
-            end.running_scores[:, 0] / jnp.maximum(lengths, 1) ** penalty,
-        ),
-    )
+    row_of = jnp.arange(batch_size)
+    sizes = _batch_sizes(batch_size, group_size, smallest_batch)
+    for size, fewer in zip(sizes, [*sizes[1:], 0], strict=True):
+        goes_on = partial(_more_than, fewer, max_length)
+        search = jax.lax.while_loop(goes_on, advance, search)
+        results = jax.tree.map(lambda all_rows, some, row=row_of: all_rows.at[row].set(some), results, search.beams)
+        if fewer:
+            staying = jnp.argsort(~search.going_on, stable=True)[:fewer]
+            row_of = row_of[staying]
+            search = jax.tree.map(partial(_select_rows, staying, size), search)
+    return _best(results, num_return_sequences, pad_token_id, penalty)
+
+
+def _batch_sizes(batch_size: int, group_size: int, smallest: int | None) -> list[int]:
+    """The batch and its halves, in whole groups, down to the smallest."""
+    sizes = [batch_size]
+    while smallest is not None and sizes[-1] // 2 >= max(smallest, 1) and sizes[-1] // 2 % group_size == 0:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _more_than(fewer: int, max_length: int, search: _Search) -> jax.Array:
+    return (search.length < max_length) & (search.going_on.sum() > fewer)
+
+
+def _select_rows(rows: jax.Array, size: int, leaf: jax.Array) -> jax.Array:
+    """Pick rows of [size*n,...], n entries a row."""
+    if leaf.ndim == 0:
+        return leaf
+    return leaf.reshape(size, -1, *leaf.shape[1:])[rows].reshape(-1, *leaf.shape[1:])
 
 
 def _take(values: jax.Array, indices: jax.Array) -> jax.Array:
@@ -159,11 +219,18 @@ def _take(values: jax.Array, indices: jax.Array) -> jax.Array:
     return values[jnp.arange(values.shape[0])[:, None], indices]
 
 
-def _keep_ended(before: _Search, after: _Search) -> _Search:
-    """Leave the results of rows whose group had ended as they were."""
+def _choose(condition: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    return jnp.where(condition.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
 
-    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(before.going_on.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    names = ("running", "running_scores", "finished", "finished_scores", "is_finished")
-    return after.replace(**{name: choose(getattr(before, name), getattr(after, name)) for name in names})
+def _best(known: _Beams, number: int, pad_token_id: int, penalty: float) -> Captions:
+    """The first `number` of the sequences that ended, then of those that did not."""
+    lengths = (known.running[:, :, 1:] != pad_token_id).sum(axis=2)
+    running_scores = known.running_scores / jnp.maximum(lengths, 1) ** penalty
+    # Places that no ended sequence took go to the end; the order within each kind stays.
+    empty = jnp.concatenate([~known.is_finished, jnp.zeros_like(known.is_finished)], axis=1)
+    chosen = jnp.argsort(empty, axis=1, stable=True)[:, :number]
+    return Captions(
+        tokens=_take(jnp.concatenate([known.finished, known.running], axis=1), chosen),
+        scores=_take(jnp.concatenate([known.finished_scores, running_scores], axis=1), chosen),
+    )

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import importlib
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
-    FlaxAutoModel,
-    FlaxAutoModelForCausalLM,
-    FlaxVisionEncoderDecoderModel,
+    GenerationConfig,
     PretrainedConfig,
     VisionEncoderDecoderConfig,
     ViTImageProcessor,
 )
+from transformers import __version__ as transformers_version
 
-from repro.data.images import pixel_table
+from repro.data.images import pixel_table, resize_of
 from repro.errors import InputError
-from repro.models.transformers_flax import Captioner, Params
+from repro.models.captioner import Captioner, Params, check_config, is_supported
+from repro.models.weights import DECODER, ENCODER, WHOLE, load_weights, save_weights
 
+Implementation = Literal["native", "transformers"]
 Loaded = TypeVar("Loaded")
+
+SPARE_TOKENS = 128
+"""Rows by which an embedding may exceed the tokenizer: vocabularies are rounded up to a multiple of at most this."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +39,12 @@ class Pretrained:
     """A model and what belongs to it.
 
     Attributes:
+        captioner: a `Captioner`, or a `FlaxClassCaptioner`.
         params: float32 parameter tree of `captioner`.
         notes: what was initialized at random instead of loaded, for the log.
     """
 
-    captioner: Captioner
+    captioner: Any
     params: Params
     tokenizer: Any
     image_processor: Any
@@ -57,46 +65,60 @@ class Source:
         return path
 
 
-def load_model(path: str, *, dtype: str = "float32", use_fast_tokenizer: bool = True, **hub: Any) -> Pretrained:
+@dataclass(frozen=True)
+class Options:
+    """How a model is read and how it computes.
+
+    Attributes:
+        implementation: None for `native` where it knows the pair, else `transformers`.
+        dtype: type of the computation.
+        gradient_checkpointing: compute activations again in the backward pass.
+        seed: of the weights that are not loaded.
+        hub: cache_dir, token, trust_remote_code.
+    """
+
+    implementation: Implementation | None = None
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    seed: int = 42
+    use_fast_tokenizer: bool = True
+    hub: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def download(self) -> dict[str, Any]:
+        """What the functions that read files take; they run no code."""
+        return {name: value for name, value in self.hub.items() if name != "trust_remote_code"}
+
+
+def load_model(path: str, options: Options | None = None) -> Pretrained:
     """Load a vision-encoder-text-decoder model saved in the Hugging Face layout.
 
     Args:
         path: folder or Hub id.
-        dtype: type of the computation.
-        **hub: cache_dir, token, trust_remote_code.
 
     Raises:
-        InputError: configuration, weights, tokenizer or image processor are missing or unusable.
+        InputError: configuration, weights, tokenizer or image processor are missing, unusable, or do not go together.
     """
-    # This class takes no trust_remote_code: there is no code but transformers' own for it.
-    options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-    model = _read(
-        path,
-        "the model",
-        lambda: FlaxVisionEncoderDecoderModel.from_pretrained(path, dtype=jnp.dtype(dtype), **options),
-    )
-    tokenizer = _read(
-        path,
-        "the tokenizer",
-        lambda: AutoTokenizer.from_pretrained(path, use_fast=use_fast_tokenizer, **hub),
-    )
+    options = options or Options()
+    config = _read(path, "the configuration", lambda: VisionEncoderDecoderConfig.from_pretrained(path, **options.hub))
+    tokenizer = _read_tokenizer(path, options)
     processor = _read(
         path,
         "the image processor (preprocessor_config.json)",
-        lambda: AutoImageProcessor.from_pretrained(path, use_fast=False, **hub),
+        lambda: AutoImageProcessor.from_pretrained(path, use_fast=False, **options.hub),
     )
-    return _assemble(model, model.params, tokenizer, processor, path)
+    if _implementation(config, options) == "transformers":
+        module = _transformers_flax()
+        model, params = _read(path, "the model", lambda: module.load(path, dtype=options.dtype, **options.download))
+        captioner = module.FlaxClassCaptioner(model, pixel_table(processor))
+        return _assemble(path, captioner, params, tokenizer, processor)
+    _check_parts(path, config, tokenizer, processor)
+    captioner = _native(config, _generation_config(path, config, options), processor, options)
+    params, random = _load_weights(path, lambda: captioner.init(options.seed), WHOLE, options)
+    return _assemble(path, captioner, params, tokenizer, processor, _notes(random, options.seed))
 
 
-def create_model(
-    encoder: Source,
-    decoder: Source,
-    *,
-    seed: int,
-    dtype: str = "float32",
-    use_fast_tokenizer: bool = True,
-    **hub: Any,
-) -> Pretrained:
+def create_model(encoder: Source, decoder: Source, options: Options | None = None) -> Pretrained:
     """Join a vision encoder and a text decoder; cross-attention, and halves without weights, are random.
 
     The decoder's bos token starts its captions and its eos token pads them, unless its configuration says otherwise.
@@ -104,57 +126,129 @@ def create_model(
     Raises:
         InputError: a half is not named, or cannot be read.
     """
+    options = options or Options()
     for half, source in (("encoder", encoder), ("decoder", decoder)):
         if source.weights is None and source.config is None:
             raise InputError(
                 f"no {half} is named: give --{half}_model_name_or_path, or --{half}_config_name for random weights."
             )
-    encoder_config, decoder_config = (_read_config(source.config_path, hub) for source in (encoder, decoder))
-    decoder_config.is_decoder = decoder_config.add_cross_attention = True
-    config: Any = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder_config, decoder_config)
-    start, end, pad = (
-        getattr(decoder_config, name) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-    )
-    config.decoder_start_token_id = decoder_config.bos_token_id if start is None else start
-    config.eos_token_id = end
-    config.pad_token_id = end if pad is None else pad
-
-    model = FlaxVisionEncoderDecoderModel(config, seed=seed, dtype=jnp.dtype(dtype))
-    halves, notes = {}, ["cross-attention and projection: random weights, seed " + str(seed)]
-    for half, source, kind, half_config in (
-        ("encoder", encoder, FlaxAutoModel, encoder_config),
-        ("decoder", decoder, FlaxAutoModelForCausalLM, decoder_config),
-    ):
-        if source.weights is None:
-            notes.append(f"{half}: random weights, seed {seed}")
-        else:
-            halves[half] = _half_weights(source.weights, kind, half_config, seed, hub)
-    tokenizer = _read(
-        decoder.weights or decoder.config_path,
-        "the tokenizer",
-        lambda: AutoTokenizer.from_pretrained(
-            decoder.weights or decoder.config_path, use_fast=use_fast_tokenizer, **hub
-        ),
-    )
-    params = {**model.params, **halves}
-    processor = _image_processor(encoder, encoder_config, hub)
-    return _assemble(model, params, tokenizer, processor, decoder.config_path, notes=tuple(notes))
+    config = _joined_config(*(_read_config(source.config_path, options.hub) for source in (encoder, decoder)))
+    path = decoder.weights or decoder.config_path
+    tokenizer = _read_tokenizer(path, options)
+    processor = _image_processor(encoder, config.encoder, options.hub)
+    sources = {"encoder": encoder.weights, "decoder": decoder.weights}
+    notes = [f"{half}: random weights, seed {options.seed}" for half, weights in sources.items() if weights is None]
+    if _implementation(config, options) == "transformers":
+        notes = [f"cross-attention and projection: random weights, seed {options.seed}", *notes]
+        module = _transformers_flax()
+        settings = {"seed": options.seed, "dtype": options.dtype, **options.hub}
+        model, params = _read(path, "the weights", lambda: module.create(config, sources, **settings))
+        captioner = module.FlaxClassCaptioner(model, pixel_table(processor))
+        return _assemble(path, captioner, params, tokenizer, processor, notes)
+    _check_parts(path, config, tokenizer, processor)
+    captioner = _native(config, GenerationConfig.from_model_config(config), processor, options)
+    params = initial = captioner.init(options.seed)
+    random = ["enc_to_dec_proj.kernel"] if "enc_to_dec_proj" in initial else []
+    for weights, holds in ((encoder.weights, ENCODER), (decoder.weights, DECODER)):
+        if weights is not None:
+            half, missing = _load_weights(weights, lambda: initial, holds, options)
+            params, random = {**params, **half}, random + missing
+    return _assemble(path, captioner, params, tokenizer, processor, [*notes, *_notes(random, options.seed)])
 
 
 def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
-    """Write weights, configuration, generation configuration, tokenizer and image processor to a folder."""
-    pretrained.captioner.model.save_pretrained(folder, params=params)
+    """Write weights, configuration, generation configuration, tokenizer and image processor to a folder.
+
+    A native model's weights are written twice, for Flax and for PyTorch; another pair's for Flax alone.
+    """
+    captioner = pretrained.captioner
+    if isinstance(captioner, Captioner):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(params, folder)
+        captioner.config.save_pretrained(folder)
+        captioner.generation_config.save_pretrained(folder)
+    else:
+        captioner.model.save_pretrained(folder, params=params)
     pretrained.tokenizer.save_pretrained(folder)
     pretrained.image_processor.save_pretrained(folder)
+
+
+def _implementation(config: Any, options: Options) -> Implementation:
+    native = is_supported(config)
+    chosen = options.implementation or ("native" if native else "transformers")
+    pair = f"{config.encoder.model_type} with {config.decoder.model_type}"
+    if chosen == "native" and not native:
+        raise InputError(f"--model_implementation native: knows vit with gpt2, not {pair}; use transformers.")
+    if chosen == "transformers" and options.gradient_checkpointing:
+        raise InputError("--gradient_checkpointing: needs --model_implementation native, which knows vit with gpt2.")
+    return chosen
+
+
+def _transformers_flax() -> Any:
+    try:
+        return importlib.import_module("repro.models.transformers_flax")
+    except ImportError as error:
+        raise InputError(
+            f"--model_implementation transformers: transformers {transformers_version} has no Flax classes; install"
+            " 'transformers<5', or use a ViT with a GPT-2, which need none."
+        ) from error
+
+
+def _native(config: Any, generation_config: Any, processor: Any, options: Options) -> Captioner:
+    return Captioner(
+        config,
+        generation_config,
+        pixel_table(processor),
+        dtype=jnp.dtype(options.dtype),
+        remat=options.gradient_checkpointing,
+    )
+
+
+def _load_weights(path: str, initial: Callable[[], Params], holds: str, options: Options) -> tuple[Params, list[str]]:
+    return _read(path, "the weights", lambda: load_weights(path, initial, holds=holds, **options.download))
+
+
+def _generation_config(path: str, config: Any, options: Options) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(path, **options.download)
+    except OSError:  # models saved before there was such a file
+        return GenerationConfig.from_model_config(config)
+
+
+def _notes(random: Iterable[str], seed: int) -> list[str]:
+    """Say in one line which kinds of weights are random."""
+    kinds = {
+        "cross-attention": r"crossattention|ln_cross_attn",
+        "enc_to_dec_proj": "enc_to_dec_proj",
+        "pooler (unused)": "pooler",
+    }
+    found = [kind for kind, pattern in kinds.items() if any(re.search(pattern, name) for name in random)]
+    return [f"{', '.join(found)}: random weights, seed {seed}"] if found else []
+
+
+def _joined_config(encoder: Any, decoder: Any) -> Any:
+    decoder.is_decoder = decoder.add_cross_attention = True
+    config: Any = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.architectures = ["VisionEncoderDecoderModel"]
+    start, end, pad = (
+        getattr(decoder, name, None) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+    )
+    config.decoder_start_token_id = decoder.bos_token_id if start is None else start
+    config.eos_token_id = end
+    config.pad_token_id = end if pad is None else pad
+    return config
 
 
 def _read_config(path: str, hub: dict[str, Any]) -> Any:
     return _read(path, "the configuration", lambda: AutoConfig.from_pretrained(path, **hub))
 
 
-def _half_weights(path: str, kind: Any, config: PretrainedConfig, seed: int, hub: dict[str, Any]) -> Params:
-    loaded = _read(path, "the weights", lambda: kind.from_pretrained(path, config=config, seed=seed, **hub))
-    return loaded.params
+def _read_tokenizer(path: str, options: Options) -> Any:
+    return _read(
+        path,
+        "the tokenizer",
+        lambda: AutoTokenizer.from_pretrained(path, use_fast=options.use_fast_tokenizer, **options.hub),
+    )
 
 
 def _image_processor(encoder: Source, config: PretrainedConfig, hub: dict[str, Any]) -> Any:
@@ -167,10 +261,27 @@ def _image_processor(encoder: Source, config: PretrainedConfig, hub: dict[str, A
         return ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
 
 
+def _check_parts(path: str, config: Any, tokenizer: Any, processor: Any) -> None:
+    """Check that a native model's parts fit together, before its weights are read."""
+    check_config(config)
+    side, size = config.encoder.image_size, resize_of(processor)
+    if (size.height, size.width) != (side, side):
+        raise InputError(
+            f"{path}: the image processor makes images of {size.height} x {size.width} pixels, and the encoder's"
+            f" position embeddings are for {side} x {side}; set size in preprocessor_config.json to {side}."
+        )
+    tokens, rows = len(tokenizer), config.decoder.vocab_size
+    if not tokens <= rows < tokens + SPARE_TOKENS:
+        raise InputError(
+            f"{path}: the tokenizer has {tokens} tokens and the decoder's vocabulary {rows}; use the tokenizer that"
+            " the decoder was trained with, or set vocab_size in config.json."
+        )
+
+
 def _assemble(
-    model: Any, params: Params, tokenizer: Any, processor: Any, path: str, *, notes: tuple[str, ...] = ()
+    path: str, captioner: Any, params: Params, tokenizer: Any, processor: Any, notes: Iterable[str] = ()
 ) -> Pretrained:
-    config = model.config
+    config = captioner.config
     for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name, None) is None:
             raise InputError(
@@ -183,18 +294,14 @@ def _assemble(
             " token; use the decoder's own tokenizer, or set pad_token_id in config.json."
         )
     tokenizer.pad_token = pad_token
-    return Pretrained(
-        captioner=Captioner(model=model, pixel_table=pixel_table(processor)),
-        params=params,
-        tokenizer=tokenizer,
-        image_processor=processor,
-        notes=notes,
-    )
+    return Pretrained(captioner, params, tokenizer, processor, tuple(notes))
 
 
 def _read(path: str, what: str, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: {what} cannot be loaded. Give a folder that holds it, or a Hub id where there"

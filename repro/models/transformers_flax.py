@@ -1,28 +1,27 @@
-"""transformers' `FlaxVisionEncoderDecoderModel` behind the two functions that training and evaluation need."""
+"""transformers' `FlaxVisionEncoderDecoderModel` behind the interface of `Captioner`, for any pair that it supports.
+
+transformers 5 has no Flax classes; nothing but this module needs one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import FlaxVisionEncoderDecoderModel
+from transformers import FlaxAutoModel, FlaxAutoModelForCausalLM, FlaxVisionEncoderDecoderModel
 
-from repro.models.beam_search import Captions, beam_search
-from repro.protocol import StopRule
-
-Params = Any
+from repro.models.beam_search import Captions
+from repro.models.captioner import Params, normalize, search
 
 
 @dataclass(frozen=True)
-class Captioner:
-    """A captioning model as pure functions of its parameters.
+class FlaxClassCaptioner:
+    """`Captioner` for a model of transformers; its own parameters are not used.
 
     Attributes:
-        model: the transformers model; its own parameters are not used.
         pixel_table: float32[256,3], the normalized value of each byte in each channel.
     """
 
@@ -31,8 +30,11 @@ class Captioner:
 
     @property
     def config(self) -> Any:
-        """The `VisionEncoderDecoderConfig`."""
         return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.model.generation_config
 
     def logits(
         self,
@@ -43,21 +45,11 @@ class Captioner:
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Predict each next token, with dropout where a key is given.
-
-        Args:
-            pixels: uint8[B,S,S,3]
-            decoder_input_ids: int32[B,T]
-            decoder_attention_mask: int32[B,T]
-            dropout_key: uint32[2]
-
-        Returns:
-            [B,T,V] in the model's dtype.
-        """
+        """See `Captioner.logits`."""
         length = decoder_input_ids.shape[-1]
         outputs: Any = self.model.module.apply(
             {"params": params},
-            self._normalize(pixels),
+            normalize(pixels, self.pixel_table, self.model.dtype),
             decoder_input_ids,
             decoder_attention_mask,
             jnp.broadcast_to(jnp.arange(length), decoder_input_ids.shape),
@@ -67,57 +59,56 @@ class Captioner:
         return outputs.logits
 
     def generate(
-        self,
-        params: Params,
-        pixels: jax.Array,
-        *,
-        max_length: int,
-        num_beams: int,
-        stop_rule: StopRule,
-        group_size: int,
+        self, params: Params, pixels: jax.Array, *, max_length: int, num_beams: int, **settings: Any
     ) -> Captions:
-        """Caption uint8[B,S,S,3]; the further arguments are those of `beam_search`."""
-        rows = pixels.shape[0]
-        states = self._encode(params, pixels)
-        outputs = (jnp.repeat(states, num_beams, axis=0),)
-        cache = self.model.init_cache(rows * num_beams, max_length, outputs)
-        mask = jnp.ones((rows * num_beams, max_length), jnp.int32)
+        """See `Captioner.generate`; here each beam has a copy of its image's states, as transformers has it."""
+        images = jnp.moveaxis(normalize(pixels, self.pixel_table, self.model.dtype), -1, 1)
+        states = self.model.encode(images, params=params).last_hidden_state
+        states = jnp.repeat(states, num_beams, axis=0)
+        past = self.model.init_cache(len(states), max_length, (states,))
 
-        def decode_step(tokens: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        def decode_step(
+            tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: tuple[jax.Array, Any]
+        ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            states, past = cache
+            rows, beams = tokens.shape
+            ancestors = (parents + jnp.arange(rows)[:, None] * beams).reshape(-1)
             step = self.model.decode(
-                tokens[:, None],
-                outputs,
-                decoder_attention_mask=mask,
-                decoder_position_ids=jnp.broadcast_to(position, (len(tokens), 1)),
-                past_key_values=cache,
+                tokens.reshape(-1, 1),
+                (states,),
+                decoder_attention_mask=jnp.ones((rows * beams, max_length), jnp.int32),
+                decoder_position_ids=jnp.broadcast_to(position, (rows * beams, 1)),
+                past_key_values=jax.tree.map(lambda x: x[ancestors] if x.ndim else x, past),
                 params=params,
                 return_dict=True,
             )
-            return step.logits[:, -1], step.past_key_values
+            return step.logits[:, -1].reshape(rows, beams, -1), (states, step.past_key_values)
 
-        settings = self.model.generation_config
-        return beam_search(
+        return search(
+            self,
             decode_step,
-            cache,
-            batch_size=rows,
-            num_beams=num_beams,
+            (states, past),
+            batch_size=len(pixels),
             max_length=max_length,
-            start_token_id=self.config.decoder_start_token_id,
-            end_token_id=self.config.eos_token_id,
-            pad_token_id=self.config.pad_token_id,
-            stop_rule=stop_rule,
-            group_size=group_size,
-            length_penalty=settings.length_penalty,
-            early_stopping=settings.early_stopping is True,
+            num_beams=num_beams,
+            **settings,
         )
 
-    def _encode(self, params: Params, pixels: jax.Array) -> jax.Array:
-        channels_first = jnp.moveaxis(self._normalize(pixels), -1, 1)
-        return self.model.encode(channels_first, params=params).last_hidden_state
 
-    def _normalize(self, pixels: jax.Array) -> jax.Array:
-        chex.assert_shape(pixels, (None, None, None, 3))
-        chex.assert_type(pixels, jnp.uint8)
-        table = jnp.asarray(self.pixel_table)
-        normalized = table[pixels.astype(jnp.int32), jnp.arange(3)]
-        return normalized.astype(self.model.dtype)
+def load(path: str, *, dtype: str, **hub: Any) -> tuple[FlaxVisionEncoderDecoderModel, Params]:
+    """Load a whole model and its parameters."""
+    model = FlaxVisionEncoderDecoderModel.from_pretrained(path, dtype=jnp.dtype(dtype), **hub)
+    return model, model.params
+
+
+def create(
+    config: Any, halves: dict[str, str | None], *, seed: int, dtype: str, **hub: Any
+) -> tuple[FlaxVisionEncoderDecoderModel, Params]:
+    """Make a model with random weights, and those of each half ("encoder", "decoder") that has a path."""
+    model = FlaxVisionEncoderDecoderModel(config, seed=seed, dtype=jnp.dtype(dtype))
+    params = dict(model.params)
+    for half, kind in (("encoder", FlaxAutoModel), ("decoder", FlaxAutoModelForCausalLM)):
+        path = halves[half]
+        if path is not None:
+            params[half] = kind.from_pretrained(path, config=getattr(config, half), seed=seed, **hub).params
+    return model, params

@@ -1,0 +1,243 @@
+"""ViT and GPT-2 joined into a captioner with the parameter tree of `FlaxVisionEncoderDecoderModel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repro.errors import InputError
+from repro.models.beam_search import Captions, beam_search, check_beams
+from repro.models.gpt2 import GPT2, Cache
+from repro.models.layers import ACTIVATIONS
+from repro.models.vit import ViT
+from repro.protocol import StopRule
+
+Params = Any
+CHANNELS = 3
+"""Red, green, blue: what the image cache holds."""
+
+
+def is_supported(config: Any) -> bool:
+    """Whether a `VisionEncoderDecoderConfig` is of a ViT and a GPT-2."""
+    return (config.encoder.model_type, config.decoder.model_type) == ("vit", "gpt2")
+
+
+def check_config(config: Any) -> None:
+    """Check every configuration value that changes the arithmetic and has values which these modules do not know.
+
+    Raises:
+        InputError: names the first such value.
+    """
+    encoder, decoder = config.encoder, config.decoder
+    acts = " or ".join(ACTIVATIONS)
+    supported = (
+        (encoder, "model_type", encoder.model_type == "vit", "vit"),
+        (decoder, "model_type", decoder.model_type == "gpt2", "gpt2"),
+        (encoder, "hidden_act", encoder.hidden_act in ACTIVATIONS, acts),
+        (decoder, "activation_function", decoder.activation_function in ACTIVATIONS, acts),
+        (encoder, "num_channels", encoder.num_channels == CHANNELS, str(CHANNELS)),
+        (encoder, "patch_size", isinstance(encoder.patch_size, int), "one number"),
+        (encoder, "image_size", isinstance(encoder.image_size, int), "one number"),
+        (
+            encoder,
+            "num_attention_heads",
+            encoder.hidden_size % encoder.num_attention_heads == 0,
+            "a divisor of the width",
+        ),
+        (decoder, "n_head", decoder.hidden_size % decoder.num_attention_heads == 0, "a divisor of the width"),
+        (decoder, "add_cross_attention", decoder.add_cross_attention, "true"),
+        (
+            decoder,
+            "cross_attention_hidden_size",
+            getattr(decoder, "cross_attention_hidden_size", None) in (None, decoder.hidden_size),
+            "null, so that enc_to_dec_proj joins the widths",
+        ),
+    )
+    for half, name, is_good, wanted in supported:
+        if not is_good:
+            raise InputError(
+                f"config.json, {half.model_type}: {name} {getattr(half, name)!r} is not supported by the native model,"
+                f" which wants {wanted}; change it, or try --model_implementation transformers."
+            )
+
+
+class VisionEncoderDecoder(nn.Module):
+    """An image encoder whose states a text decoder attends to, projected where their widths differ.
+
+    Attributes:
+        config: a `VisionEncoderDecoderConfig` of a ViT and a GPT-2.
+        dtype: type of the computation; parameters are float32.
+        remat: trade time for memory in training, layer by layer.
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        encoder, decoder = self.config.encoder, self.config.decoder
+        self.encoder = ViT(encoder, self.dtype, self.remat)
+        self.decoder = GPT2(decoder, self.dtype, self.remat)
+        if encoder.hidden_size != decoder.hidden_size:
+            self.enc_to_dec_proj = nn.Dense(
+                decoder.hidden_size, kernel_init=nn.initializers.normal(decoder.initializer_range), dtype=self.dtype
+            )
+
+    def __call__(
+        self,
+        pixel_values: jax.Array,
+        decoder_input_ids: jax.Array,
+        decoder_attention_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Normalized pixels [B,S,S,C] and int32[B,T] twice to logits [B,T,V]."""
+        states = self.encode(pixel_values, deterministic=deterministic)
+        return self.decoder(decoder_input_ids, decoder_attention_mask, states, deterministic=deterministic)
+
+    def encode(self, pixel_values: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Normalized pixels [B,S,S,C] to what the decoder attends to, [B,N,D]."""
+        states = self.encoder(pixel_values, deterministic=deterministic)
+        return self.enc_to_dec_proj(states) if hasattr(self, "enc_to_dec_proj") else states
+
+    def start_cache(self, pixel_values: jax.Array, *, num_beams: int, max_length: int) -> Cache:
+        """Encode images for `decode_step`."""
+        return self.decoder.start_cache(self.encode(pixel_values), num_beams=num_beams, max_length=max_length)
+
+    def decode_step(
+        self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """`GPT2.decode_step`."""
+        return self.decoder.decode_step(tokens, parents, position, cache)
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A captioning model as pure functions of its parameters.
+
+    Attributes:
+        config: a `VisionEncoderDecoderConfig` of a ViT and a GPT-2.
+        generation_config: a `GenerationConfig`; beams, length penalty and early stopping where nothing else is asked.
+        pixel_table: float32[256,3], the normalized value of each byte in each channel.
+        dtype: type of the computation.
+        remat: see `VisionEncoderDecoder`.
+    """
+
+    config: Any
+    generation_config: Any
+    pixel_table: np.ndarray
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @property
+    def module(self) -> VisionEncoderDecoder:
+        return VisionEncoderDecoder(self.config, self.dtype, self.remat)
+
+    def init(self, seed: int) -> Params:
+        """Make the random parameters that `FlaxVisionEncoderDecoderModel` makes from the same seed."""
+        side, channels = self.config.encoder.image_size, self.config.encoder.num_channels
+        params_key, _ = jax.random.split(jax.random.PRNGKey(seed))
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        variables = jax.jit(self.module.init)(params_key, jnp.zeros((1, side, side, channels)), tokens, tokens)
+        return variables["params"]
+
+    def logits(
+        self,
+        params: Params,
+        pixels: jax.Array,
+        decoder_input_ids: jax.Array,
+        decoder_attention_mask: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Predict each next token, with dropout where a key is given.
+
+        Args:
+            pixels: uint8[B,S,S,3]
+            decoder_input_ids: int32[B,T]
+            decoder_attention_mask: int32[B,T]
+            dropout_key: uint32[2]
+
+        Returns:
+            [B,T,V] in the model's dtype.
+        """
+        logits: Any = self.module.apply(
+            {"params": params},
+            normalize(pixels, self.pixel_table, self.dtype),
+            decoder_input_ids,
+            decoder_attention_mask,
+            deterministic=dropout_key is None,
+            rngs={} if dropout_key is None else {"dropout": dropout_key},
+        )
+        return logits
+
+    def generate(
+        self, params: Params, pixels: jax.Array, *, max_length: int, num_beams: int, **settings: Any
+    ) -> Captions:
+        """Caption uint8[B,S,S,3]; `settings` are `search`'s.
+
+        Raises:
+            InputError: there are more beams than tokens, or more sequences to return than beams.
+        """
+        # Once, and not at every step of the search.
+        params = jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)
+        apply = partial(self.module.apply, {"params": params})
+        images = normalize(pixels, self.pixel_table, self.dtype)
+        return search(
+            self,
+            partial(apply, method="decode_step"),
+            apply(images, num_beams=num_beams, max_length=max_length, method="start_cache"),
+            batch_size=len(pixels),
+            max_length=max_length,
+            num_beams=num_beams,
+            **settings,
+        )
+
+
+def normalize(pixels: jax.Array, pixel_table: np.ndarray, dtype: Any) -> jax.Array:
+    """Look up what each byte of uint8[B,S,S,3] stands for."""
+    chex.assert_shape(pixels, (None, None, None, 3))
+    chex.assert_type(pixels, jnp.uint8)
+    return jnp.asarray(pixel_table)[pixels.astype(jnp.int32), jnp.arange(3)].astype(dtype)
+
+
+def search(
+    captioner: Any,
+    decode_step: Any,
+    cache: Any,
+    *,
+    batch_size: int,
+    max_length: int,
+    num_beams: int,
+    stop_rule: StopRule,
+    group_size: int,
+    num_return_sequences: int = 1,
+    smallest_batch: int | None = None,
+) -> Captions:
+    """`beam_search` with a captioner's special tokens, length penalty and early stopping."""
+    config, defaults = captioner.config, captioner.generation_config
+    check_beams(num_beams=num_beams, num_return_sequences=num_return_sequences, vocab_size=config.decoder.vocab_size)
+    return beam_search(
+        decode_step,
+        cache,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        max_length=max_length,
+        start_token_id=config.decoder_start_token_id,
+        end_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        stop_rule=stop_rule,
+        group_size=group_size,
+        # Unset is None in transformers 5.
+        length_penalty=1.0 if defaults.length_penalty is None else defaults.length_penalty,
+        early_stopping=defaults.early_stopping or False,
+        num_return_sequences=num_return_sequences,
+        smallest_batch=smallest_batch,
+    )

@@ -1,0 +1,322 @@
+"""GPT-2 (Radford et al. 2019) with cross-attention and the parameter tree of `FlaxGPT2LMHeadModel`.
+
+Trained on whole captions by `__call__`; for generation `start_cache` computes each image's cross-attention keys and
+values once, and `decode_step` adds one token to each of its beams.
+
+Axes: B images or rows, T target tokens, K beams, L tokens of the cache, N encoder states of width E, D width, H heads,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from repro.models.layers import ACTIVATIONS, LayerNorm, attend, by_rows, merge_heads, split_heads
+
+INIT_STDDEV = 0.02
+"""Of the projections' kernels, whatever the configuration says: FlaxGPT2's."""
+
+
+class LayerCache(flax.struct.PyTreeNode):
+    """What one layer keeps of the tokens so far and of the image.
+
+    Attributes:
+        key: [B,H,D/H,L*K], each position's K beams side by side. They stay where they were written: which of them a
+            beam descends from is in `Cache.ancestors`.
+        value: [B,H,L*K,D/H], likewise.
+        cross_key: [B,H,D/H,N], one for all beams of an image.
+        cross_value: [B,H,N,D/H], likewise.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    cross_key: jax.Array
+    cross_value: jax.Array
+
+
+class Cache(flax.struct.PyTreeNode):
+    """All layers' caches, and int32[B,K,L]: the beam at each position from which a beam's token there comes."""
+
+    layers: tuple[LayerCache, ...]
+    ancestors: jax.Array
+
+
+class Conv1D(nn.Module):
+    """A dense layer whose kernel is [features,inputs], GPT-2's projection."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(INIT_STDDEV), (self.features, inputs.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        return by_rows(lambda rows: rows @ kernel.T + bias, inputs)
+
+
+class Attention(nn.Module):
+    """Attention to the tokens so far, or with `cross` to the encoder's states.
+
+    Attributes:
+        layer: its number, from 0, by which `scale_attn_by_inverse_layer_idx` scales.
+    """
+
+    config: Any
+    dtype: Any
+    layer: int
+    cross: bool = False
+
+    def setup(self) -> None:
+        width = self.config.hidden_size
+        self.c_attn = Conv1D((2 if self.cross else 3) * width, self.dtype)
+        if self.cross:
+            self.q_attn = Conv1D(width, self.dtype)
+        self.c_proj = Conv1D(width, self.dtype)
+        self.resid_dropout = nn.Dropout(self.config.resid_pdrop)
+
+    def queries_keys_values(self, states: jax.Array) -> tuple[jax.Array, ...]:
+        """Project [B,T,D] to three [B,H,T,D/H]."""
+        return tuple(self._heads(part) for part in jnp.split(self.c_attn(states), 3, axis=-1))
+
+    def queries(self, states: jax.Array) -> jax.Array:
+        """Project [B,T,D] to the queries of cross-attention, [B,H,T,D/H]."""
+        return self._heads(self.q_attn(states))
+
+    def keys_values(self, encoder_states: jax.Array) -> tuple[jax.Array, ...]:
+        """Project [B,N,D] to the keys and values of cross-attention, [B,H,N,D/H] each."""
+        return tuple(self._heads(part) for part in jnp.split(self.c_attn(encoder_states), 2, axis=-1))
+
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
+        """Attend and project back: query [B,H,T,D/H], key [B,H,D/H,S], value [B,H,S,D/H] to [B,T,D]."""
+        config = self.config
+        depth = config.hidden_size // config.num_attention_heads
+        scale = depth**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= self.layer + 1
+        drops = not deterministic and config.attn_pdrop > 0
+        attended = attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=scale,
+            upcast=config.reorder_and_upcast_attn,
+            dropout_rate=config.attn_pdrop,
+            dropout_key=self.make_rng("dropout") if drops else None,
+        )
+        return self.resid_dropout(self.c_proj(merge_heads(attended)), deterministic=deterministic)
+
+    def _heads(self, states: jax.Array) -> jax.Array:
+        return split_heads(states, self.config.num_attention_heads)
+
+
+class MLP(nn.Module):
+    """Two projections with an activation between them, [B,T,D] to [B,T,D]."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+        config = self.config
+        inner = config.n_inner if config.n_inner is not None else 4 * config.hidden_size
+        states = ACTIVATIONS[config.activation_function](Conv1D(inner, self.dtype, name="c_fc")(states))
+        states = Conv1D(config.hidden_size, self.dtype, name="c_proj")(states)
+        return nn.Dropout(config.resid_pdrop, name="dropout")(states, deterministic=deterministic)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP, each normalized before and added after."""
+
+    config: Any
+    dtype: Any
+    layer: int
+
+    def setup(self) -> None:
+        config, dtype = self.config, self.dtype
+        self.ln_1, self.ln_cross_attn, self.ln_2 = (_layer_norm(config, dtype) for _ in range(3))
+        self.attn = Attention(config, dtype, self.layer)
+        self.crossattention = Attention(config, dtype, self.layer, cross=True)
+        self.mlp = MLP(config, dtype)
+
+    def __call__(self, states: jax.Array, mask: jax.Array, encoder_states: jax.Array, deterministic: bool) -> jax.Array:
+        """Add what the block finds to [B,T,D], with a bool[B,1,T,T] mask and [B,N,E] encoder states."""
+        query, key, value = self.attn.queries_keys_values(self.ln_1(states))
+        states += self.attn(query, key.mT, value, mask=mask, deterministic=deterministic)
+        cross_key, cross_value = self.crossattention.keys_values(encoder_states)
+        return self._rest(states, cross_key.mT, cross_value, deterministic)
+
+    def start_cache(self, encoder_states: jax.Array, num_tokens: int) -> LayerCache:
+        """Project [B,N,E] encoder states, and make room for the keys and values of `num_tokens` tokens an image."""
+        cross_key, cross_value = self.crossattention.keys_values(encoder_states)
+        batch, heads, _, depth = cross_key.shape
+        return LayerCache(
+            key=jnp.zeros((batch, heads, depth, num_tokens), cross_key.dtype),
+            value=jnp.zeros((batch, heads, num_tokens, depth), cross_key.dtype),
+            cross_key=cross_key.mT,
+            cross_value=cross_value,
+        )
+
+    def decode_step(
+        self, states: jax.Array, visible: jax.Array, position: jax.Array, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        """Add what the block finds to [B,K,D], each beam's token at `position`; it may see bool[B,1,K,L*K]."""
+        query, key, value = self.attn.queries_keys_values(self.ln_1(states))
+        column = position * states.shape[1]
+        cache = cache.replace(
+            key=jax.lax.dynamic_update_slice(cache.key, key.mT, (0, 0, 0, column)),
+            value=jax.lax.dynamic_update_slice(cache.value, value, (0, 0, column, 0)),
+        )
+        states += self.attn(query, cache.key, cache.value, mask=visible, deterministic=True)
+        return self._rest(states, cache.cross_key, cache.cross_value, True), cache
+
+    def _rest(self, states: jax.Array, cross_key: jax.Array, cross_value: jax.Array, deterministic: bool) -> jax.Array:
+        query = self.crossattention.queries(self.ln_cross_attn(states))
+        states += self.crossattention(query, cross_key, cross_value, mask=None, deterministic=deterministic)
+        return states + self.mlp(self.ln_2(states), deterministic=deterministic)
+
+
+class Blocks(nn.Module):
+    """The blocks, under their numbers."""
+
+    config: Any
+    dtype: Any
+    remat: bool
+
+    def setup(self) -> None:
+        # The last of the arguments of Block.__call__, counted with self, is static.
+        block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
+        numbers = range(self.config.num_hidden_layers)
+        self.blocks = [block(self.config, self.dtype, number, name=str(number)) for number in numbers]
+
+    def __call__(self, states: jax.Array, *inputs: Any) -> jax.Array:
+        for block in self.blocks:
+            states = block(states, *inputs)
+        return states
+
+    def start_cache(self, *inputs: Any) -> tuple[LayerCache, ...]:
+        return tuple(block.start_cache(*inputs) for block in self.blocks)
+
+    def decode_step(
+        self, states: jax.Array, visible: jax.Array, position: jax.Array, caches: tuple[LayerCache, ...]
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        following = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            states, cache = block.decode_step(states, visible, position, cache)
+            following.append(cache)
+        return states, tuple(following)
+
+
+class Transformer(nn.Module):
+    """Tokens to normalized states."""
+
+    config: Any
+    dtype: Any
+    remat: bool
+
+    def setup(self) -> None:
+        config, dtype = self.config, self.dtype
+        embedding_init = nn.initializers.normal(config.initializer_range)
+        width = config.hidden_size
+        self.wte = nn.Embed(config.vocab_size, width, embedding_init=embedding_init, dtype=dtype)
+        self.wpe = nn.Embed(config.max_position_embeddings, width, embedding_init=embedding_init, dtype=dtype)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.h = Blocks(config, dtype, self.remat)
+        self.ln_f = _layer_norm(config, dtype)
+
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array, encoder_states: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """int32[B,T] twice and [B,N,E] to [B,T,D]."""
+        length = input_ids.shape[1]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        mask = causal & (attention_mask[:, None, None, :] > 0)
+        states = self.wte(input_ids) + self.wpe(jnp.arange(length))
+        states = self.dropout(states, deterministic=deterministic)
+        return self.ln_f(self.h(states, mask, encoder_states, deterministic))
+
+    def start_cache(self, encoder_states: jax.Array, *, num_beams: int, max_length: int) -> Cache:
+        ancestors = jnp.zeros((encoder_states.shape[0], num_beams, max_length), jnp.int32)
+        return Cache(self.h.start_cache(encoder_states, num_beams * max_length), ancestors)
+
+    def decode_step(
+        self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        batch, beams, length = cache.ancestors.shape
+        ancestors = jnp.take_along_axis(cache.ancestors, parents[:, :, None], axis=1)
+        ancestors = ancestors.at[:, :, position].set(jnp.arange(beams))
+        past = (jnp.arange(length) <= position)[:, None]
+        visible = past & (ancestors[..., None] == jnp.arange(beams))
+        states = self.wte(tokens) + self.wpe(position)
+        states, layers = self.h.decode_step(
+            states, visible.reshape(batch, 1, beams, length * beams), position, cache.layers
+        )
+        return self.ln_f(states), Cache(layers, ancestors)
+
+
+class GPT2(nn.Module):
+    """Tokens and an encoder's states to next-token logits.
+
+    Attributes:
+        config: a `GPT2Config`.
+        dtype: type of the computation.
+        remat: compute each block's activations again in the backward pass instead of keeping them.
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.transformer = Transformer(config, self.dtype, self.remat)
+        if not config.tie_word_embeddings:
+            kernel_init = nn.initializers.normal(config.initializer_range)
+            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=kernel_init)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        encoder_states: jax.Array,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """int32[B,T] twice and [B,N,E] to logits [B,T,V]."""
+        return self._logits(self.transformer(input_ids, attention_mask, encoder_states, deterministic))
+
+    def start_cache(self, encoder_states: jax.Array, *, num_beams: int, max_length: int) -> Cache:
+        """Prepare to generate captions of `max_length` tokens from [B,N,E]: all that depends on the image alone."""
+        return self.transformer.start_cache(encoder_states, num_beams=num_beams, max_length=max_length)
+
+    def decode_step(
+        self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Predict what follows one token on each beam.
+
+        Args:
+            tokens: int32[B,K], at `position`.
+            parents: int32[B,K], the beam whose tokens before `position` each beam continues.
+            position: int32[]
+
+        Returns:
+            (logits [B,K,V], cache).
+        """
+        states, cache = self.transformer.decode_step(tokens, parents, position, cache)
+        return self._logits(states), cache
+
+    def _logits(self, states: jax.Array) -> jax.Array:
+        tied = self.config.tie_word_embeddings
+        return by_rows(self.transformer.wte.attend if tied else self.lm_head, states)
+
+
+def _layer_norm(config: Any, dtype: Any) -> LayerNorm:
+    return LayerNorm(config.layer_norm_epsilon, dtype)

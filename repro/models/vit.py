@@ -1,0 +1,227 @@
+"""The Vision Transformer's encoder (Dosovitskiy et al. 2021) with the parameter tree of `FlaxViTModel`.
+
+Axes: B batch, S image side, N patches and the class token, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from repro.models.layers import ACTIVATIONS, LayerNorm, attend, by_rows, merge_heads, split_heads
+
+
+def weight_init(config: Any) -> jax.nn.initializers.Initializer:
+    """Truncated normal whose variance is `initializer_range`**2 / fan-in, FlaxViTModel's."""
+    return nn.initializers.variance_scaling(config.initializer_range**2, "fan_in", "truncated_normal")
+
+
+class PatchEmbeddings(nn.Module):
+    """Project each patch of [B,S,S,C] to [B,N-1,D]."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        # A convolution whose stride is its kernel is one product per patch, which every backend multiplies faster.
+        patch, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        batch, channels = pixel_values.shape[0], pixel_values.shape[-1]
+        whole = pixel_values[:, : side * patch, : side * patch]
+        patches = whole.reshape(batch, side, patch, side, patch, channels).swapaxes(2, 3)
+        return PatchProjection(self.config, self.dtype, name="projection")(
+            patches.reshape(batch, side * side, patch * patch * channels)
+        )
+
+
+class PatchProjection(nn.Module):
+    """A dense layer that keeps its kernel in a convolution's shape, [patch,patch,C,D]."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        config = self.config
+        shape = (config.patch_size, config.patch_size, config.num_channels, config.hidden_size)
+        kernel = self.param("kernel", weight_init(config), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
+        patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
+        return by_rows(lambda rows: rows @ kernel.reshape(-1, shape[-1]) + bias, patches)
+
+
+class Embeddings(nn.Module):
+    """Patches with a class token before them and a position added to each: [B,S,S,C] to [B,N,D]."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, pixel_values: jax.Array, *, deterministic: bool) -> jax.Array:
+        config, width = self.config, self.config.hidden_size
+        num_patches = (config.image_size // config.patch_size) ** 2
+        cls_token = self.param("cls_token", weight_init(config), (1, 1, width))
+        patches = PatchEmbeddings(config, self.dtype, name="patch_embeddings")(pixel_values)
+        positions = self.param("position_embeddings", weight_init(config), (1, num_patches + 1, width))
+        first = jnp.broadcast_to(cls_token.astype(self.dtype), (len(patches), 1, width))
+        states = jnp.concatenate([first, patches], axis=1) + positions.astype(self.dtype)
+        return nn.Dropout(config.hidden_dropout_prob, name="dropout")(states, deterministic=deterministic)
+
+
+class SelfAttention(nn.Module):
+    """Every position attends to all, [B,N,D] to [B,N,D]."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+        config = self.config
+
+        def project(name: str) -> jax.Array:
+            layer = nn.Dense(
+                config.hidden_size,
+                use_bias=config.qkv_bias,
+                dtype=self.dtype,
+                kernel_init=weight_init(config),
+                name=name,
+            )
+            return split_heads(by_rows(layer, states), config.num_attention_heads)
+
+        dropout_rate = config.attention_probs_dropout_prob
+        drops = not deterministic and dropout_rate > 0
+        return merge_heads(
+            attend(
+                project("query"),
+                project("key").mT,
+                project("value"),
+                dropout_rate=dropout_rate,
+                dropout_key=self.make_rng("dropout") if drops else None,
+            )
+        )
+
+
+class Output(nn.Module):
+    """Back to the model's width, with dropout: [B,N,F] to [B,N,D]."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+        states = by_rows(_dense(self.config.hidden_size, self), states)
+        return nn.Dropout(self.config.hidden_dropout_prob, name="dropout")(states, deterministic=deterministic)
+
+
+class Attention(nn.Module):
+    """Self-attention and its output projection."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+        states = SelfAttention(self.config, self.dtype, name="attention")(states, deterministic=deterministic)
+        return Output(self.config, self.dtype, name="output")(states, deterministic=deterministic)
+
+
+class Intermediate(nn.Module):
+    """The activation of the MLP: [B,N,D] to [B,N,F]."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, states: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.config.hidden_act](by_rows(_dense(self.config.intermediate_size, self), states))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each normalized before and added after: [B,N,D] to [B,N,D]."""
+
+    config: Any
+    dtype: Any
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, states: jax.Array) -> jax.Array:
+        config, deterministic = self.config, self.deterministic
+        normalized = _layer_norm(self, "layernorm_before")(states)
+        states += Attention(config, self.dtype, name="attention")(normalized, deterministic=deterministic)
+        normalized = _layer_norm(self, "layernorm_after")(states)
+        activations = Intermediate(config, self.dtype, name="intermediate")(normalized)
+        return states + Output(config, self.dtype, name="output")(activations, deterministic=deterministic)
+
+
+class Layers(nn.Module):
+    """The layers one after another, under their numbers."""
+
+    config: Any
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+        layer = nn.remat(Layer) if self.remat else Layer
+        for number in range(self.config.num_hidden_layers):
+            states = layer(self.config, self.dtype, deterministic, name=str(number))(states)
+        return states
+
+
+class Encoder(nn.Module):
+    """A level of names, which FlaxViTModel has."""
+
+    config: Any
+    dtype: Any
+    remat: bool
+
+    @nn.compact
+    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+        return Layers(self.config, self.dtype, self.remat, name="layer")(states, deterministic=deterministic)
+
+
+class Pooler(nn.Module):
+    """FlaxViTModel's head on the class token, [B,N,D] to [B,P]; a captioner has its weights but not its output."""
+
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, states: jax.Array) -> jax.Array:
+        return nn.tanh(_dense(self.config.pooler_output_size, self)(states[:, 0]))
+
+
+class ViT(nn.Module):
+    """Normalized pixels to one state for the class token and each patch.
+
+    Attributes:
+        config: a `ViTConfig`.
+        dtype: type of the computation.
+        remat: compute each layer's activations again in the backward pass instead of keeping them.
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixel_values: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Encode [B,S,S,C] to [B,N,D]."""
+        config, dtype = self.config, self.dtype
+        states = Embeddings(config, dtype, name="embeddings")(pixel_values, deterministic=deterministic)
+        states = Encoder(config, dtype, self.remat, name="encoder")(states, deterministic=deterministic)
+        states = _layer_norm(self, "layernorm")(states)
+        if self.is_initializing():
+            Pooler(config, dtype, name="pooler")(states)
+        return states
+
+
+def _dense(features: int, parent: Any) -> nn.Dense:
+    return nn.Dense(features, dtype=parent.dtype, kernel_init=weight_init(parent.config), name="dense")
+
+
+def _layer_norm(parent: Any, name: str) -> LayerNorm:
+    return LayerNorm(parent.config.layer_norm_eps, parent.dtype, name=name)

@@ -1,0 +1,206 @@
+"""Weights in files: Flax's msgpack and PyTorch's safetensors, for whole models and for their halves.
+
+A parameter is named by its path in the tree, joined by dots. PyTorch's names differ in the last part (`weight` for
+`kernel`, `scale` and `embedding`), and its layout in the order of a kernel's axes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import serialization, traverse_util
+from safetensors.numpy import load_file, save_file
+from transformers.utils import cached_file
+
+from repro.errors import InputError
+
+Params = Any
+Weights = dict[str, np.ndarray]
+
+FLAX_FILE = "flax_model.msgpack"
+SAFETENSORS_FILE = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+
+WHOLE, ENCODER, DECODER = "", "encoder.", "decoder."
+"""What a file holds, as the prefix of its parameters in the whole tree."""
+
+BUFFERS = re.compile(r"(^|\.)((cross)?attn|crossattention)\.(masked_)?bias$|(^|\.)position_ids$")
+"""Constants that PyTorch's models keep among their weights."""
+
+HEADS = re.compile(r"^(classifier|score|qa_outputs|multiple_choice_head|lm_head|decoder)\.|(^|\.)mask_token$")
+"""What other tasks put on a ViT or a GPT-2."""
+
+MAY_BE_MISSING = re.compile(r"crossattention\.|ln_cross_attn\.|enc_to_dec_proj\.|^encoder\.pooler\.")
+"""Weights that a half was trained without, and the pooler, whose output no captioner uses."""
+
+LISTED = 20
+
+
+def load_weights(
+    path: str, initial: Callable[[], Params], *, holds: str = WHOLE, **hub: Any
+) -> tuple[Params, list[str]]:
+    """Load a model's weights, or those of one half, into the whole model's tree.
+
+    Args:
+        path: folder or Hub id. Of the formats there, the first of msgpack, safetensors, pickle is read.
+        initial: makes the whole tree with random weights; cross-attention that the file lacks is taken from it.
+        holds: `WHOLE`, `ENCODER` or `DECODER`.
+        **hub: cache_dir, token.
+
+    Returns:
+        (float32 parameters of what the file holds, names of the weights that were random instead).
+
+    Raises:
+        InputError: there is no weight file, or weights are missing, unexpected, misshapen or not finite.
+    """
+    file, weights = _read(path, hub)
+    shapes = {name: leaf for name, leaf in flatten(jax.eval_shape(initial)).items() if name.startswith(holds)}
+    is_flax = file.name == FLAX_FILE
+    names = {(name if is_flax else torch_name(name)): name for name in shapes}
+    found: Weights = {}
+    unexpected: Weights = {}
+    for name, array in _in_tree(weights, holds).items():
+        if name in names:
+            found[names[name]] = np.asarray(array if is_flax else from_torch_layout(names[name], array), np.float32)
+        elif not BUFFERS.search(name) and not name.startswith("decoder.lm_head."):  # tied, the embedding again
+            unexpected[name] = array
+    missing = sorted(set(shapes) - set(found))
+    random = [name for name in missing if MAY_BE_MISSING.search(name)]
+    _refuse(
+        file,
+        missing=[f"{name} {shapes[name].shape}" for name in missing if name not in random],
+        unexpected=[f"{name} {np.shape(array)}" for name, array in sorted(unexpected.items())],
+        **{
+            "of another shape": [
+                f"{name} {array.shape} instead of {shapes[name].shape}"
+                for name, array in sorted(found.items())
+                if array.shape != shapes[name].shape
+            ],
+            "not finite": [
+                f"{name} {array.shape}" for name, array in sorted(found.items()) if not np.isfinite(array).all()
+            ],
+        },
+    )
+    if random:
+        drawn = flatten(initial())
+        found |= {name: np.asarray(drawn[name]) for name in random}
+    return traverse_util.unflatten_dict(found, sep="."), random
+
+
+def save_weights(params: Params, folder: Path) -> None:
+    """Write a tree as `flax_model.msgpack` and, under PyTorch's names, as `model.safetensors`."""
+    params = jax.tree.map(np.asarray, params)
+    (folder / FLAX_FILE).write_bytes(serialization.msgpack_serialize(params))
+    state = {torch_name(name): to_torch_layout(name, array) for name, array in flatten(params).items()}
+    save_file(state, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """A tree's leaves by their dotted paths."""
+    return traverse_util.flatten_dict(params, sep=".")
+
+
+def torch_name(name: str) -> str:
+    """PyTorch's name of a parameter."""
+    return re.sub(r"(?<=\.)(kernel|scale|embedding)$", "weight", name)
+
+
+def to_torch_layout(name: str, array: np.ndarray) -> np.ndarray:
+    """Dense [in,out] to [out,in], GPT-2's [out,in] to [in,out], convolution [h,w,in,out] to [out,in,h,w]."""
+    if name.endswith(".kernel"):
+        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return np.ascontiguousarray(array)
+
+
+def from_torch_layout(name: str, array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_torch_layout`."""
+    if not name.endswith(".kernel"):
+        return array
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _in_tree(weights: Weights, holds: str) -> Weights:
+    """Name a half's weights as in the whole tree, whether or not the file says `vit` or `transformer`; drop heads."""
+    if not holds:
+        return weights
+    base = {ENCODER: "vit.", DECODER: "transformer."}[holds]
+    prefixed = any(name.startswith(base) for name in weights)
+    named = {}
+    for name, array in weights.items():
+        inner = name.removeprefix(base)
+        if holds == DECODER and name.startswith("lm_head."):
+            named[holds + name] = array
+        elif not HEADS.search(name) and not (prefixed and inner == name):
+            named[holds + (inner if holds == ENCODER else base + inner)] = array
+    return named
+
+
+def _read(path: str, hub: Mapping[str, Any]) -> tuple[Path, Weights]:
+    def find(name: str) -> Path | None:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+        return None if found is None else Path(found)
+
+    readers: dict[str, Callable[[Path], Weights]] = {
+        FLAX_FILE: _read_msgpack,
+        SAFETENSORS_FILE: load_file,
+        SAFETENSORS_INDEX: partial(_read_shards, find=find),
+        PICKLE_FILE: _read_pickle,
+    }
+    for name, read in readers.items():
+        if file := find(name):
+            return file, _checked(file, read)
+    raise InputError(f"{path}: holds no weights; one of {', '.join(readers)} is needed.")
+
+
+def _read_msgpack(file: Path) -> Weights:
+    return flatten(serialization.msgpack_restore(file.read_bytes()))
+
+
+def _read_shards(index: Path, *, find: Callable[[str], Path | None]) -> Weights:
+    weights: Weights = {}
+    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        shard = find(name)
+        if shard is None:
+            raise InputError(f"{index}: names {name}, which is not there; copy all parts, or save the model again.")
+        weights |= _checked(shard, load_file)
+    return weights
+
+
+def _checked(file: Path, read: Callable[[Path], Weights]) -> Weights:
+    try:
+        return read(file)
+    except InputError:
+        raise
+    except Exception as error:  # each format has errors of its own for a damaged file
+        raise InputError(f"{file}: is damaged, or not what its name says: {error}") from error
+
+
+def _read_pickle(file: Path) -> Weights:
+    """Read a pickle with PyTorch's loader, which runs none of the code that a pickle may hold."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{file}: a pickle can run code when it is read, and the loader that prevents this is PyTorch's: "
+            f"install torch, or save the model as {SAFETENSORS_FILE}."
+        ) from error
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return {name: tensor.float().numpy() for name, tensor in state.items()}
+
+
+def _refuse(file: Path, **problems: list[str]) -> None:
+    parts = []
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            parts.append(f"{len(names)} {problem}: {', '.join(names[:LISTED])}{more}")
+    if parts:
+        raise InputError(f"{file}: the weights do not fit the configuration (config.json). {'; '.join(parts)}.")
