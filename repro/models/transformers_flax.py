@@ -73,16 +73,16 @@ class FlaxClassCaptioner:
             states, past = cache
             rows, beams = tokens.shape
             ancestors = (parents + jnp.arange(rows)[:, None] * beams).reshape(-1)
-            step = self.model.decode(
+            outputs, following = self.model.module.apply(
+                {"params": params, "cache": jax.tree.map(lambda x: x[ancestors] if x.ndim else x, past)},
                 tokens.reshape(-1, 1),
-                (states,),
-                decoder_attention_mask=jnp.ones((rows * beams, max_length), jnp.int32),
-                decoder_position_ids=jnp.broadcast_to(position, (rows * beams, 1)),
-                past_key_values=jax.tree.map(lambda x: x[ancestors] if x.ndim else x, past),
-                params=params,
-                return_dict=True,
+                jnp.ones((rows * beams, max_length), jnp.int32),
+                jnp.broadcast_to(position, (rows * beams, 1)),
+                states,
+                mutable=["cache"],
+                method=_decode,
             )
-            return step.logits[:, -1].reshape(rows, beams, -1), (states, step.past_key_values)
+            return outputs.logits[:, -1].reshape(rows, beams, -1), (states, following["cache"])
 
         return search(
             self,
@@ -93,6 +93,20 @@ class FlaxClassCaptioner:
             num_beams=num_beams,
             **settings,
         )
+
+
+def _decode(
+    module: Any, tokens: jax.Array, attention_mask: jax.Array, position_ids: jax.Array, states: jax.Array
+) -> Any:
+    """The class's `decode`, by keyword: by position it gives a BERT the image as token types (transformers 4.57)."""
+    projection = module._get_projection_module()
+    return module._get_decoder_module()(
+        input_ids=tokens,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        encoder_hidden_states=states if projection is None else projection(states),
+        encoder_attention_mask=jnp.ones(states.shape[:2], jnp.int32),
+    )
 
 
 def load(path: str, *, dtype: str, **hub: Any) -> tuple[FlaxVisionEncoderDecoderModel, Params]:
