@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import serialization
 from PIL import Image
 
 from repro.__main__ import main
@@ -106,6 +108,18 @@ def eval_batch_larger_than_data(place: Workplace) -> dict[str, str]:
     return {"per_device_eval_batch_size": "7", "do_eval": "true", "protocol": "current"}
 
 
+def more_beams_than_tokens(place: Workplace) -> dict[str, str]:
+    return {"do_eval": "true", "predict_with_generate": "true", "num_beams": "341"}
+
+
+def weights_not_finite(place: Workplace) -> dict[str, str]:
+    file = place.model / "flax_model.msgpack"
+    params = serialization.msgpack_restore(file.read_bytes())
+    params["encoder"]["layernorm"]["bias"] = np.full(48, np.inf, np.float32)
+    file.write_bytes(serialization.msgpack_serialize(params))
+    return {}
+
+
 def no_weights(place: Workplace) -> dict[str, str]:
     (place.model / "flax_model.msgpack").unlink()
     return {}
@@ -163,7 +177,9 @@ CASES: list[tuple[Callable[[Workplace], dict[str, str | None]], tuple[str, ...]]
     (block_size, ("--block_size 3", "multiple", "2 rows")),
     (batch_larger_than_data, ("7 rows", "6 rows", "--per_device_train_batch_size")),
     (eval_batch_larger_than_data, ("6 rows", "batch of 7", "--protocol exact")),
-    (no_weights, ("model", "cannot be loaded", "flax_model.msgpack")),
+    (no_weights, ("model", "holds no weights", "flax_model.msgpack", "model.safetensors")),
+    (more_beams_than_tokens, ("--num_beams 341", "vocabulary's 340")),
+    (weights_not_finite, ("1 not finite: encoder.layernorm.bias (48,)", "flax_model.msgpack")),
     (no_pad_token, ("pad_token_id", "config.json")),
     (unknown_protocol, ("'exakt'", "published, current, exact")),
     (nothing_to_do, ("--do_train, --do_eval or --do_predict",)),

@@ -1,0 +1,176 @@
+"""The native model's laws: configuration values, one decoder for whole captions and for single tokens, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_beam_search import CHEAP, images, randomized
+from transformers import VisionEncoderDecoderConfig
+
+from repro.errors import InputError
+from repro.models.captioner import VisionEncoderDecoder, check_config
+from repro.models.pretrained import Options, load_model
+from repro.training.losses import row_losses
+
+TOKENS = np.random.default_rng(0).integers(0, 340, (4, 9), dtype=np.int32)
+MASK = np.ones_like(TOKENS)
+
+
+@pytest.fixture(scope="module")
+def model(golden_inputs):
+    return load_model(str(golden_inputs / "model"))
+
+
+def with_decoder(model, **settings):
+    """The model's captioner with other values in its decoder's configuration."""
+    config = VisionEncoderDecoderConfig.from_dict(model.captioner.config.to_dict())
+    for name, value in settings.items():
+        setattr(config.decoder, name, value)
+    return dataclasses.replace(model.captioner, config=config)
+
+
+def with_scaled_queries(params, factors, *, width: int):
+    """Params whose queries are multiplied by one factor a layer, in both attentions."""
+    params = jax.tree.map(np.array, params)
+    for layer, factor in enumerate(factors):
+        block = params["decoder"]["transformer"]["h"][str(layer)]
+        for leaf in ("kernel", "bias"):
+            block["attn"]["c_attn"][leaf][:width] *= factor
+            block["crossattention"]["q_attn"][leaf] *= factor
+    return params
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"scale_attn_weights": False}, (8**0.5, 8**0.5)),
+        ({"scale_attn_by_inverse_layer_idx": True}, (1.0, 0.5)),
+        ({"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}, (8**0.5, 8**0.5 / 2)),
+        ({"reorder_and_upcast_attn": True}, (1.0, 1.0)),
+    ],
+)
+def test_attention_is_scaled_as_the_configuration_says(model, settings, factors):
+    # Heads are 8 wide. FlaxGPT2 does not read these values; PyTorch's GPT-2 does, and test_torch.py compares.
+    params, pixels = randomized(model.params, 1), images(1)
+    ours = with_decoder(model, **settings).logits(params, pixels, TOKENS, MASK)
+    expected = model.captioner.logits(with_scaled_queries(params, factors, width=32), pixels, TOKENS, MASK)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    plain = model.captioner.logits(params, pixels, TOKENS, MASK)
+    assert (np.abs(ours - plain).max() > 1e-2) == (settings != {"reorder_and_upcast_attn": True})
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_token_by_token_the_logits_are_those_of_the_whole_caption(model, num_beams):
+    # The beams swap places at every step; each must go on with its own past.
+    module: VisionEncoderDecoder = model.captioner.module
+    params, pixels = randomized(model.params, 2), images(2)
+    random = np.random.default_rng(3)
+    sequences = random.integers(0, 340, (4, num_beams, 9), dtype=np.int32)
+    normalized = jnp.asarray(model.captioner.pixel_table)[pixels.astype(np.int32), np.arange(3)]
+    apply = partial(module.apply, {"params": params})
+    cache = apply(normalized, num_beams=num_beams, max_length=9, method="start_cache")
+    place = np.tile(np.arange(num_beams), (4, 1))
+    step = jax.jit(partial(apply, method="decode_step"), compiler_options=CHEAP)
+    for position in range(9):
+        moved = np.stack([random.permutation(num_beams) for _ in range(4)])  # beam b is now at moved[b]
+        parents, following = np.empty_like(place), np.empty_like(place)
+        for row in range(4):
+            for beam in range(num_beams):
+                parents[row, moved[row, beam]] = place[row, beam]
+                following[row, beam] = moved[row, beam]
+        place = following
+        tokens = np.empty((4, num_beams), np.int32)
+        np.put_along_axis(tokens, place, sequences[:, :, position], axis=1)
+        logits, cache = step(tokens, parents, jnp.int32(position), cache)
+        for beam in range(num_beams):
+            whole = model.captioner.logits(params, pixels, sequences[:, beam], MASK)[:, position]
+            mine = np.take_along_axis(np.asarray(logits), place[:, beam, None, None], axis=1)[:, 0]
+            np.testing.assert_allclose(mine, whole, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_loss_keeps_one_array_as_large_as_the_logits(smoothing):
+    shape = (2, 8, 200_000)
+    labels = np.ones(shape[:2], np.int32)
+
+    def loss(logits):
+        sums, counts = row_losses(logits, labels, np.ones_like(labels), label_smoothing=smoothing)
+        return sums.sum() / counts.sum()
+
+    _, backward = jax.vjp(loss, jnp.ones(shape))
+    assert [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.size >= shape[-1]] == [shape]
+    # From features to the gradient of a kernel: the logits and, for a moment, their gradient; no target, no softmax.
+    features = np.ones((*shape[:2], 4), np.float32)
+    gradient = jax.jit(jax.grad(lambda kernel: loss(features @ kernel)))
+    memory = gradient.lower(np.ones((4, shape[-1]), np.float32)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2.1 * 4 * np.prod(shape)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_params_stay_float32_and_captions_nearly_the_same(golden_inputs, model, dtype):
+    half = load_model(str(golden_inputs / "model"), Options(dtype=dtype))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.params)} == {"float32"}
+    logits = half.captioner.logits(half.params, images(0), TOKENS, MASK)
+    assert str(logits.dtype) == dtype
+    exact = model.captioner.logits(model.params, images(0), TOKENS, MASK)
+    assert np.abs(logits.astype(np.float32) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("half", "name", "value"),
+    [
+        ("encoder", "hidden_act", "gelu_fast"),
+        ("decoder", "activation_function", "mish"),
+        ("encoder", "num_channels", 1),
+        ("encoder", "image_size", [32, 48]),
+        ("encoder", "num_attention_heads", 5),
+        ("decoder", "n_head", 5),
+        ("decoder", "add_cross_attention", False),
+        ("decoder", "cross_attention_hidden_size", 48),
+    ],
+)
+def test_a_configuration_that_is_not_supported_is_refused_by_name(model, half, name, value):
+    config = VisionEncoderDecoderConfig.from_dict(model.captioner.config.to_dict())
+    setattr(getattr(config, half), name, value)
+    with pytest.raises(InputError, match=f"{name} .*{str(value)[:4].strip('[')}.*--model_implementation transformers"):
+        check_config(config)
+
+
+def edited(golden_inputs: Path, folder: Path, file: str, change) -> str:
+    """A copy of the golden model with one JSON file changed."""
+    shutil.copytree(golden_inputs / "model", folder)
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_an_image_size_that_the_positions_do_not_have_is_refused(golden_inputs, tmp_path):
+    path = edited(
+        golden_inputs,
+        tmp_path / "model",
+        "preprocessor_config.json",
+        lambda content: content.update(size={"height": 48, "width": 48}),
+    )
+    with pytest.raises(InputError, match=r"48 x 48 pixels.*32 x 32.*preprocessor_config\.json"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("vocab_size", [339, 340 + 128])
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(golden_inputs, tmp_path, vocab_size):
+    path = edited(
+        golden_inputs,
+        tmp_path / "model",
+        "config.json",
+        lambda content: content["decoder"].update(vocab_size=vocab_size),
+    )
+    with pytest.raises(InputError, match=f"340 tokens.*vocabulary {vocab_size}"):
+        load_model(path)
