@@ -78,7 +78,7 @@ def test_gpt2s_own_tokenizer_gives_its_known_ids(real_data) -> None:
     from transformers import GPT2TokenizerFast
 
     folder = real_data / "gpt2_tokenizer"
-    tokenizer = GPT2TokenizerFast(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"))
+    tokenizer = GPT2TokenizerFast.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
     tokens = tokenize_captions(["A man riding a wave."], tokenizer, max_length=8, decoder_start_token_id=50256)
     assert tokens["labels"].tolist() == [[64, 582, 10311, 257, 6769, 13, 220, 50256]]

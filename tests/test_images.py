@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -98,8 +99,9 @@ def test_other_modes_are_refused_where_the_processor_refuses_them_and_converted_
 def test_an_image_one_pixel_high_is_refused_as_by_the_processor(folder: Path, image_processor) -> None:
     path = folder / "flat.png"
     random_image(2, 30, 1).save(path)
-    with pytest.raises(ValueError, match="mean must have 1 elements"):
-        reference(Image.open(path), image_processor)
+    if transformers.__version__.startswith("4."):  # later ones do not guess which axis has the channels
+        with pytest.raises(ValueError, match="mean must have 1 elements"):
+            reference(Image.open(path), image_processor)
     with pytest.raises(ImageError, match="one pixel high"):
         ours(path, image_processor)
 

@@ -63,7 +63,7 @@ class ImageStore:
 def pixel_table(image_processor: Any) -> np.ndarray:
     """Ask the processor what it makes of each byte value: float32[256,3], one column a channel."""
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    ramp = np.repeat(ramp, 4, axis=0)  # a height of 1 or 3 would be taken for the channels
+    ramp = np.repeat(ramp, 8, axis=0)  # a height of 1, 3 or 4 would be taken for the channels
     values = image_processor(images=ramp, do_resize=False, return_tensors="np").pixel_values
     return np.ascontiguousarray(values[0, :, 0, :].T, np.float32)
 

@@ -1,0 +1,131 @@
+"""What is saved here, PyTorch's `VisionEncoderDecoderModel` loads without a word: equal logits, the same captions.
+
+Collected where torch is installed, which is in tox's environment `torch`, with transformers 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_beam_search import END, compiled, images, randomized
+from transformers import GenerationConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+
+from repro.__main__ import main
+from repro.models.pretrained import Pretrained, load_model, save_model
+from repro.models.weights import PICKLE_FILE, SAFETENSORS_FILE
+
+VARIANTS = {
+    "as it is": {},
+    "untied": {"tie_word_embeddings": False},
+    "unscaled": {"scale_attn_weights": False},
+    "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+    "upcast": {"reorder_and_upcast_attn": True},
+    "relu": {"activation_function": "relu"},
+}
+ROWS, LENGTH, MAX_LENGTH = 4, 9, 12
+
+
+def variant(golden_inputs: Path, name: str, seed: int) -> Pretrained:
+    """The golden model with other values in its decoder's configuration, and random weights."""
+    model = load_model(str(golden_inputs / "model"))
+    config = VisionEncoderDecoderConfig.from_dict(model.captioner.config.to_dict())
+    for key, value in VARIANTS[name].items():
+        setattr(config.decoder, key, value)
+    captioner = dataclasses.replace(model.captioner, config=config)
+    params = randomized(captioner.init(seed), seed)
+    return dataclasses.replace(model, captioner=captioner, params=params)
+
+
+def in_pytorch(folder: Path, caplog: pytest.LogCaptureFixture) -> VisionEncoderDecoderModel:
+    """Load a folder, with every weight in its place and no warning."""
+    for name in ("transformers", "transformers.modeling_utils"):
+        logging.getLogger(name).propagate = True
+    caplog.clear()
+    model, report = VisionEncoderDecoderModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    return model.eval()
+
+
+def normalized(model: Pretrained, pixels: np.ndarray) -> torch.Tensor:
+    return torch.tensor(np.moveaxis(model.captioner.pixel_table[pixels, np.arange(3)], -1, 1))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pytorch_computes_the_same_logits(golden_inputs, tmp_path, caplog, name):
+    model = variant(golden_inputs, name, seed=3)
+    save_model(model, model.params, tmp_path)
+    theirs = in_pytorch(tmp_path, caplog)
+    pixels, random = images(0), np.random.default_rng(1)
+    tokens = random.integers(0, 340, (ROWS, LENGTH), dtype=np.int32)
+    mask = (np.arange(LENGTH) < random.integers(1, LENGTH + 1, (ROWS, 1))).astype(np.int32)
+    ours = np.asarray(model.captioner.logits(model.params, pixels, tokens, mask))
+    with torch.no_grad():
+        expected = theirs(
+            pixel_values=normalized(model, pixels),
+            decoder_input_ids=torch.tensor(tokens, dtype=torch.long),
+            decoder_attention_mask=torch.tensor(mask),
+        ).logits.numpy()
+    seen = mask.astype(bool)
+    # These weights make scores of several hundred before a softmax, whose roundings the two order differently.
+    assert np.abs(ours - expected)[seen].max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 8])
+def test_pytorch_generates_the_same_captions(golden_inputs, tmp_path, caplog, num_beams):
+    compared = 0
+    for seed in range(2, 20, 3):  # with which ends are likely
+        model = variant(golden_inputs, "as it is", seed)
+        save_model(model, model.params, tmp_path)
+        theirs = in_pytorch(tmp_path, caplog)
+        pixels = images(seed)
+        ours = np.asarray(compiled(model, num_beams, MAX_LENGTH, "exact", ROWS)(model.params, pixels).tokens[:, 0])
+        for row in range(ROWS):
+            found = theirs.generate(
+                normalized(model, pixels[row : row + 1]),
+                generation_config=GenerationConfig(
+                    max_length=MAX_LENGTH,
+                    num_beams=num_beams,
+                    do_sample=False,
+                    decoder_start_token_id=END,
+                    eos_token_id=END,
+                    pad_token_id=END,
+                ),
+            ).numpy()[0]
+            # PyTorch takes a caption that max_length cuts off for one that has ended; the Flax class does not.
+            if num_beams == 1 or found[-1] == END:
+                expected = np.full(MAX_LENGTH, END)
+                expected[: len(found)] = found
+                np.testing.assert_array_equal(ours[row], expected)
+                compared += 1
+    assert compared >= 8
+
+
+def test_an_exported_pickle_is_read_by_the_loader_that_runs_nothing(golden_inputs, tmp_path, caplog):
+    source, target = tmp_path / "source", tmp_path / "target"
+    model = variant(golden_inputs, "as it is", seed=1)
+    save_model(model, model.params, source)
+    torch.save(load_file(source / SAFETENSORS_FILE), source / PICKLE_FILE)
+    for name in (SAFETENSORS_FILE, "flax_model.msgpack"):
+        (source / name).unlink()
+    assert main(["export", "--model_name_or_path", str(source), "--output_dir", str(target)]) == 0
+    exported = load_model(str(target))
+    jax.tree.map(np.testing.assert_array_equal, exported.params, model.params)
+    in_pytorch(target, caplog)
+
+
+def test_what_pytorch_saves_is_loaded(golden_inputs, tmp_path, caplog):
+    source, target = tmp_path / "source", tmp_path / "target"
+    model = variant(golden_inputs, "as it is", seed=2)
+    save_model(model, model.params, source)
+    in_pytorch(source, caplog).save_pretrained(target)
+    for part in (model.tokenizer, model.image_processor):
+        part.save_pretrained(target)
+    jax.tree.map(np.testing.assert_array_equal, load_model(str(target)).params, model.params)
