@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from repro.errors import InputError
 from repro.models.beam_search import beam_search
 from repro.models.pretrained import load_model
 
@@ -49,7 +50,7 @@ CHEAP = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_le
 """Compiler options: each search here runs but a few times."""
 
 
-def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size: int):
+def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size: int, **settings):
     """`Captioner.generate` with these settings."""
     return jax.jit(
         partial(
@@ -58,6 +59,7 @@ def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size:
             max_length=max_length,
             stop_rule=stop_rule,
             group_size=group_size,
+            **settings,
         ),
         compiler_options=CHEAP,
     )
@@ -268,3 +270,81 @@ def test_early_stopping_takes_the_first_ends_of_all_beams():
 def test_a_batch_that_its_groups_do_not_divide_is_refused():
     with pytest.raises(AssertionError):
         table_search(DONE, PATIENT, DONE, num_beams=2, stop_rule="current", group_size=2)
+
+
+@pytest.mark.parametrize(("num_beams", "returned"), [(3, 3), (4, 2), (1, 1)])
+def test_several_sequences_come_best_first_and_the_first_is_the_only_one(num_beams, returned):
+    rows = (HASTY, PATIENT, DONE)
+    best = table_search(*rows, num_beams=num_beams, stop_rule="exact", group_size=1)
+    many = all_sequences(*rows, num_beams=num_beams, num_return_sequences=returned)
+    assert many.tokens.shape == (3, returned, 5)
+    assert (many.tokens[:, 0].tolist(), many.scores[:, 0].tolist()) == best
+    assert (np.diff(many.scores, axis=1) <= 0).all()
+    for row, table in enumerate(rows):
+        found = {tuple(tokens) for tokens in many.tokens[row].tolist()}
+        assert len(found) == returned
+        for tokens, score in zip(many.tokens[row].tolist(), many.scores[row].tolist(), strict=True):
+            length = tokens.index(END, 1) if END in tokens[1:] else 4
+            total = sum(table[position, tokens[position + 1]] for position in range(length))
+            np.testing.assert_allclose(score, total / length, rtol=1e-5)
+
+
+def test_where_too_few_have_ended_the_best_that_have_not_follow():
+    # The end is impossible but after A, so that of three sequences one ends.
+    row = log_table({A: 0.6, B: 0.3}, {END: 0.5, A: 0.3, B: 0.1})
+    row[0, END] = -1e9
+    found = all_sequences(row, num_beams=3, num_return_sequences=3)
+    ended = [END in tokens[1:] for tokens in found.tokens[0].tolist()]
+    assert ended == sorted(ended, reverse=True)
+    assert np.isfinite(found.scores).all()
+    assert (found.scores > -100).all()
+
+
+def all_sequences(*rows: np.ndarray, num_beams: int, num_return_sequences: int):
+    return beam_search(
+        lambda tokens, parents, position, table: (jnp.repeat(table[:, None, position], num_beams, axis=1), table),
+        jnp.asarray(rows),
+        batch_size=len(rows),
+        num_beams=num_beams,
+        max_length=len(rows[0]) + 1,
+        start_token_id=START,
+        end_token_id=END,
+        pad_token_id=PAD,
+        stop_rule="exact",
+        num_return_sequences=num_return_sequences,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_beams", "stop_rule", "group_size"), [(1, "exact", 1), (3, "exact", 1), (3, "current", 2)]
+)
+def test_rows_that_leave_the_batch_when_they_have_ended_change_no_caption(model, num_beams, stop_rule, group_size):
+    rows = 8
+    whole = compiled(model, num_beams, 12, stop_rule, group_size)
+    shrinking = compiled(model, num_beams, 12, stop_rule, group_size, smallest_batch=1)
+    for seed in range(5):
+        params, pixels = randomized(model.params, seed), images(seed, rows)
+        expected, found = whole(params, pixels), shrinking(params, pixels)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_beams", "returned", "message"),
+    [
+        (0, 1, "--num_beams 0: must be between 1 and the vocabulary's 340 tokens"),
+        (341, 1, "--num_beams 341"),
+        (3, 4, "--num_return_sequences 4: must be between 1 and --num_beams 3"),
+    ],
+)
+def test_numbers_of_beams_that_cannot_be_are_refused(model, num_beams, returned, message):
+    with pytest.raises(InputError, match=message):
+        model.captioner.generate(
+            model.params,
+            images(0),
+            max_length=8,
+            num_beams=num_beams,
+            stop_rule="exact",
+            group_size=1,
+            num_return_sequences=returned,
+        )

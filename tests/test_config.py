@@ -66,7 +66,12 @@ TRAINING_FLAGS = [
     ("hub_model_id", None, "me/model", "me/model"),
     ("hub_token", None, "secret", "secret"),
 ]
-FURTHER_FLAGS = [("protocol", "exact", "published", "published"), ("num_replicas", None, "8", 8)]
+FURTHER_FLAGS = [
+    ("protocol", "exact", "published", "published"),
+    ("num_replicas", None, "8", 8),
+    ("model_implementation", None, "native", "native"),
+    ("gradient_checkpointing", False, "true", True),
+]
 CREATE_FLAGS = [
     ("encoder_model_name_or_path", None, "google/vit", "google/vit"),
     ("decoder_model_name_or_path", None, "gpt2", "gpt2"),
