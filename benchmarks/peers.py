@@ -1,7 +1,7 @@
 """One piece of work done by this project's model, by transformers' Flax class and by PyTorch, in turns.
 
 Rules. Each peer lives in a process of its own, with random weights of the same configuration, and is warmed up by one
-run, whose time (compilation included) is reported apart. Then they take turns, one run each, so that a change of the
+run, whose time (compilation included) is reported apart, and two more. Then they take turns, one run each, so that a change of the
 machine's speed meets all of them; the clock stops when the result is there (`block_until_ready`). Reported are the
 median, the spread (minimum to maximum) and, as ratio, the median of the ratios of runs of the same turn. Peak memory is
 the process's largest resident size on a CPU, and on an accelerator what the backend reports.
@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 END = 50_256
+WARM_UPS = 2
+"""Runs after the first: the second and third step of a training still meet memory that was never touched."""
 Run = Callable[[], Any]
 
 
@@ -137,7 +139,10 @@ def _work(make: Callable[[str, dict[str, Any]], Run], peer: str, settings: dict[
     run = make(peer, settings)
     started = time.perf_counter()
     run()
-    connection.send(time.perf_counter() - started)
+    first = time.perf_counter() - started
+    for _ in range(WARM_UPS):
+        run()
+    connection.send(first)
     while connection.recv() == "run":
         started = time.perf_counter()
         run()
