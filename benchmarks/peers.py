@@ -1,10 +1,10 @@
 """One piece of work done by this project's model, by transformers' Flax class and by PyTorch, in turns.
 
 Rules. Each peer lives in a process of its own, with random weights of the same configuration, and is warmed up by one
-run, whose time (compilation included) is reported apart, and two more. Then they take turns, one run each, so that a change of the
-machine's speed meets all of them; the clock stops when the result is there (`block_until_ready`). Reported are the
-median, the spread (minimum to maximum) and, as ratio, the median of the ratios of runs of the same turn. Peak memory is
-the process's largest resident size on a CPU, and on an accelerator what the backend reports.
+run, whose time (compilation included) is reported apart, and two more. Then they take turns, one run each, so that a
+change of the machine's speed meets all of them; the clock stops when the result is there (`block_until_ready`).
+Reported are the median, the spread (minimum to maximum) and, as ratio, the median of the ratios of runs of the same
+turn. Peak memory is the process's largest resident size on a CPU, and on an accelerator what the backend reports.
 """
 
 from __future__ import annotations

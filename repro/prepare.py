@@ -24,6 +24,7 @@ from repro.data.rows import Rows
 from repro.data.sources import load_splits
 from repro.errors import InputError
 from repro.models.beam_search import check_beams
+from repro.models.captioner import Captioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.protocol import Protocol
 from repro.reporting.writer import check_output_dir
@@ -274,7 +275,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         "platform": f"{jax.default_backend()}, {platform.platform()}, Python {sys.version.split()[0]}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "model": {
-            "implementation": type(prepared.pretrained.captioner).__name__,
+            "implementation": "native" if isinstance(prepared.pretrained.captioner, Captioner) else "transformers",
             "parameters": count_parameters(prepared.pretrained.params),
             "notes": list(prepared.pretrained.notes),
         },
