@@ -50,7 +50,12 @@ def make_generation(peer: str, settings: dict[str, Any]) -> Run:
     if peer == "native":
         generate = jax.jit(
             lambda params, pixels: captioner.generate(
-                params, pixels, max_length=length, num_beams=beams, stop_rule="current", group_size=len(pixels)
+                params,
+                captioner.encode(params, pixels),
+                max_length=length,
+                num_beams=beams,
+                stop_rule="current",
+                group_size=len(pixels),
             )
         )
         return lambda: jax.block_until_ready(generate(params, pixels))

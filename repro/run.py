@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.evaluation.evaluator import Evaluation, Evaluator
@@ -204,23 +203,25 @@ def _evaluator(prepared: PreparedRun) -> Evaluator:
     args, data_args, captioner = prepared.args, prepared.data_args, prepared.pretrained.captioner
     batch_size = prepared.num_replicas * args.per_device_eval_batch_size
     sharding = rows_sharding(prepared.mesh, num_rows=batch_size)
-    eval_step = jax.jit(make_eval_step(captioner.logits, label_smoothing=args.label_smoothing_factor))
-    generate: Callable[[Any, np.ndarray], Any] | None = None
+    generate: Callable[[Any, Any], Any] | None = None
     if data_args.predict_with_generate:
         settings = captioner.generation_config
-        captions = jax.jit(
-            lambda params, pixels: captioner.generate(
+        generate = jax.jit(
+            lambda params, memory: captioner.generate(
                 params,
-                pixels,
+                memory,
                 max_length=data_args.val_max_target_length or data_args.max_target_length,
                 num_beams=data_args.num_beams or settings.num_beams or 1,
                 stop_rule=prepared.protocol.stop_rule,
                 group_size=args.per_device_eval_batch_size,
+                smallest_batch=_smallest_batch(prepared, batch_size),
             ).tokens[:, 0]
         )
-        generate = lambda params, pixels: captions(params, put(pixels, sharding))  # noqa: E731
+    encode = jax.jit(captioner.encode)
+    eval_step = jax.jit(make_eval_step(captioner.decode, label_smoothing=args.label_smoothing_factor))
     return Evaluator(
-        row_losses=lambda params, batch: eval_step(params, put(batch, sharding)),
+        encode=lambda params, pixels: encode(params, put(pixels, sharding)),
+        row_losses=lambda params, memory, captions: eval_step(params, memory, put(captions, sharding)),
         generate=generate,
         tokenizer=prepared.pretrained.tokenizer,
         protocol=prepared.protocol,

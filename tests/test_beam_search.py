@@ -51,18 +51,21 @@ CHEAP = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_le
 
 
 def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size: int, **settings):
-    """`Captioner.generate` with these settings."""
-    return jax.jit(
-        partial(
-            model.captioner.generate,
+    """`Captioner.generate` with these settings, from pixels."""
+
+    @partial(jax.jit, compiler_options=CHEAP)
+    def captions(params, pixels):
+        return model.captioner.generate(
+            params,
+            model.captioner.encode(params, pixels),
             num_beams=num_beams,
             max_length=max_length,
             stop_rule=stop_rule,
             group_size=group_size,
             **settings,
-        ),
-        compiler_options=CHEAP,
-    )
+        )
+
+    return captions
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -339,12 +342,4 @@ def test_rows_that_leave_the_batch_when_they_have_ended_change_no_caption(model,
 )
 def test_numbers_of_beams_that_cannot_be_are_refused(model, num_beams, returned, message):
     with pytest.raises(InputError, match=message):
-        model.captioner.generate(
-            model.params,
-            images(0),
-            max_length=8,
-            num_beams=num_beams,
-            stop_rule="exact",
-            group_size=1,
-            num_return_sequences=returned,
-        )
+        compiled(model, num_beams, 8, "exact", 1, num_return_sequences=returned)(model.params, images(0))

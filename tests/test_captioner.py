@@ -17,6 +17,7 @@ from transformers import VisionEncoderDecoderConfig
 
 from repro.errors import InputError
 from repro.models.captioner import VisionEncoderDecoder, check_config
+from repro.models.gpt2 import start_cache
 from repro.models.pretrained import Options, load_model
 from repro.training.losses import row_losses
 
@@ -76,7 +77,7 @@ def test_token_by_token_the_logits_are_those_of_the_whole_caption(model, num_bea
     sequences = random.integers(0, 340, (4, num_beams, 9), dtype=np.int32)
     normalized = jnp.asarray(model.captioner.pixel_table)[pixels.astype(np.int32), np.arange(3)]
     apply = partial(module.apply, {"params": params})
-    cache = apply(normalized, num_beams=num_beams, max_length=9, method="start_cache")
+    cache = start_cache(apply(normalized, method="encode"), num_beams=num_beams, max_length=9)
     place = np.tile(np.arange(num_beams), (4, 1))
     step = jax.jit(partial(apply, method="decode_step"), compiler_options=CHEAP)
     for position in range(9):
@@ -94,6 +95,13 @@ def test_token_by_token_the_logits_are_those_of_the_whole_caption(model, num_bea
             whole = model.captioner.logits(params, pixels, sequences[:, beam], MASK)[:, position]
             mine = np.take_along_axis(np.asarray(logits), place[:, beam, None, None], axis=1)[:, 0]
             np.testing.assert_allclose(mine, whole, rtol=2e-4, atol=2e-4)
+
+
+def test_a_caption_of_an_encoded_image_has_the_logits_of_a_caption_of_its_pixels(model):
+    params, pixels = randomized(model.params, 4), images(4)
+    mask = (np.arange(9) < np.array([9, 1, 5, 7])[:, None]).astype(np.int32)
+    decoded = model.captioner.decode(params, model.captioner.encode(params, pixels), TOKENS, mask)
+    np.testing.assert_allclose(decoded, model.captioner.logits(params, pixels, TOKENS, mask), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -4,50 +4,64 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repro.config import DataArguments, TrainingArguments
 from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, mean_of_batch_losses
 from repro.evaluation.targets import Verdict, check_targets
+from repro.models.beam_search import Captions
 from repro.prepare import check_fills_a_batch
 from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
+from repro.run import _evaluator as make_run_evaluator
+from repro.training.sharding import create_mesh
 
 LENGTH, SIDE = 5, 2
 ROWS_PER_IMAGE = 3
 
 
 class FakeModel:
-    """Loss of a token: its label / 7. Caption of an image: as many tokens as its byte modulo 4, plus one."""
+    """Loss of a token: its label / 7, times its image's number. Caption: a token more than the byte modulo 4."""
 
     def __init__(self) -> None:
         self.generated: list[int] = []
+        self.encoded: list[int] = []
+        self.losses = 0
         self.batch_sizes: set[int] = set()
 
-    def row_losses(self, params, batch):
-        self.batch_sizes.add(len(batch["labels"]))
-        mask = batch["decoder_attention_mask"]
-        return (batch["labels"] / 7 * mask).sum(axis=1) * params, mask.sum(axis=1).astype(np.float32)
-
-    def generate(self, params, pixels):
+    def encode(self, params, pixels):
         self.batch_sizes.add(len(pixels))
         images = pixels[:, 0, 0, 0].astype(np.int32)
+        self.encoded += images.tolist()
+        return images
+
+    def row_losses(self, params, images, captions):
+        self.batch_sizes.add(len(captions["labels"]))
+        self.losses += 1
+        mask = captions["decoder_attention_mask"]
+        sums = (captions["labels"] / 7 * mask).sum(axis=1) * (1 + images)
+        return sums * params, mask.sum(axis=1).astype(np.float32)
+
+    def generate(self, params, images):
         self.generated += images.tolist()
         is_token = np.arange(LENGTH) < (images % 4 + 1)[:, None]
         return np.where(is_token, 40 + images[:, None], 0).astype(np.int32)
 
 
-def make_data(num_rows: int, *, captions: bool = True, seed: int = 0) -> CaptionedImages:
-    """Rows of images 0 0 0 1 1 1 ..., whose bytes are their numbers; captions of 1 to 5 tokens."""
+def make_data(num_rows: int, *, captions: bool = True, seed: int = 0, images=None) -> CaptionedImages:
+    """Rows of images 0 0 0 1 1 1 ..., or of others, whose bytes are their numbers; captions of 1 to 5 tokens."""
     random = np.random.default_rng(seed)
     labels = random.integers(40, 60, (num_rows, LENGTH), dtype=np.int32)
     mask = (np.arange(LENGTH) < random.integers(1, LENGTH + 1, num_rows)[:, None]).astype(np.int32)
-    images = np.arange(num_rows) // ROWS_PER_IMAGE
-    numbers = np.arange(num_rows // ROWS_PER_IMAGE + 1, dtype=np.uint8)
+    images = np.arange(num_rows) // ROWS_PER_IMAGE if images is None else np.asarray(images)
+    numbers = np.arange(images.max() + 1, dtype=np.uint8)
     return CaptionedImages(
         labels=labels * mask,
         decoder_input_ids=labels,
@@ -62,6 +76,7 @@ def make_data(num_rows: int, *, captions: bool = True, seed: int = 0) -> Caption
 
 def make_evaluator(model, tokenizer, protocol=EXACT, *, replicas=2, rows=2, generate=True) -> Evaluator:
     return Evaluator(
+        encode=model.encode,
         row_losses=model.row_losses,
         generate=model.generate if generate else None,
         tokenizer=tokenizer,
@@ -72,6 +87,10 @@ def make_evaluator(model, tokenizer, protocol=EXACT, *, replicas=2, rows=2, gene
     )
 
 
+def token_losses(data) -> np.ndarray:
+    return data.labels / 7 * data.decoder_attention_mask * (1 + data.image_index[:, None])
+
+
 def loss_of(data, protocol=EXACT, **sizes) -> float:
     evaluator = make_evaluator(FakeModel(), None, protocol, generate=False, **sizes)
     return evaluator.evaluate(1.0, data).metrics["loss"]
@@ -80,14 +99,14 @@ def loss_of(data, protocol=EXACT, **sizes) -> float:
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_exact_loss_is_per_token_over_every_row_whatever_the_batch(num_rows, batch_size, seed):
     data = make_data(num_rows, seed=seed)
-    expected = (data.labels / 7 * data.decoder_attention_mask).sum() / data.decoder_attention_mask.sum()
+    expected = token_losses(data).sum() / data.decoder_attention_mask.sum()
     assert loss_of(data, replicas=1, rows=batch_size) == pytest.approx(expected, rel=1e-12)
 
 
 def test_current_loss_is_the_unweighted_mean_of_the_batches_token_losses():
     data = make_data(11)
     batches = [slice(0, 4), slice(4, 8)]
-    expected = np.mean([data.labels[b].sum() / 7 / data.decoder_attention_mask[b].sum() for b in batches])
+    expected = np.mean([token_losses(data)[b].sum() / data.decoder_attention_mask[b].sum() for b in batches])
     assert loss_of(data, CURRENT) == pytest.approx(expected, rel=1e-12)
     assert loss_of(data, replace(CURRENT, token_eval_loss=True)) != pytest.approx(expected, rel=1e-6)
 
@@ -95,7 +114,7 @@ def test_current_loss_is_the_unweighted_mean_of_the_batches_token_losses():
 def test_published_loss_is_the_mean_over_replicas_too():
     data = make_data(11)
     replicas = [slice(start, start + 2) for start in range(0, 8, 2)]
-    expected = np.mean([data.labels[r].sum() / 7 / data.decoder_attention_mask[r].sum() for r in replicas])
+    expected = np.mean([token_losses(data)[r].sum() / data.decoder_attention_mask[r].sum() for r in replicas])
     assert loss_of(data, PUBLISHED) == pytest.approx(expected, rel=1e-12)
 
 
@@ -130,14 +149,30 @@ def test_fewer_rows_than_a_batch_are_refused_where_they_would_all_be_dropped(pro
 
 def test_exact_evaluates_fewer_rows_than_a_batch():
     data = make_data(3)
-    assert loss_of(data) == pytest.approx(data.labels.sum() / 7 / data.decoder_attention_mask.sum())
+    assert loss_of(data) == pytest.approx(token_losses(data).sum() / data.decoder_attention_mask.sum())
 
 
-def test_exact_generates_once_for_each_image(tokenizer):
+def test_exact_encodes_and_captions_each_image_once(tokenizer):
     model = FakeModel()
     # 12 rows of 4 images: one full batch, without padding.
     make_evaluator(model, tokenizer).evaluate(1.0, make_data(12))
-    assert model.generated == [0, 1, 2, 3]
+    assert model.encoded == model.generated == [0, 1, 2, 3]
+    assert model.losses == ROWS_PER_IMAGE
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=24), st.integers(1, 5), st.sampled_from([EXACT, CURRENT]))
+def test_every_row_is_scored_once_however_many_captions_an_image_has(images, batch_size, protocol):
+    protocol = replace(protocol, keep_incomplete_batch=True, token_eval_loss=True)
+    data = make_data(len(images), images=images)
+    expected = token_losses(data).sum() / data.decoder_attention_mask.sum()
+    assert loss_of(data, protocol, replicas=1, rows=batch_size) == pytest.approx(expected, rel=1e-12)
+
+
+def test_images_with_one_caption_more_than_others_cost_one_batch_more():
+    model = FakeModel()
+    images = [0, 0, 1, 2, 2, 3, 4, 5, 5, 6, 7]  # 0, 2 and 5 have two captions, the other five have one
+    make_evaluator(model, None, generate=False).evaluate(1.0, make_data(len(images), images=images))
+    assert (len(model.encoded), model.losses) == (8, 3)
 
 
 @pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED])
@@ -196,6 +231,40 @@ def test_the_given_parameters_are_evaluated():
     data, evaluator = make_data(5), make_evaluator(FakeModel(), None, generate=False)
     once, twice = (evaluator.evaluate(params, data).metrics["loss"] for params in (1.0, 2.0))
     assert twice == pytest.approx(2 * once)
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows", "smallest"), [(1, 32, 8), (1, 256, 64), (1, 31, None), (8, 32, None)], ids=str
+)
+def test_captions_that_have_ended_leave_large_batches_on_one_device(devices, rows, smallest):
+    asked = {}
+
+    def generate(params, memory, **settings):
+        asked.update(settings)
+        return Captions(memory[:, None, :], memory[:, :1])
+
+    captioner = SimpleNamespace(
+        generate=generate, encode=len, decode=len, generation_config=SimpleNamespace(num_beams=3)
+    )
+    evaluator = make_run_evaluator(
+        SimpleNamespace(
+            args=TrainingArguments(output_dir="unused", per_device_eval_batch_size=rows),
+            data_args=DataArguments(predict_with_generate=True, max_target_length=LENGTH),
+            pretrained=SimpleNamespace(captioner=captioner, tokenizer=None),
+            mesh=create_mesh(jax.devices()[:devices], num_replicas=1, replica_batch=rows),
+            num_replicas=1,
+            protocol=EXACT,
+            progress=False,
+        )
+    )
+    evaluator.generate({}, np.zeros((rows, LENGTH), np.int32))
+    assert asked == {
+        "max_length": LENGTH,
+        "num_beams": 3,
+        "stop_rule": "exact",
+        "group_size": rows,
+        "smallest_batch": smallest,
+    }
 
 
 def verdict(low, high, measured) -> Verdict:

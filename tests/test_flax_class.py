@@ -312,6 +312,8 @@ def test_other_pairs_go_by_the_flax_class(pair, tmp_path, golden_inputs):
         np.testing.assert_array_equal(tokens, their_captions(model, 3, 8)(params, pixels))
     # What the search says of a caption is what the whole caption's logits say.
     logits = model.captioner.logits(params, pixels, tokens, np.ones_like(tokens))
+    decoded = model.captioner.decode(params, model.captioner.encode(params, pixels), tokens, np.ones_like(tokens))
+    np.testing.assert_allclose(decoded, logits, rtol=1e-4, atol=1e-4)
     log_probs = np.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
     for row in range(4):
         ends = np.flatnonzero(tokens[row, 1:] == 0)

@@ -91,8 +91,11 @@ class CaptionedImages:
 
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Gather rows int[B] into `pixels` uint8[B,S,S,3] and the three int32[B,T]."""
+        return {"pixels": self.pixels[self.image_index[rows]], **self.tokens(rows)}
+
+    def tokens(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Gather the captions of rows int[B], the three int32[B,T]."""
         return {
-            "pixels": self.pixels[self.image_index[rows]],
             "labels": self.labels[rows],
             "decoder_input_ids": self.decoder_input_ids[rows],
             "decoder_attention_mask": self.decoder_attention_mask[rows],

@@ -13,9 +13,9 @@ from repro.data.pipeline import CaptionedImages, prefetch
 from repro.evaluation.rouge import rouge_scores
 from repro.protocol import LossReduction, Protocol
 
-HostBatch = dict[str, np.ndarray]
-RowLosses = Callable[[Any, HostBatch], tuple[Any, Any]]
-Generate = Callable[[Any, np.ndarray], Any]
+Encode = Callable[[Any, np.ndarray], Any]
+RowLosses = Callable[[Any, Any, dict[str, np.ndarray]], tuple[Any, Any]]
+Generate = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Evaluator:
     """How to evaluate, whatever the split and the parameters.
 
     Attributes:
-        row_losses: (params, batch [B,...]) to the rows' loss (sums, counts), float32[B].
-        generate: (params, pixels uint8[B,S,S,3]) to captions int32[B,L]; None to compute the loss alone.
+        encode: (params, pixels uint8[B,S,S,3]) to whatever the other two take for these images.
+        row_losses: (params, encoded images, a caption [B,T] of each) to the captions' loss (sums, counts), float32[B].
+        generate: (params, encoded images) to captions int32[B,L]; None to compute the loss alone.
         num_replicas, replica_batch: their product is B; under the example's protocols a batch's loss depends on both.
         progress: whether to draw progress bars.
     """
 
+    encode: Encode
     row_losses: RowLosses
     generate: Generate | None
     tokenizer: Any
@@ -67,13 +69,16 @@ class Evaluator:
         assert num_rows, "the caller checks that there is a whole batch"
         rows = np.arange(num_rows)
         has_captions = all(caption is not None for caption in data.captions[:num_rows])
+        per_image = self.generate if self.protocol.generate_per_image else None
+        sums, counts, tokens = self._by_image(params, data, rows, name, losses=has_captions, generate=per_image)
+        if self.generate is not None and per_image is None:
+            tokens = self._by_row(params, data, rows, f"{name} captions", generate=self.generate)
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {"rows": num_rows}
         if has_captions:
-            metrics["loss"] = self._loss(params, data, rows, name)
+            metrics["loss"] = self._mean_loss(sums, counts)
         generations: list[dict[str, str]] = []
-        if self.generate is not None:
-            tokens = self._captions(params, data, rows, name)
+        if tokens is not None:
             metrics["gen_len"] = float((tokens != self.tokenizer.pad_token_id).sum(axis=1).mean())
             generations = self._texts(tokens, data.labels[rows])
         if generations and has_captions:
@@ -88,49 +93,70 @@ class Evaluator:
             image_paths=list(data.image_paths[:num_rows]),
         )
 
-    def _loss(self, params: Any, data: CaptionedImages, rows: np.ndarray, name: str) -> float:
-        sums, counts = [], []
-        for batch, is_real in self._batches(rows, data.batch, f"{name} loss"):
-            batch_sums, batch_counts = self.row_losses(params, batch)
-            sums.append(np.asarray(batch_sums, np.float64) * is_real)
-            counts.append(np.asarray(batch_counts, np.float64) * is_real)
-        total, count = np.stack(sums), np.stack(counts)
+    def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:
         if self.protocol.token_eval_loss:
-            return float(total.sum() / count.sum())
-        return mean_of_batch_losses(total, count, self.protocol.loss_reduction, num_replicas=self.num_replicas)
+            return float(sums.sum() / counts.sum())
+        sums, counts = (values.reshape(-1, self.batch_size) for values in (sums, counts))
+        return mean_of_batch_losses(sums, counts, self.protocol.loss_reduction, num_replicas=self.num_replicas)
 
-    def _captions(self, params: Any, data: CaptionedImages, rows: np.ndarray, name: str) -> np.ndarray:
-        """int32[N,L], one caption a row, generated once for each distinct image where the protocol says so."""
-        assert self.generate is not None
-        images, of_row = data.image_index[rows], np.arange(len(rows))
-        if self.protocol.generate_per_image:
-            images, of_row = np.unique(images, return_inverse=True)
-        tokens = []
-        pixels_of = lambda batch: {"pixels": data.pixels[batch]}  # noqa: E731
-        for batch, is_real in self._batches(images, pixels_of, f"{name} captions"):
-            tokens.append(np.asarray(self.generate(params, batch["pixels"]))[is_real])
-        return np.concatenate(tokens)[of_row]
+    def _by_image(
+        self,
+        params: Any,
+        data: CaptionedImages,
+        rows: np.ndarray,
+        name: str,
+        *,
+        losses: bool,
+        generate: Generate | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Encode each distinct image once for the losses of its rows, float64[N] twice, and a caption, int32[N,L]."""
+        sums, counts = np.zeros((2, len(rows)))
+        if not losses and generate is None:
+            return sums, counts, None
+        images, of_row, num_captions = np.unique(data.image_index[rows], return_inverse=True, return_counts=True)
+        # Images with as many captions share batches, in which all have their first, then all their second.
+        order = np.argsort(-num_captions, kind="stable")
+        rows_by_image, first = np.argsort(of_row, kind="stable"), np.cumsum(num_captions) - num_captions
+        tokens: list[np.ndarray] = []
+        for places, memory in self._encoded(params, data, images[order], name):
+            batch = np.resize(order[places], self.batch_size)
+            for turn in range(num_captions[batch].max() if losses else 0):
+                has_turn = (num_captions[batch] > turn) & (np.arange(self.batch_size) < len(places))
+                turns = rows_by_image[first[batch] + turn * has_turn]
+                values = self.row_losses(params, memory, data.tokens(rows[turns]))
+                sums[turns[has_turn]], counts[turns[has_turn]] = (np.asarray(value)[has_turn] for value in values)
+            if generate is not None:
+                tokens.append(np.asarray(generate(params, memory))[: len(places)])
+        return sums, counts, np.concatenate(tokens)[np.argsort(order)[of_row]] if tokens else None
 
-    def _batches(
-        self, items: np.ndarray, load: Callable[[np.ndarray], HostBatch], description: str
-    ) -> Iterator[tuple[HostBatch, np.ndarray]]:
-        """Yield whole batches and a bool[B] that tells items from the padding of the last one."""
+    def _by_row(
+        self, params: Any, data: CaptionedImages, rows: np.ndarray, description: str, *, generate: Generate
+    ) -> np.ndarray:
+        """int32[N,L], generated in batches of rows as they come: a caption may depend on its neighbours."""
+        encoded = self._encoded(params, data, data.image_index[rows], description)
+        return np.concatenate([np.asarray(generate(params, memory))[: len(places)] for places, memory in encoded])
 
-        def loaded() -> Iterator[tuple[HostBatch, np.ndarray]]:
-            for start in range(0, len(items), self.batch_size):
-                batch = items[start : start + self.batch_size]
-                is_real = np.arange(self.batch_size) < len(batch)
-                yield load(np.resize(batch, self.batch_size)), is_real
+    def _encoded(
+        self, params: Any, data: CaptionedImages, images: np.ndarray, description: str
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Yield places in `images`, in order, with these images encoded; the last batch is padded to B with others."""
+        starts = range(0, len(images), self.batch_size)
 
-        count = -(-len(items) // self.batch_size)
-        yield from tqdm(
+        def loaded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for start in starts:
+                places = np.arange(start, min(start + self.batch_size, len(images)))
+                yield places, data.pixels[images[np.resize(places, self.batch_size)]]
+
+        bar = tqdm(
             prefetch(loaded()),
-            total=count,
+            total=len(starts),
             desc=description,
             unit="batch",
             leave=False,
             disable=None if self.progress else True,
         )
+        for places, pixels in bar:
+            yield places, self.encode(params, pixels)
 
     def _texts(self, tokens: np.ndarray, labels: np.ndarray) -> list[dict[str, str]]:
         def decode(ids: np.ndarray) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from repro.errors import InputError
 from repro.models.beam_search import Captions, beam_search, check_beams
-from repro.models.gpt2 import GPT2, Cache
+from repro.models.gpt2 import GPT2, Cache, Memory, start_cache
 from repro.models.layers import ACTIVATIONS
 from repro.models.vit import ViT
 from repro.protocol import StopRule
@@ -99,23 +99,26 @@ class VisionEncoderDecoder(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Normalized pixels [B,S,S,C] and int32[B,T] twice to logits [B,T,V]."""
-        states = self.encode(pixel_values, deterministic=deterministic)
+        states = self._states(pixel_values, deterministic)
         return self.decoder(decoder_input_ids, decoder_attention_mask, states, deterministic=deterministic)
 
-    def encode(self, pixel_values: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Normalized pixels [B,S,S,C] to what the decoder attends to, [B,N,D]."""
-        states = self.encoder(pixel_values, deterministic=deterministic)
-        return self.enc_to_dec_proj(states) if hasattr(self, "enc_to_dec_proj") else states
+    def encode(self, pixel_values: jax.Array) -> Memory:
+        """Normalized pixels [B,S,S,C] to what the decoder remembers of them."""
+        return self.decoder.remember(self._states(pixel_values, True))
 
-    def start_cache(self, pixel_values: jax.Array, *, num_beams: int, max_length: int) -> Cache:
-        """Encode images for `decode_step`."""
-        return self.decoder.start_cache(self.encode(pixel_values), num_beams=num_beams, max_length=max_length)
+    def decode(self, memory: Memory, decoder_input_ids: jax.Array, decoder_attention_mask: jax.Array) -> jax.Array:
+        """`GPT2.decode`."""
+        return self.decoder.decode(decoder_input_ids, decoder_attention_mask, memory)
 
     def decode_step(
         self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """`GPT2.decode_step`."""
         return self.decoder.decode_step(tokens, parents, position, cache)
+
+    def _states(self, pixel_values: jax.Array, deterministic: bool) -> jax.Array:
+        states = self.encoder(pixel_values, deterministic=deterministic)
+        return self.enc_to_dec_proj(states) if hasattr(self, "enc_to_dec_proj") else states
 
 
 @dataclass(frozen=True)
@@ -178,23 +181,36 @@ class Captioner:
         )
         return logits
 
-    def generate(
-        self, params: Params, pixels: jax.Array, *, max_length: int, num_beams: int, **settings: Any
-    ) -> Captions:
-        """Caption uint8[B,S,S,3]; `settings` are `search`'s.
+    def encode(self, params: Params, pixels: jax.Array) -> Memory:
+        """Look at uint8[B,S,S,3] once, for any number of captions."""
+        memory: Any = self.module.apply(
+            {"params": params}, normalize(pixels, self.pixel_table, self.dtype), method="encode"
+        )
+        return memory
+
+    def decode(
+        self, params: Params, memory: Memory, decoder_input_ids: jax.Array, decoder_attention_mask: jax.Array
+    ) -> jax.Array:
+        """`logits` without dropout, of images that have been encoded."""
+        logits: Any = self.module.apply(
+            {"params": params}, memory, decoder_input_ids, decoder_attention_mask, method="decode"
+        )
+        return logits
+
+    def generate(self, params: Params, memory: Memory, *, max_length: int, num_beams: int, **settings: Any) -> Captions:
+        """Caption images that have been encoded; `settings` are `search`'s.
 
         Raises:
             InputError: there are more beams than tokens, or more sequences to return than beams.
         """
         # Once, and not at every step of the search.
         params = jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)
-        apply = partial(self.module.apply, {"params": params})
-        images = normalize(pixels, self.pixel_table, self.dtype)
+        cache = start_cache(memory, num_beams=num_beams, max_length=max_length)
         return search(
             self,
-            partial(apply, method="decode_step"),
-            apply(images, num_beams=num_beams, max_length=max_length, method="start_cache"),
-            batch_size=len(pixels),
+            partial(self.module.apply, {"params": params}, method="decode_step"),
+            cache,
+            batch_size=len(cache.ancestors),
             max_length=max_length,
             num_beams=num_beams,
             **settings,

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019) with cross-attention and the parameter tree of `FlaxGPT2LMHeadModel`.
 
-Trained on whole captions by `__call__`; for generation `start_cache` computes each image's cross-attention keys and
-values once, and `decode_step` adds one token to each of its beams.
+`__call__` is for training. All else starts from `remember`, which computes an image's cross-attention keys and values
+once, whatever is then done with them: `decode` scores a whole caption, `decode_step` adds one token to each beam.
 
 Axes: B images or rows, T target tokens, K beams, L tokens of the cache, N encoder states of width E, D width, H heads,
 V vocabulary.
@@ -22,27 +22,29 @@ INIT_STDDEV = 0.02
 """Of the projections' kernels, whatever the configuration says: FlaxGPT2's."""
 
 
-class LayerCache(flax.struct.PyTreeNode):
-    """What one layer keeps of the tokens so far and of the image.
-
-    Attributes:
-        key: [B,H,D/H,L*K], each position's K beams side by side. They stay where they were written: which of them a
-            beam descends from is in `Cache.ancestors`.
-        value: [B,H,L*K,D/H], likewise.
-        cross_key: [B,H,D/H,N], one for all beams of an image.
-        cross_value: [B,H,N,D/H], likewise.
-    """
+class KeysValues(flax.struct.PyTreeNode):
+    """What one layer attends to: keys [B,H,D/H,S], transposed for the products with queries, and values [B,H,S,D/H]."""
 
     key: jax.Array
     value: jax.Array
-    cross_key: jax.Array
-    cross_value: jax.Array
+
+
+Memory = tuple[KeysValues, ...]
+"""All that the decoder knows of an image: what each layer's cross-attention attends to, S = N."""
 
 
 class Cache(flax.struct.PyTreeNode):
-    """All layers' caches, and int32[B,K,L]: the beam at each position from which a beam's token there comes."""
+    """What a search keeps.
 
-    layers: tuple[LayerCache, ...]
+    Attributes:
+        memory: of the images, one for all beams.
+        past: each layer's tokens so far, S = L*K: each position's K beams side by side. They stay where they were
+            written.
+        ancestors: int32[B,K,L], the beam at each position from which a beam's token there comes.
+    """
+
+    memory: Memory
+    past: tuple[KeysValues, ...]
     ancestors: jax.Array
 
 
@@ -80,22 +82,24 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(width, self.dtype)
         self.resid_dropout = nn.Dropout(self.config.resid_pdrop)
 
-    def queries_keys_values(self, states: jax.Array) -> tuple[jax.Array, ...]:
-        """Project [B,T,D] to three [B,H,T,D/H]."""
-        return tuple(self._heads(part) for part in jnp.split(self.c_attn(states), 3, axis=-1))
+    def queries_keys_values(self, states: jax.Array) -> tuple[jax.Array, KeysValues]:
+        """Project [B,T,D] to the queries [B,H,T,D/H], keys and values of self-attention."""
+        query, key, value = (self._heads(part) for part in jnp.split(self.c_attn(states), 3, axis=-1))
+        return query, KeysValues(key.mT, value)
 
     def queries(self, states: jax.Array) -> jax.Array:
         """Project [B,T,D] to the queries of cross-attention, [B,H,T,D/H]."""
         return self._heads(self.q_attn(states))
 
-    def keys_values(self, encoder_states: jax.Array) -> tuple[jax.Array, ...]:
-        """Project [B,N,D] to the keys and values of cross-attention, [B,H,N,D/H] each."""
-        return tuple(self._heads(part) for part in jnp.split(self.c_attn(encoder_states), 2, axis=-1))
+    def keys_values(self, encoder_states: jax.Array) -> KeysValues:
+        """Project [B,N,E] to the keys and values of cross-attention."""
+        key, value = (self._heads(part) for part in jnp.split(self.c_attn(encoder_states), 2, axis=-1))
+        return KeysValues(key.mT, value)
 
     def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None, deterministic: bool
+        self, query: jax.Array, known: KeysValues, *, mask: jax.Array | None, deterministic: bool
     ) -> jax.Array:
-        """Attend and project back: query [B,H,T,D/H], key [B,H,D/H,S], value [B,H,S,D/H] to [B,T,D]."""
+        """Attend and project back, [B,H,T,D/H] to [B,T,D]."""
         config = self.config
         depth = config.hidden_size // config.num_attention_heads
         scale = depth**-0.5 if config.scale_attn_weights else 1.0
@@ -104,8 +108,8 @@ class Attention(nn.Module):
         drops = not deterministic and config.attn_pdrop > 0
         attended = attend(
             query,
-            key,
-            value,
+            known.key,
+            known.value,
             mask=mask,
             scale=scale,
             upcast=config.reorder_and_upcast_attn,
@@ -149,38 +153,33 @@ class Block(nn.Module):
 
     def __call__(self, states: jax.Array, mask: jax.Array, encoder_states: jax.Array, deterministic: bool) -> jax.Array:
         """Add what the block finds to [B,T,D], with a bool[B,1,T,T] mask and [B,N,E] encoder states."""
-        query, key, value = self.attn.queries_keys_values(self.ln_1(states))
-        states += self.attn(query, key.mT, value, mask=mask, deterministic=deterministic)
-        cross_key, cross_value = self.crossattention.keys_values(encoder_states)
-        return self._rest(states, cross_key.mT, cross_value, deterministic)
+        return self.decode(states, mask, self.remember(encoder_states), deterministic)
 
-    def start_cache(self, encoder_states: jax.Array, num_tokens: int) -> LayerCache:
-        """Project [B,N,E] encoder states, and make room for the keys and values of `num_tokens` tokens an image."""
-        cross_key, cross_value = self.crossattention.keys_values(encoder_states)
-        batch, heads, _, depth = cross_key.shape
-        return LayerCache(
-            key=jnp.zeros((batch, heads, depth, num_tokens), cross_key.dtype),
-            value=jnp.zeros((batch, heads, num_tokens, depth), cross_key.dtype),
-            cross_key=cross_key.mT,
-            cross_value=cross_value,
-        )
+    def remember(self, encoder_states: jax.Array) -> KeysValues:
+        return self.crossattention.keys_values(encoder_states)
+
+    def decode(self, states: jax.Array, mask: jax.Array, memory: KeysValues, deterministic: bool) -> jax.Array:
+        """`__call__` with what is remembered of the encoder states."""
+        query, present = self.attn.queries_keys_values(self.ln_1(states))
+        states += self.attn(query, present, mask=mask, deterministic=deterministic)
+        return self._rest(states, memory, deterministic)
 
     def decode_step(
-        self, states: jax.Array, visible: jax.Array, position: jax.Array, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+        self, states: jax.Array, visible: jax.Array, position: jax.Array, memory: KeysValues, past: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
         """Add what the block finds to [B,K,D], each beam's token at `position`; it may see bool[B,1,K,L*K]."""
-        query, key, value = self.attn.queries_keys_values(self.ln_1(states))
+        query, present = self.attn.queries_keys_values(self.ln_1(states))
         column = position * states.shape[1]
-        cache = cache.replace(
-            key=jax.lax.dynamic_update_slice(cache.key, key.mT, (0, 0, 0, column)),
-            value=jax.lax.dynamic_update_slice(cache.value, value, (0, 0, column, 0)),
+        past = KeysValues(
+            key=jax.lax.dynamic_update_slice(past.key, present.key, (0, 0, 0, column)),
+            value=jax.lax.dynamic_update_slice(past.value, present.value, (0, 0, column, 0)),
         )
-        states += self.attn(query, cache.key, cache.value, mask=visible, deterministic=True)
-        return self._rest(states, cache.cross_key, cache.cross_value, True), cache
+        states += self.attn(query, past, mask=visible, deterministic=True)
+        return self._rest(states, memory, True), past
 
-    def _rest(self, states: jax.Array, cross_key: jax.Array, cross_value: jax.Array, deterministic: bool) -> jax.Array:
+    def _rest(self, states: jax.Array, memory: KeysValues, deterministic: bool) -> jax.Array:
         query = self.crossattention.queries(self.ln_cross_attn(states))
-        states += self.crossattention(query, cross_key, cross_value, mask=None, deterministic=deterministic)
+        states += self.crossattention(query, memory, mask=None, deterministic=deterministic)
         return states + self.mlp(self.ln_2(states), deterministic=deterministic)
 
 
@@ -202,16 +201,21 @@ class Blocks(nn.Module):
             states = block(states, *inputs)
         return states
 
-    def start_cache(self, *inputs: Any) -> tuple[LayerCache, ...]:
-        return tuple(block.start_cache(*inputs) for block in self.blocks)
+    def remember(self, encoder_states: jax.Array) -> Memory:
+        return tuple(block.remember(encoder_states) for block in self.blocks)
+
+    def decode(self, states: jax.Array, mask: jax.Array, memory: Memory) -> jax.Array:
+        for block, known in zip(self.blocks, memory, strict=True):
+            states = block.decode(states, mask, known, True)
+        return states
 
     def decode_step(
-        self, states: jax.Array, visible: jax.Array, position: jax.Array, caches: tuple[LayerCache, ...]
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        self, states: jax.Array, visible: jax.Array, position: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, tuple[KeysValues, ...]]:
         following = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            states, cache = block.decode_step(states, visible, position, cache)
-            following.append(cache)
+        for block, memory, past in zip(self.blocks, cache.memory, cache.past, strict=True):
+            states, past = block.decode_step(states, visible, position, memory, past)
+            following.append(past)
         return states, tuple(following)
 
 
@@ -236,16 +240,21 @@ class Transformer(nn.Module):
         self, input_ids: jax.Array, attention_mask: jax.Array, encoder_states: jax.Array, deterministic: bool
     ) -> jax.Array:
         """int32[B,T] twice and [B,N,E] to [B,T,D]."""
+        states, mask = self._embed(input_ids, attention_mask, deterministic)
+        return self.ln_f(self.h(states, mask, encoder_states, deterministic))
+
+    def decode(self, input_ids: jax.Array, attention_mask: jax.Array, memory: Memory) -> jax.Array:
+        states, mask = self._embed(input_ids, attention_mask, True)
+        return self.ln_f(self.h.decode(states, mask, memory))
+
+    def _embed(
+        self, input_ids: jax.Array, attention_mask: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
         length = input_ids.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))
         mask = causal & (attention_mask[:, None, None, :] > 0)
         states = self.wte(input_ids) + self.wpe(jnp.arange(length))
-        states = self.dropout(states, deterministic=deterministic)
-        return self.ln_f(self.h(states, mask, encoder_states, deterministic))
-
-    def start_cache(self, encoder_states: jax.Array, *, num_beams: int, max_length: int) -> Cache:
-        ancestors = jnp.zeros((encoder_states.shape[0], num_beams, max_length), jnp.int32)
-        return Cache(self.h.start_cache(encoder_states, num_beams * max_length), ancestors)
+        return self.dropout(states, deterministic=deterministic), mask
 
     def decode_step(
         self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
@@ -253,13 +262,12 @@ class Transformer(nn.Module):
         batch, beams, length = cache.ancestors.shape
         ancestors = jnp.take_along_axis(cache.ancestors, parents[:, :, None], axis=1)
         ancestors = ancestors.at[:, :, position].set(jnp.arange(beams))
-        past = (jnp.arange(length) <= position)[:, None]
-        visible = past & (ancestors[..., None] == jnp.arange(beams))
+        is_written = (jnp.arange(length) <= position)[:, None]
+        visible = is_written & (ancestors[..., None] == jnp.arange(beams))
         states = self.wte(tokens) + self.wpe(position)
-        states, layers = self.h.decode_step(
-            states, visible.reshape(batch, 1, beams, length * beams), position, cache.layers
-        )
-        return self.ln_f(states), Cache(layers, ancestors)
+        visible = visible.reshape(batch, 1, beams, length * beams)
+        states, past = self.h.decode_step(states, visible, position, cache)
+        return self.ln_f(states), Cache(cache.memory, past, ancestors)
 
 
 class GPT2(nn.Module):
@@ -293,9 +301,13 @@ class GPT2(nn.Module):
         """int32[B,T] twice and [B,N,E] to logits [B,T,V]."""
         return self._logits(self.transformer(input_ids, attention_mask, encoder_states, deterministic))
 
-    def start_cache(self, encoder_states: jax.Array, *, num_beams: int, max_length: int) -> Cache:
-        """Prepare to generate captions of `max_length` tokens from [B,N,E]: all that depends on the image alone."""
-        return self.transformer.start_cache(encoder_states, num_beams=num_beams, max_length=max_length)
+    def remember(self, encoder_states: jax.Array) -> Memory:
+        """Compute from [B,N,E] all that depends on the image alone."""
+        return self.transformer.h.remember(encoder_states)
+
+    def decode(self, input_ids: jax.Array, attention_mask: jax.Array, memory: Memory) -> jax.Array:
+        """`__call__` without dropout, with what is remembered of the encoder states."""
+        return self._logits(self.transformer.decode(input_ids, attention_mask, memory))
 
     def decode_step(
         self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
@@ -316,6 +328,21 @@ class GPT2(nn.Module):
     def _logits(self, states: jax.Array) -> jax.Array:
         tied = self.config.tie_word_embeddings
         return by_rows(self.transformer.wte.attend if tied else self.lm_head, states)
+
+
+def start_cache(memory: Memory, *, num_beams: int, max_length: int) -> Cache:
+    """Make room for the beams of captions of `max_length` tokens."""
+
+    def empty(known: KeysValues) -> KeysValues:
+        *rows, _, depth = known.value.shape
+        tokens = num_beams * max_length
+        return KeysValues(
+            key=jnp.zeros((*rows, depth, tokens), known.key.dtype),
+            value=jnp.zeros((*rows, tokens, depth), known.value.dtype),
+        )
+
+    ancestors = jnp.zeros((len(memory[0].value), num_beams, max_length), jnp.int32)
+    return Cache(memory, tuple(empty(known) for known in memory), ancestors)
 
 
 def _layer_norm(config: Any, dtype: Any) -> LayerNorm:

@@ -58,13 +58,31 @@ class FlaxClassCaptioner:
         )
         return outputs.logits
 
+    def encode(self, params: Params, pixels: jax.Array) -> jax.Array:
+        """See `Captioner.encode`: the encoder's states, [B,N,D]."""
+        images = jnp.moveaxis(normalize(pixels, self.pixel_table, self.model.dtype), -1, 1)
+        return self.model.encode(images, params=params).last_hidden_state
+
+    def decode(
+        self, params: Params, memory: jax.Array, decoder_input_ids: jax.Array, decoder_attention_mask: jax.Array
+    ) -> jax.Array:
+        """See `Captioner.decode`."""
+        length = decoder_input_ids.shape[-1]
+        outputs: Any = self.model.module.apply(
+            {"params": params},
+            decoder_input_ids,
+            decoder_attention_mask,
+            jnp.broadcast_to(jnp.arange(length), decoder_input_ids.shape),
+            memory,
+            method=_decode,
+        )
+        return outputs.logits
+
     def generate(
-        self, params: Params, pixels: jax.Array, *, max_length: int, num_beams: int, **settings: Any
+        self, params: Params, memory: jax.Array, *, max_length: int, num_beams: int, **settings: Any
     ) -> Captions:
         """See `Captioner.generate`; here each beam has a copy of its image's states, as transformers has it."""
-        images = jnp.moveaxis(normalize(pixels, self.pixel_table, self.model.dtype), -1, 1)
-        states = self.model.encode(images, params=params).last_hidden_state
-        states = jnp.repeat(states, num_beams, axis=0)
+        states = jnp.repeat(memory, num_beams, axis=0)
         past = self.model.init_cache(len(states), max_length, (states,))
 
         def decode_step(
@@ -88,7 +106,7 @@ class FlaxClassCaptioner:
             self,
             decode_step,
             (states, past),
-            batch_size=len(pixels),
+            batch_size=len(memory),
             max_length=max_length,
             num_beams=num_beams,
             **settings,

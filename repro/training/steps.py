@@ -19,8 +19,10 @@ from repro.training.losses import row_losses
 from repro.training.state import TrainState
 
 Batch = dict[str, jax.Array]
+DecodeFn = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
+"""`Captioner.decode`: (params, encoded images, inputs [B,T], mask [B,T]) to logits [B,T,V]."""
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-EvalStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 class LogitsFn(Protocol):
@@ -37,16 +39,22 @@ class LogitsFn(Protocol):
     ) -> jax.Array: ...
 
 
+def check_captions(batch: Batch, *, leading_axes: int) -> None:
+    """Assert the shapes and dtypes of a batch's captions: int32 tokens [...,T] that agree."""
+    captions = [batch[name] for name in ("labels", "decoder_input_ids", "decoder_attention_mask")]
+    chex.assert_rank(captions, leading_axes + 1)
+    chex.assert_equal_shape(captions)
+    chex.assert_type(captions, jnp.int32)
+
+
 def check_batch(batch: Batch, *, leading_axes: int) -> None:
-    """Assert a batch's shapes and dtypes: uint8 pixels [...,S,S,3], int32 tokens [...,T] that agree."""
-    pixels, labels = batch["pixels"], batch["labels"]
-    mask, inputs = batch["decoder_attention_mask"], batch["decoder_input_ids"]
+    """Assert a batch's shapes and dtypes: uint8 pixels [...,S,S,3], and `check_captions`."""
+    check_captions(batch, leading_axes=leading_axes)
+    pixels = batch["pixels"]
     chex.assert_rank(pixels, leading_axes + 3)
-    chex.assert_rank(labels, leading_axes + 1)
-    chex.assert_equal_shape((labels, mask, inputs))
-    chex.assert_equal_shape_prefix((pixels, labels), leading_axes)
+    chex.assert_equal_shape_prefix((pixels, batch["labels"]), leading_axes)
     chex.assert_axis_dimension(pixels, -1, 3)
-    chex.assert_type([pixels, labels, mask, inputs], [jnp.uint8, jnp.int32, jnp.int32, jnp.int32])
+    chex.assert_type(pixels, jnp.uint8)
 
 
 def reduce_losses(sums: jax.Array, counts: jax.Array, reduction: LossReduction) -> jax.Array:
@@ -110,14 +118,13 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(logits_fn: LogitsFn, *, label_smoothing: float = 0.0) -> EvalStep:
-    """Build the step: (params, batch [B,...]) to each row's loss (sum, count), float32[B]."""
+def make_eval_step(decode_fn: DecodeFn, *, label_smoothing: float = 0.0) -> EvalStep:
+    """Build the step: (params, encoded images, their captions [B,T]) to each row's loss (sum, count), float32[B]."""
 
-    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        check_batch(batch, leading_axes=1)
-        logits = logits_fn(params, batch["pixels"], batch["decoder_input_ids"], batch["decoder_attention_mask"])
+    def eval_step(params: Any, memory: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        check_captions(batch, leading_axes=1)
         return row_losses(
-            logits,
+            decode_fn(params, memory, batch["decoder_input_ids"], batch["decoder_attention_mask"]),
             batch["labels"],
             batch["decoder_attention_mask"],
             label_smoothing=label_smoothing,
