@@ -4,7 +4,7 @@
 
 At ViT-B/16 + GPT-2 size, no caption ending early. `--evaluation` measures what an evaluation does with each image's
 five captions: the loss of every row, and a caption for every row (the Flax class) or every image (native). `--growth`
-times the native model over beams, lengths and batches. Needs torch beside the package.
+times the native model over beams, lengths and batches. The peer PyTorch needs torch beside the package.
 """
 
 from __future__ import annotations
@@ -71,23 +71,48 @@ def make_generation(peer: str, settings: dict[str, Any]) -> Run:
 
 
 def make_evaluation(peer: str, settings: dict[str, Any]) -> Run:
-    """The work of evaluating a batch of images with five captions each."""
+    """The work of evaluating a batch of images with five captions each: as `Evaluator` does it, and as the example."""
     import jax
 
+    from repro.training.losses import row_losses
     from repro.training.steps import make_eval_step
 
     captioner, params = jax_captioner(peer, settings)
     batch = draw_batch(settings)
-    eval_step = jax.jit(make_eval_step(captioner.logits))
-    generate = make_generation(peer, settings)
+    if peer != "native":
+        generate = make_generation(peer, settings)
 
-    def run() -> None:
-        for turn in range(CAPTIONS_PER_IMAGE):
-            jax.block_until_ready(eval_step(params, batch))
-            if turn == 0 or peer != "native":
+        @jax.jit
+        def losses(params: Any, batch: Any) -> Any:
+            tokens, mask = batch["decoder_input_ids"], batch["decoder_attention_mask"]
+            return row_losses(captioner.logits(params, batch["pixels"], tokens, mask), batch["labels"], mask)
+
+        def run_rows() -> None:
+            for _ in range(CAPTIONS_PER_IMAGE):
+                jax.block_until_ready(losses(params, batch))
                 generate()
 
-    return run
+        return run_rows
+    captioner.config.eos_token_id = NEVER
+    encode, eval_step = jax.jit(captioner.encode), jax.jit(make_eval_step(captioner.decode))
+    search = jax.jit(
+        lambda params, memory: captioner.generate(
+            params,
+            memory,
+            max_length=settings["length"],
+            num_beams=settings["beams"],
+            stop_rule="exact",
+            group_size=settings["batch"],
+        )
+    )
+
+    def run_images() -> None:
+        memory = encode(params, batch["pixels"])
+        for _ in range(CAPTIONS_PER_IMAGE):
+            jax.block_until_ready(eval_step(params, memory, batch))
+        jax.block_until_ready(search(params, memory))
+
+    return run_images
 
 
 def count_operations(settings: dict[str, Any]) -> dict[str, float]:

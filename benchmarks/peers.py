@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +165,11 @@ def write_result(name: str, result: dict[str, Any], output: Path | None) -> None
     """Print a result, and write it with the machine and the versions that made it."""
     import jax
 
-    packages = ("jax", "flax", "transformers", "torch", "numpy")
     result = {
         "benchmark": name,
         "date": date.today().isoformat(),
         "device": f"{jax.devices()[0].device_kind}, {multiprocessing.cpu_count()} cores, {platform.machine()}",
-        "versions": {package: version(package) for package in packages},
+        "versions": _versions("jax", "flax", "transformers", "torch", "numpy"),
         **result,
     }
     text = json.dumps(result, indent=1)
@@ -178,3 +177,13 @@ def write_result(name: str, result: dict[str, Any], output: Path | None) -> None
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")
+
+
+def _versions(*packages: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

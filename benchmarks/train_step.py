@@ -5,7 +5,7 @@
 At ViT-B/16 + GPT-2 size, dropout on, AdamW. The Flax class takes this project's own step (loss, optimizer, donation),
 so that the model alone differs; `flax_example` takes the example's loss, which builds smoothed one-hot targets. Model
 FLOP utilisation is the operations of the forward pass times three, over time and the peak given by `--peak_teraflops`.
-Needs torch beside the package.
+The peer PyTorch needs torch beside the package.
 """
 
 from __future__ import annotations

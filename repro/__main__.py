@@ -21,8 +21,9 @@ COMMANDS = {
     "train": "fine-tune, evaluate and predict with the example's documented flags",
     "create-model": "join a vision encoder and a text decoder into a model folder",
     "export": "write a model in both formats, for Flax and for PyTorch",
-    "data": "make data: `repro data pocket FOLDER` renders captioned scenes",
+    "data": "get data: `repro data coco` downloads COCO 2017, `repro data pocket` renders captioned scenes",
 }
+SPLITS = ("train", "validation", "test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,20 +172,32 @@ def _export(argv: list[str]) -> int:
 
 def _data(argv: list[str]) -> int:
     parser = _Parser(prog="repro data", description=COMMANDS["data"], allow_abbrev=False)
-    parser.add_argument("kind", choices=["pocket"])
-    parser.add_argument("folder", type=Path, help="where the COCO 2017 layout is written")
-    parser.add_argument("--num_train", type=int, default=4000, help="default: %(default)s")
-    parser.add_argument("--num_val", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--num_test", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--image_size", type=int, default=64, help="pixels, default: %(default)s")
-    parser.add_argument("--seed", type=int, default=2017, help="default: %(default)s")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    coco = kinds.add_parser("coco", help="download COCO 2017", allow_abbrev=False)
+    coco.add_argument("--data_dir", type=Path, required=True, help="where the files are put, and left as zips")
+    coco.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="default: all three")
+    coco.add_argument("--max_images", type=int, help="only the first images of each split (default: the zips, 26 GB)")
+    coco.add_argument("--base_url", nargs="+", help="servers to try in turn (default: http://images.cocodataset.org)")
+    pocket = kinds.add_parser("pocket", help="render captioned scenes", allow_abbrev=False)
+    pocket.add_argument("folder", type=Path, help="where the COCO 2017 layout is written")
+    pocket.add_argument("--num_train", type=int, default=4000, help="default: %(default)s")
+    pocket.add_argument("--num_val", type=int, default=200, help="default: %(default)s")
+    pocket.add_argument("--num_test", type=int, default=0, help="default: %(default)s")
+    pocket.add_argument("--image_size", type=int, default=64, help="pixels, default: %(default)s")
+    pocket.add_argument("--seed", type=int, default=2017, help="default: %(default)s")
     args = vars(parser.parse_args(argv))
-    from repro.data.pocket import render_pocket
+    if args.pop("kind") == "pocket":
+        from repro.data.pocket import render_pocket
 
-    folder = args.pop("folder")
-    args.pop("kind")
-    render_pocket(folder, **args)
-    print(f"written to {folder}")
+        folder = args.pop("folder")
+        render_pocket(folder, **args)
+        print(f"written to {folder}")
+        return 0
+    from repro.data.download import DOWNLOADS, download_coco
+
+    base_urls = args.pop("base_url") or [DOWNLOADS]
+    for path in download_coco(**args, base_urls=base_urls):
+        print(path)
     return 0
 
 

@@ -182,13 +182,13 @@ def log_table(*steps: dict[int, float]) -> np.ndarray:
     return np.log(table).astype(np.float32)
 
 
-def table_search(*rows: np.ndarray, num_beams: int, stop_rule: str, group_size: int, **settings):
-    """Search over tables [L-1,V], one a row; returns each row's best tokens and score as lists."""
+def all_sequences(*rows: np.ndarray, num_beams: int, stop_rule: str, group_size: int = 1, **settings):
+    """Search over tables [L-1,V], one a row."""
 
     def decode_step(tokens, parents, position, table):
         return jnp.repeat(table[:, None, position], num_beams, axis=1), table
 
-    captions = beam_search(
+    return beam_search(
         decode_step,
         jnp.asarray(rows),
         batch_size=len(rows),
@@ -201,6 +201,11 @@ def table_search(*rows: np.ndarray, num_beams: int, stop_rule: str, group_size: 
         group_size=group_size,
         **settings,
     )
+
+
+def table_search(*rows: np.ndarray, **settings):
+    """Each row's best tokens and score, as lists."""
+    captions = all_sequences(*rows, **settings)
     return captions.tokens[:, 0].tolist(), captions.scores[:, 0].tolist()
 
 
@@ -279,7 +284,7 @@ def test_a_batch_that_its_groups_do_not_divide_is_refused():
 def test_several_sequences_come_best_first_and_the_first_is_the_only_one(num_beams, returned):
     rows = (HASTY, PATIENT, DONE)
     best = table_search(*rows, num_beams=num_beams, stop_rule="exact", group_size=1)
-    many = all_sequences(*rows, num_beams=num_beams, num_return_sequences=returned)
+    many = all_sequences(*rows, num_beams=num_beams, stop_rule="exact", num_return_sequences=returned)
     assert many.tokens.shape == (3, returned, 5)
     assert (many.tokens[:, 0].tolist(), many.scores[:, 0].tolist()) == best
     assert (np.diff(many.scores, axis=1) <= 0).all()
@@ -296,26 +301,11 @@ def test_where_too_few_have_ended_the_best_that_have_not_follow():
     # The end is impossible but after A, so that of three sequences one ends.
     row = log_table({A: 0.6, B: 0.3}, {END: 0.5, A: 0.3, B: 0.1})
     row[0, END] = -1e9
-    found = all_sequences(row, num_beams=3, num_return_sequences=3)
+    found = all_sequences(row, num_beams=3, stop_rule="exact", num_return_sequences=3)
     ended = [END in tokens[1:] for tokens in found.tokens[0].tolist()]
     assert ended == sorted(ended, reverse=True)
     assert np.isfinite(found.scores).all()
     assert (found.scores > -100).all()
-
-
-def all_sequences(*rows: np.ndarray, num_beams: int, num_return_sequences: int):
-    return beam_search(
-        lambda tokens, parents, position, table: (jnp.repeat(table[:, None, position], num_beams, axis=1), table),
-        jnp.asarray(rows),
-        batch_size=len(rows),
-        num_beams=num_beams,
-        max_length=len(rows[0]) + 1,
-        start_token_id=START,
-        end_token_id=END,
-        pad_token_id=PAD,
-        stop_rule="exact",
-        num_return_sequences=num_return_sequences,
-    )
 
 
 @pytest.mark.parametrize(

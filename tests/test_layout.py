@@ -26,8 +26,9 @@ LAYERS = {
 FOUNDATION = {"errors", "protocol", "__init__", "__version__", "__doc__"}
 COMMANDS = {"__main__", "config", "prepare", "reproduce", "run"}
 TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "README.md"}
-# 1,500 of these lines are the native model, its search and its weights, which pay for themselves in speed and future.
-MAX_LINES, MAX_TOTAL_LINES = 350, 5800
+# 1,500 of these lines are the native model, its search and its weights, which pay for themselves in speed and future;
+# 280 download COCO.
+MAX_LINES, MAX_TOTAL_LINES = 350, 6100
 
 
 def layer(parts: tuple[str, ...]) -> str:

@@ -31,8 +31,8 @@ def read_coco(data_dir: str | Path, year: str = "2017", splits: Sequence[str] = 
     folder = Path(data_dir)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(
-            f"--data_dir {folder}: is {'empty' if folder.is_dir() else 'not a folder'}; put COCO's"
-            f" zip files from {DOWNLOADS} there, or the folders unpacked from them."
+            f"--data_dir {folder}: is {'empty' if folder.is_dir() else 'not a folder'}; put COCO's zip files from"
+            f" {DOWNLOADS} there (`repro data coco --data_dir {folder}` does), or the folders unpacked from them."
         )
     return {split: _read_split(folder.resolve(), year, split) for split in splits}
 

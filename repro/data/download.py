@@ -1,0 +1,281 @@
+"""COCO's official files over HTTP: resumed after any interruption, under their names only when whole and checked."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import requests
+from tqdm import tqdm
+
+from repro.data.coco import DOWNLOADS, SPLIT_NAMES
+from repro.errors import InputError
+
+YEAR = "2017"
+CHUNK = 1 << 20
+CONNECT_SECONDS, READ_SECONDS = 10, 60
+RETRIES = 5
+"""Attempts in a row that bring not one byte more, before a server is given up."""
+LONGEST_PAUSE = 60.0
+PARALLEL_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file below a base URL, with what is known of its content: MD5 in hexadecimal, size in bytes."""
+
+    path: str
+    md5: str | None = None
+    size: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+
+ANNOTATIONS = RemoteFile("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", 252_907_541)
+TEST_IMAGES = RemoteFile("annotations/image_info_test2017.zip", "85da7065e5e600ebfee8af1edb634eb5")
+FILES = {
+    "train": (RemoteFile("zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", 19_336_861_798), ANNOTATIONS),
+    "validation": (RemoteFile("zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", 815_585_330), ANNOTATIONS),
+    "test": (RemoteFile("zips/test2017.zip", "77ad2c53ac5d0aea611d422c0938fb35", 6_646_970_404), TEST_IMAGES),
+}
+"""Of each split: its images, and what is said of them.
+
+Source: the checksums that several public download scripts agree on; the single-part S3 ETags are the same MD5.
+"""
+
+
+class _Interrupted(Exception):
+    """What may pass: the connection broke, or the server is busy."""
+
+
+TEMPORARY = (_Interrupted, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+
+
+def download_coco(
+    data_dir: Path,
+    *,
+    splits: Sequence[str] = tuple(SPLIT_NAMES),
+    max_images: int | None = None,
+    base_urls: Sequence[str] = (DOWNLOADS,),
+    progress: bool = True,
+) -> list[Path]:
+    """Put splits of COCO 2017 into a folder as `read_coco` reads them.
+
+    Args:
+        splits: of `train`, `validation`, `test`.
+        max_images: take only the first images of each split, one by one, with a cut annotation file; None for the zips.
+        base_urls: tried one after another; each has `zips/`, `annotations/` and, for single images, `train2017/` etc.
+
+    Returns:
+        The files and folders that are now there.
+
+    Raises:
+        InputError: a file cannot be had, is not what was published, or does not fit on the disk. What has arrived stays
+            and is resumed by the next call.
+    """
+    if max_images is not None and max_images < 1:
+        raise InputError(f"--max_images {max_images}: must be at least 1.")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        part = SPLIT_NAMES[split] + YEAR
+        other = data_dir / (part if max_images is None else f"{part}.zip")
+        if other.exists():
+            raise InputError(
+                f"--data_dir {data_dir}: already holds {other.name}, and only one of the two would be read; name"
+                " another folder, or remove it first."
+            )
+    fetch = partial(download, base_urls=base_urls, progress=progress)
+    if max_images is None:
+        files = dict.fromkeys(file for split in splits for file in FILES[split])
+        return [fetch(file, data_dir) for file in files]
+    return [
+        _download_first(split, fetch(FILES[split][1], data_dir), max_images, base_urls=base_urls, progress=progress)
+        for split in splits
+    ]
+
+
+def download(file: RemoteFile, folder: Path, *, base_urls: Sequence[str], progress: bool = True) -> Path:
+    """Download one file, or find it there; see `download_coco` for what is raised."""
+    target, part = folder / file.name, folder / f"{file.name}.part"
+    if target.exists():
+        _check(target, file, progress=progress)
+        return target
+    problems = []
+    for base in base_urls:
+        url = f"{base.rstrip('/')}/{file.path}"
+        try:
+            _fetch_patiently(url, part, size=file.size, progress=progress)
+            _check(part, file, source=url, progress=progress)
+            part.replace(target)
+            return target
+        except InputError as error:
+            problems.append(str(error))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise InputError(f"{folder}: the disk is full; {part.name} is kept, make room and run again.") from error
+    raise InputError(" ".join(problems))
+
+
+def _fetch_patiently(url: str, part: Path, *, size: int | None, progress: bool) -> None:
+    """Fetch again from where it broke off, as long as anything arrives."""
+    failures = 0
+    while True:
+        before = _size(part)
+        try:
+            return _fetch(url, part, size=size, progress=progress)
+        except (
+            _Interrupted,
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+        ) as e:
+            failures = 0 if _size(part) > before else failures + 1
+            if failures > RETRIES:
+                raise InputError(
+                    f"{url}: gave up after {failures} attempts ({e}); the {_size(part):,} bytes that have arrived are"
+                    " kept, and the next run goes on from there. Try again later, or another --base_url."
+                ) from e
+            time.sleep(min(2.0**failures, LONGEST_PAUSE))
+
+
+def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
+    start = _size(part)
+    # A compressed transfer could not be resumed by counting bytes.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    with requests.get(url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
+        status = response.status_code
+        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # all of it is there, or more than all of it: the check says which
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise _Interrupted(f"the server answers {status} {response.reason}")
+        if not response.ok:
+            raise InputError(f"{url}: the server answers {status} {response.reason}; check --base_url.")
+        resumes = status == HTTPStatus.PARTIAL_CONTENT
+        sent = response.headers.get("Content-Range", "")
+        if resumes and not sent.startswith(f"bytes {start}-"):
+            raise InputError(
+                f"{url}: asked for bytes from {start}, the server sends {sent!r}; remove {part} to start anew, or try"
+                " another --base_url."
+            )
+        start = start if resumes else 0
+        total = start + int(response.headers.get("Content-Length", 0)) or size
+        if total:
+            _check_room(part, total - start, url)
+        with (
+            part.open("ab" if resumes else "wb") as opened,
+            _bar(part.stem, progress, total=total, initial=start) as bar,
+        ):
+            for chunk in response.iter_content(CHUNK):
+                opened.write(chunk)
+                bar.update(len(chunk))
+        if total and _size(part) < total:
+            raise _Interrupted(f"{_size(part):,} of {total:,} bytes arrived")
+
+
+def _check(path: Path, file: RemoteFile, *, source: str | None = None, progress: bool) -> None:
+    """Hold a file against its published size and MD5; a partial one that fails is removed, for it cannot be mended."""
+    problem = None
+    if file.size is not None and _size(path) != file.size:
+        problem = f"has {_size(path):,} bytes instead of {file.size:,}"
+    elif file.md5 is not None and (found := _md5(path, progress=progress)) != file.md5:
+        problem = f"has the MD5 {found} instead of {file.md5}"
+    if problem is None:
+        return
+    if source is None:
+        raise InputError(f"{path}: {problem}; remove it, and run again to get it anew.")
+    path.unlink()
+    raise InputError(
+        f"{source}: {problem}, so it was damaged on its way or is another file; what arrived was removed. Run again, or"
+        " try another --base_url."
+    )
+
+
+def _md5(path: Path, *, progress: bool) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as opened, _bar(f"checking {path.stem}", progress, total=_size(path)) as bar:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _check_room(part: Path, needed: int, url: str) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if needed > free:
+        raise InputError(
+            f"{url}: {needed:,} bytes are to come and {part.parent} has room for {free:,}; make room first."
+        )
+
+
+def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Sequence[str], progress: bool) -> Path:
+    """Make the first images of a split, and an annotation file that knows no others."""
+    part, folder = SPLIT_NAMES[split] + YEAR, archive.parent
+    member = f"annotations/{'image_info' if split == 'test' else 'captions'}_{part}.json"
+    with zipfile.ZipFile(archive) as opened:
+        content: dict[str, Any] = json.loads(opened.read(member))
+    images = content["images"][:max_images]
+    names = [image["file_name"] for image in images]
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{archive}: the image name {name!r} leads out of {part}/; get the file again.")
+    target = folder / part
+    target.mkdir(exist_ok=True)
+    fetch: Callable[[str], Path] = lambda name: download(  # noqa: E731
+        RemoteFile(f"{part}/{name}"), target, base_urls=base_urls, progress=False
+    )
+    missing = [name for name in names if not (target / name).exists()]
+    with ThreadPoolExecutor(PARALLEL_IMAGES) as pool:
+        try:
+            arriving = pool.map(fetch, missing)
+            for _ in tqdm(
+                arriving, total=len(missing), desc=part, unit="image", leave=False, disable=_hidden(progress)
+            ):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or an interrupted run would first finish all that is queued
+            raise
+    kept = {image["id"] for image in images}
+    content["images"] = images
+    if "annotations" in content:
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
+    cut = folder / member
+    cut.parent.mkdir(exist_ok=True)
+    partial_file = cut.with_suffix(".part")
+    partial_file.write_text(json.dumps(content))
+    partial_file.replace(cut)
+    return target
+
+
+def _bar(description: str, progress: bool, **settings: Any) -> Any:
+    return tqdm(
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        leave=False,
+        disable=_hidden(progress),
+        **settings,
+    )
+
+
+def _hidden(progress: bool) -> bool | None:
+    """tqdm's None hides a bar where there is no terminal."""
+    return None if progress else True
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
