@@ -48,16 +48,7 @@ def make_generation(peer: str, settings: dict[str, Any]) -> Run:
     captioner, params = jax_captioner(peer, settings)
     captioner.config.eos_token_id = NEVER
     if peer == "native":
-        generate = jax.jit(
-            lambda params, pixels: captioner.generate(
-                params,
-                captioner.encode(params, pixels),
-                max_length=length,
-                num_beams=beams,
-                stop_rule="current",
-                group_size=len(pixels),
-            )
-        )
+        generate = jax.jit(lambda params, pixels: search(captioner, params, captioner.encode(params, pixels), settings))
         return lambda: jax.block_until_ready(generate(params, pixels))
     from repro.models.captioner import normalize
 
@@ -68,6 +59,18 @@ def make_generation(peer: str, settings: dict[str, Any]) -> Run:
         ).sequences
     )  # fmt: skip
     return lambda: jax.block_until_ready(their_generate(params, pixels))
+
+
+def search(captioner: Any, params: Any, memory: Any, settings: dict[str, Any]) -> Any:
+    """Native captions of a batch of encoded images; as none ends early, every stop rule does the same work."""
+    return captioner.generate(
+        params,
+        memory,
+        max_length=settings["length"],
+        num_beams=settings["beams"],
+        stop_rule="current",
+        group_size=settings["batch"],
+    )
 
 
 def make_evaluation(peer: str, settings: dict[str, Any]) -> Run:
@@ -95,22 +98,13 @@ def make_evaluation(peer: str, settings: dict[str, Any]) -> Run:
         return run_rows
     captioner.config.eos_token_id = NEVER
     encode, eval_step = jax.jit(captioner.encode), jax.jit(make_eval_step(captioner.decode))
-    search = jax.jit(
-        lambda params, memory: captioner.generate(
-            params,
-            memory,
-            max_length=settings["length"],
-            num_beams=settings["beams"],
-            stop_rule="exact",
-            group_size=settings["batch"],
-        )
-    )
+    generate_once = jax.jit(lambda params, memory: search(captioner, params, memory, settings))
 
     def run_images() -> None:
         memory = encode(params, batch["pixels"])
         for _ in range(CAPTIONS_PER_IMAGE):
             jax.block_until_ready(eval_step(params, memory, batch))
-        jax.block_until_ready(search(params, memory))
+        jax.block_until_ready(generate_once(params, memory))
 
     return run_images
 

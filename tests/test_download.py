@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from repro.__main__ import main
+import repro.__main__ as repro_main
+from repro.__main__ import SPLITS, main
 from repro.data import download as module
-from repro.data.coco import read_coco
+from repro.data.coco import DOWNLOADS, SPLIT_NAMES, read_coco
 from repro.data.download import FILES, RemoteFile, download, download_coco
 from repro.data.pocket import render_pocket
 from repro.errors import InputError
@@ -161,6 +162,18 @@ def test_a_file_that_is_not_there_is_said_at_once(server: Server, tmp_path: Path
 def test_no_server_at_all_is_an_error_that_names_it(server: Server, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"http://127\.0\.0\.1:1/zips/some\.zip: gave up after 6 attempts"):
         download(FILE, tmp_path, base_urls=["http://127.0.0.1:1"], progress=False)
+
+
+@pytest.mark.parametrize("base", ["not a url", "ftp://example.org"])
+def test_what_is_not_a_web_address_is_refused(tmp_path: Path, base: str) -> None:
+    with pytest.raises(InputError, match=f"{base}/zips/some.zip: cannot be asked for .*; check --base_url"):
+        download(FILE, tmp_path, base_urls=[base], progress=False)
+
+
+def test_the_command_line_knows_the_splits_and_the_server() -> None:
+    # Written twice, so that help needs no import of what reads data.
+    assert SPLITS == tuple(SPLIT_NAMES) == tuple(FILES)
+    assert f"default: {DOWNLOADS})" in Path(repro_main.__file__).read_text()
 
 
 def test_corrupt_bytes_are_found_and_removed(server: Server, tmp_path: Path) -> None:

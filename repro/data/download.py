@@ -53,7 +53,7 @@ FILES = {
 }
 """Of each split: its images, and what is said of them.
 
-Source: the checksums that several public download scripts agree on; the single-part S3 ETags are the same MD5.
+Source: sizes and checksums on which several public download scripts agree.
 """
 
 
@@ -123,6 +123,8 @@ def download(file: RemoteFile, folder: Path, *, base_urls: Sequence[str], progre
             return target
         except InputError as error:
             problems.append(str(error))
+        except requests.RequestException as error:  # an OSError too
+            problems.append(f"{url}: cannot be asked for ({error}); check --base_url.")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
