@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "fine-tune, evaluate and predict with the example's documented flags",
     "create-model": "join a vision encoder and a text decoder into a model folder",
     "export": "write a model in both formats, for Flax and for PyTorch",
-    "data": "get data: `repro data coco` downloads COCO 2017, `repro data pocket` renders captioned scenes",
+    "data": "`repro data coco` downloads COCO 2017, `data pocket` renders scenes, `data check` reads what a run would",
 }
 SPLITS = ("train", "validation", "test")
 
@@ -173,6 +173,7 @@ def _export(argv: list[str]) -> int:
 def _data(argv: list[str]) -> int:
     parser = _Parser(prog="repro data", description=COMMANDS["data"], allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", required=True)
+    kinds.add_parser("check", help="read what a run would read, and say what is in it", add_help=False)
     coco = kinds.add_parser("coco", help="download COCO 2017", allow_abbrev=False)
     coco.add_argument("--data_dir", type=Path, required=True, help="where the files are put, and left as zips")
     coco.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="default: all three")
@@ -185,6 +186,8 @@ def _data(argv: list[str]) -> int:
     pocket.add_argument("--num_test", type=int, default=0, help="default: %(default)s")
     pocket.add_argument("--image_size", type=int, default=64, help="pixels, default: %(default)s")
     pocket.add_argument("--seed", type=int, default=2017, help="default: %(default)s")
+    if argv[:1] == ["check"]:
+        return _data_check(argv[1:])
     args = vars(parser.parse_args(argv))
     if args.pop("kind") == "pocket":
         from repro.data.pocket import render_pocket
@@ -198,6 +201,19 @@ def _data(argv: list[str]) -> int:
     base_urls = args.pop("base_url") or [DOWNLOADS]
     for path in download_coco(**args, base_urls=base_urls):
         print(path)
+    return 0
+
+
+def _data_check(argv: list[str]) -> int:
+    from repro.config import CheckArguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
+
+    classes = (ModelArguments, DataArguments, TrainingArguments, CheckArguments)
+    parsed = parse_arguments(classes, argv, command="data check")
+    _start_logging()
+    from repro.check import check_data, describe
+
+    print(describe(check_data(*parsed)))
+    print(f"written to {parsed[-1].report_dir}")
     return 0
 
 

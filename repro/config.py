@@ -66,7 +66,7 @@ class ModelArguments:
     encoder_config_name: str | None = _flag(None, "Configuration of the encoder, if not its own.")
     decoder_config_name: str | None = _flag(None, "Configuration of the decoder, if not its own.")
     cache_dir: str | None = _flag(
-        None, "Where downloads and decoded images are kept (default: the Hugging Face cache)."
+        None, "Where downloads, rows, tokens and decoded images are kept (default: the Hugging Face cache)."
     )
     use_fast_tokenizer: bool = _flag(True, "Use the tokenizers library's tokenizer.")
     dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
@@ -93,12 +93,16 @@ class DataArguments:
         " ydshieh/coco_dataset_script mean the built-in COCO reader.",
     )
     dataset_config_name: str | None = _flag(None, "Its configuration; for COCO the year, 2017.")
-    data_dir: str | None = _flag(None, "Folder with COCO's zips or unpacked folders.")
-    image_column: str | None = _flag(None, "Column with the images' paths.")
-    caption_column: str | None = _flag(None, "Column with the captions.")
-    train_file: str | None = _flag(None, "Training rows as csv, json or jsonl.")
-    validation_file: str | None = _flag(None, "Validation rows as csv, json or jsonl.")
-    test_file: str | None = _flag(None, "Test rows as csv, json or jsonl.")
+    data_dir: str | None = _flag(
+        None, "Folder with COCO's zips or unpacked folders, or with the images that a COCO or Karpathy json names."
+    )
+    image_column: str | None = _flag(None, "Column with the images or their paths.")
+    caption_column: str | None = _flag(None, "Column with the captions, text or lists of texts.")
+    train_file: str | None = _flag(
+        None, "Training rows: csv, tsv, json (also COCO's or Karpathy's), jsonl, parquet, or WebDataset's tar."
+    )
+    validation_file: str | None = _flag(None, "Validation rows, likewise.")
+    test_file: str | None = _flag(None, "Test rows, likewise.")
     max_target_length: int = _flag(128, "Tokens per training caption, padded and truncated.")
     val_max_target_length: int | None = _flag(
         None,
@@ -107,17 +111,21 @@ class DataArguments:
     max_train_samples: int | None = _flag(None, "Use only the first rows for training.")
     max_eval_samples: int | None = _flag(None, "Use only the first rows for evaluation.")
     max_predict_samples: int | None = _flag(None, "Use only the first rows for prediction.")
-    preprocessing_num_workers: int | None = _flag(None, "Processes that decode images.")
+    preprocessing_num_workers: int | None = _flag(None, "Threads that decode images (default: one for each core).")
     predict_with_generate: bool = _flag(False, "Generate captions and compute ROUGE.")
     num_beams: int | None = _flag(None, "Beams (default: the model's configuration).")
-    overwrite_cache: bool = _flag(False, "Decode the images again.")
+    overwrite_cache: bool = _flag(False, "Read the rows and decode the images again.")
+    image_cache: bool = _flag(
+        True, "Further: keep decoded images on disk; --no_image_cache keeps --block_size of them in memory (0: all)."
+    )
+    allow_image_urls: bool = _flag(False, "Further: fetch images whose path is a http or https address.")
 
 
 @dataclass(frozen=True)
 class TrainingArguments:
     """The run: what is done, for how long, and how its numbers are computed."""
 
-    output_dir: str = field(metadata={"help": "Folder of the run."})
+    output_dir: str | None = _flag(None, "Folder of the run.")
     overwrite_output_dir: bool = _flag(False, "Replace the run in output_dir, if there is one.")
     do_train: bool = _flag(False, "Train.")
     do_eval: bool = _flag(False, "Evaluate on the validation rows, during training too.")
@@ -145,6 +153,14 @@ class TrainingArguments:
     num_replicas: int | None = _flag(
         None, "Further: replicas the run is made of, whatever computes them (default: devices)."
     )
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """What `repro data check` takes besides the flags of the run."""
+
+    report_dir: str = _flag("data-check", "Folder for data_check.json and the picture sheet data_check.png.")
+    num_pictures: int = _flag(24, "Random rows on the picture sheet.")
 
 
 def parse_arguments(classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str) -> tuple[Any, ...]:

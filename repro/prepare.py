@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import platform
 import sys
@@ -18,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from repro.config import DataArguments, ModelArguments, TrainingArguments
-from repro.data.images import load_images
-from repro.data.pipeline import CaptionedImages, check_sizes, prepare_split
+from repro.data.image_store import load_images
+from repro.data.pipeline import CaptionedImages, check_sizes, number_images, prepare_split
 from repro.data.rows import Rows
 from repro.data.sources import load_splits
 from repro.errors import InputError
@@ -35,6 +34,7 @@ PACKAGES = (
     *("jax", "flax", "optax", "transformers", "datasets", "evaluate", "rouge_score", "numpy"),
     *("pillow", "nltk"),
 )
+SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 SECRETS = ("token", "hub_token")
 
 
@@ -87,7 +87,40 @@ def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
     return create_model(encoder, decoder, options)
 
 
-def check_flags(model_args: ModelArguments, args: TrainingArguments) -> None:
+def read_rows(model_args: ModelArguments, data_args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
+    """Read the first rows of some splits from what the flags name, or find them where an earlier run has put them."""
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }
+    rows = load_splits(
+        splits=[split for split in splits if limits[split] != 0],
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        data_dir=data_args.data_dir,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        test_file=data_args.test_file,
+        image_column=data_args.image_column,
+        caption_column=data_args.caption_column,
+        allow_image_urls=data_args.allow_image_urls,
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+        rows_dir=cache_folder(model_args) / "rows",
+        overwrite_cache=data_args.overwrite_cache,
+    )
+    return {split: _first(found, limits[split]) for split, found in rows.items()}
+
+
+def target_length(data_args: DataArguments, split: str) -> int:
+    """Tokens per caption of a split."""
+    length = None if split == "train" else data_args.val_max_target_length
+    return length or data_args.max_target_length
+
+
+def check_flags(model_args: ModelArguments, args: TrainingArguments) -> Path:
+    """Check what needs no file but the run's folder, which is returned."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise InputError("nothing to do: add --do_train, --do_eval or --do_predict.")
     if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 1:
@@ -106,7 +139,10 @@ def check_flags(model_args: ModelArguments, args: TrainingArguments) -> None:
             "no model is named: give --model_name_or_path, or --encoder_model_name_or_path and"
             " --decoder_model_name_or_path."
         )
+    if args.output_dir is None:
+        raise InputError("--output_dir is missing: name a folder for the run.")
     check_output_dir(Path(args.output_dir), overwrite=args.overwrite_output_dir)
+    return Path(args.output_dir)
 
 
 def prepare(
@@ -117,27 +153,8 @@ def prepare(
     devices: Sequence[jax.Device],
     progress: bool,
 ) -> PreparedRun:
-    limits = {
-        "train": data_args.max_train_samples if args.do_train else 0,
-        "validation": data_args.max_eval_samples if args.do_eval else 0,
-        "test": data_args.max_predict_samples if args.do_predict else 0,
-    }
-    wanted = [name for name, limit in limits.items() if limit != 0]
-    rows = load_splits(
-        splits=wanted,
-        dataset_name=data_args.dataset_name,
-        dataset_config_name=data_args.dataset_config_name,
-        data_dir=data_args.data_dir,
-        train_file=data_args.train_file,
-        validation_file=data_args.validation_file,
-        test_file=data_args.test_file,
-        image_column=data_args.image_column,
-        caption_column=data_args.caption_column,
-        cache_dir=model_args.cache_dir,
-        token=model_args.token,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    rows = {name: _first(split, limits[name]) for name, split in rows.items()}
+    wanted = [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)]
+    rows = read_rows(model_args, data_args, wanted)
     pretrained = load_or_create(model_args, seed=args.seed)
     _check_lengths(data_args, pretrained)
     if data_args.predict_with_generate:
@@ -147,18 +164,19 @@ def prepare(
             num_return_sequences=1,
             vocab_size=captioner.config.decoder.vocab_size,
         )
-    splits, dropped = _decode(rows, pretrained, model_args, data_args, protocol, progress)
-
     num_replicas = args.num_replicas or len(devices)
+    batches = {
+        "train_batch": num_replicas * args.per_device_train_batch_size,
+        "eval_batch": num_replicas * args.per_device_eval_batch_size,
+    }
+    if "train" in rows:  # now, and again when it is known how many rows are left
+        check_sizes(len(rows["train"].dataset), block_size=args.block_size, **batches)
+    splits, dropped = _decode(rows, pretrained, model_args, data_args, args, protocol, progress)
+
     if "train" in splits:
-        check_sizes(
-            len(splits["train"]),
-            train_batch=num_replicas * args.per_device_train_batch_size,
-            eval_batch=num_replicas * args.per_device_eval_batch_size,
-            block_size=args.block_size,
-        )
+        check_sizes(len(splits["train"]), block_size=args.block_size, **batches)
     for name in {"validation", "test"} & set(splits):
-        check_fills_a_batch(len(splits[name]), num_replicas * args.per_device_eval_batch_size, name, protocol)
+        check_fills_a_batch(len(splits[name]), batches["eval_batch"], name, protocol)
     mesh = create_mesh(
         devices,
         num_replicas=num_replicas,
@@ -211,42 +229,46 @@ def _decode(
     pretrained: Pretrained,
     model_args: ModelArguments,
     data_args: DataArguments,
+    args: TrainingArguments,
     protocol: Protocol,
     progress: bool,
 ) -> tuple[dict[str, CaptionedImages], list[dict[str, Any]]]:
     """Decode the images and tokenize the captions of all splits; the rows that cannot be used are returned too."""
+    places = number_images(split.dataset for split in rows.values())
+    folder = cache_folder(model_args)
+    store = load_images(
+        list(places),
+        pretrained.image_processor,
+        convert_to_rgb=protocol.convert_to_rgb,
+        cache_dir=folder / "images" if data_args.image_cache else None,
+        capacity=args.block_size or None,
+        num_workers=data_args.preprocessing_num_workers,
+        overwrite_cache=data_args.overwrite_cache,
+        progress=progress,
+    )
     splits, dropped = {}, []
     for name, split in rows.items():
-        store = load_images(
-            split.dataset["image_path"],
-            pretrained.image_processor,
-            convert_to_rgb=protocol.convert_to_rgb,
-            cache_dir=_image_cache(model_args),
-            num_workers=data_args.preprocessing_num_workers,
-            overwrite_cache=data_args.overwrite_cache,
-            progress=progress,
-        )
-        length = data_args.max_target_length
-        if name != "train":
-            length = data_args.val_max_target_length or length
         splits[name], failed = prepare_split(
             split.dataset,
             pretrained.tokenizer,
+            places,
             store,
-            max_length=length,
+            max_length=target_length(data_args, name),
             decoder_start_token_id=pretrained.captioner.config.decoder_start_token_id,
             split=name,
+            tokens_dir=folder / "tokens",
         )
         dropped += [*split.dropped, *failed]
     return splits, dropped
 
 
-def _image_cache(model_args: ModelArguments) -> Path:
+def cache_folder(model_args: ModelArguments) -> Path:
+    """Where rows, tokens and decoded images are kept."""
     if model_args.cache_dir is not None:
-        return Path(model_args.cache_dir) / "repro-images"
+        return Path(model_args.cache_dir) / "repro"
     from datasets.config import HF_CACHE_HOME
 
-    return Path(HF_CACHE_HOME) / "repro-images"
+    return Path(HF_CACHE_HOME) / "repro"
 
 
 def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArguments) -> dict[str, Any]:
@@ -262,7 +284,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
             "kept": len(prepared.splits[name]),
             "dropped": sum(row["split"] == name for row in prepared.dropped),
             "images": len(np.unique(prepared.splits[name].image_index)),
-            "fingerprint": fingerprint(prepared.splits[name]),
+            "fingerprint": prepared.splits[name].fingerprint(),
         }
         for name, split in rows.items()
     }
@@ -284,11 +306,3 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         "num_steps": prepared.num_steps if steps else 0,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def fingerprint(split: CaptionedImages) -> str:
-    """Hash what is learned from: tokens, and which image each row has."""
-    digest = hashlib.sha256()
-    for array in (split.labels, split.decoder_attention_mask, split.image_index):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]

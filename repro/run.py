@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from repro.config import DataArguments, ModelArguments, TrainingArguments
+from repro.data.pipeline import Schedule
 from repro.evaluation.evaluator import Evaluation, Evaluator
 from repro.models.pretrained import save_model
 from repro.prepare import PreparedRun, check_flags, prepare
@@ -18,7 +19,7 @@ from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
 from repro.reporting.progress import StepLog
 from repro.reporting.writer import RunWriter, log, prefixed
-from repro.training.loop import Schedule, StepResult, take_steps
+from repro.training.loop import StepResult, take_steps
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import put, replicated, rows_sharding, train_batch_sharding
 from repro.training.state import create_train_state
@@ -65,9 +66,9 @@ def run(
     """
     protocol = protocol_named(args.protocol)
     with jax.threefry_partitionable(protocol.threefry_partitionable):
-        check_flags(model_args, args)
+        folder = check_flags(model_args, args)
         prepared = prepare(model_args, data_args, args, protocol, devices or jax.devices(), progress)
-        with RunWriter(Path(args.output_dir)) as writer:
+        with RunWriter(folder) as writer:
             return _execute(prepared, writer)
 
 
@@ -183,7 +184,6 @@ def _steps(prepared: PreparedRun, params: Any) -> Iterator[StepResult]:
             seed=args.seed,
             num_epochs=prepared.num_epochs,
             shuffle=args.block_size > 0 or prepared.protocol.shuffle_without_blocks,
-            block_size=args.block_size,
             num_replicas=prepared.num_replicas,
             replica_batch=args.per_device_train_batch_size,
         ),

@@ -149,6 +149,10 @@ def no_model(place: Workplace) -> dict[str, str | None]:
     return {"model_name_or_path": None}
 
 
+def no_output_dir(place: Workplace) -> dict[str, str | None]:
+    return {"output_dir": None}
+
+
 def half_a_model(place: Workplace) -> dict[str, str | None]:
     return {"model_name_or_path": None, "encoder_config_name": str(place.model)}
 
@@ -185,6 +189,7 @@ CASES: list[tuple[Callable[[Workplace], dict[str, str | None]], tuple[str, ...]]
     (nothing_to_do, ("--do_train, --do_eval or --do_predict",)),
     (unknown_flag, ("--num_beam", "--num_beams")),
     (no_model, ("--model_name_or_path",)),
+    (no_output_dir, ("--output_dir is missing",)),
     (half_a_model, ("--decoder_model_name_or_path",)),
     (too_long, ("--max_target_length 65", "64")),
     (part_of_an_epoch, ("1.5", "whole number")),

@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from repro.data import captions as module
-from repro.data.captions import shift_right, tokenize_captions
+from repro.data.captions import TokenizedCaptions, pack_tokens, shift_right, tokenize_captions
 from repro.errors import InputError
 
 START, LENGTH = 7, 12
 texts = st.one_of(st.text(max_size=60), st.sampled_from(["", " ", "ÄÖ 🐈 كلب", "word " * 200, "A CAT"]))
 
 
-def tokenize(captions, tokenizer, max_length=LENGTH):
-    return tokenize_captions(captions, tokenizer, max_length=max_length, decoder_start_token_id=START)
+def tokenize(captions, tokenizer, max_length=LENGTH, cache=None):
+    tokens = tokenize_captions(
+        captions, len(captions), tokenizer, max_length=max_length, decoder_start_token_id=START, cache=cache
+    )
+    return tokens[np.arange(len(captions))]
 
 
 @given(caption=texts)
@@ -53,6 +56,43 @@ def test_chunks_do_not_show(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(array, whole[name])
 
 
+def test_tokens_are_kept_for_the_same_captions_tokenizer_and_length_alone(tokenizer, golden_inputs, tmp_path) -> None:
+    captions = ["a cat", None, "two dogs", ""]
+    fresh = tokenize(captions, tokenizer)
+    tokenized = []
+
+    class Recorder(type(tokenizer)):
+        def __call__(self, texts, **options):
+            tokenized.append(len(texts))
+            return super().__call__(texts, **options)
+
+    recorder = Recorder.from_pretrained(golden_inputs / "model", pad_token=tokenizer.pad_token)
+
+    def count(captions, max_length=LENGTH, fingerprint="these") -> int:
+        tokenized.clear()
+        kept = tokenize(captions, recorder, max_length, cache=(tmp_path / "tokens", fingerprint))
+        for name, array in tokenize(captions, tokenizer, max_length).items():
+            np.testing.assert_array_equal(kept[name], array)
+        return sum(tokenized)
+
+    assert count(captions) == 3
+    assert count(captions) == 0
+    assert count(captions, max_length=9) == 3
+    assert count(captions[:3], fingerprint="others") == 2
+    recorder.add_tokens(["zebra"])
+    assert count(captions) == 3
+    assert len(list((tmp_path / "tokens").iterdir())) == 4
+    assert {name: array.dtype for name, array in fresh.items()} == dict.fromkeys(fresh, np.dtype(np.int32))
+
+
+def test_a_large_vocabulary_keeps_its_numbers() -> None:
+    labels = np.array([[70_000, 1, 2, 0, 0, 0, 0, 0, 9]], np.int32)
+    mask = np.array([[1, 1, 1, 0, 0, 0, 0, 0, 1]], np.int32)
+    tokens = TokenizedCaptions(pack_tokens(labels, mask), decoder_start_token_id=START)[np.array([0])]
+    np.testing.assert_array_equal(tokens["labels"], labels)
+    np.testing.assert_array_equal(tokens["decoder_attention_mask"], mask)
+
+
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_shift_right_moves_every_token_by_one(rows: int, length: int, seed: int) -> None:
     labels = np.random.default_rng(seed).integers(0, 100, (rows, length), dtype=np.int32)
@@ -80,6 +120,6 @@ def test_gpt2s_own_tokenizer_gives_its_known_ids(real_data) -> None:
     folder = real_data / "gpt2_tokenizer"
     tokenizer = GPT2TokenizerFast.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
-    tokens = tokenize_captions(["A man riding a wave."], tokenizer, max_length=8, decoder_start_token_id=50256)
+    tokens = tokenize(["A man riding a wave."], tokenizer, max_length=8)
     assert tokens["labels"].tolist() == [[64, 582, 10311, 257, 6769, 13, 220, 50256]]
     assert json.loads((folder / "tokenizer_cases.json").read_text())

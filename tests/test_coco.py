@@ -7,10 +7,11 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from repro.data.coco import read_coco
-from repro.data.images import load_images
+from repro.data.image_store import load_images
+from repro.data.images import read_image
 from repro.data.pocket import render_pocket
 from repro.data.sources import load_splits
 from repro.errors import InputError
@@ -22,6 +23,11 @@ ZIPS = {
     "annotations_trainval2017.zip": "annotations/captions_*",
     "image_info_test2017.zip": "annotations/image_info_*",
 }
+
+
+def read_coco(folder: Path, splits=("train", "validation", "test"), year: str = "2017"):
+    name = "ydshieh/coco_dataset_script"
+    return load_splits(splits=splits, dataset_name=name, dataset_config_name=year, data_dir=str(folder))
 
 
 @pytest.fixture
@@ -49,16 +55,16 @@ def test_folders_and_zips_give_the_same_rows_and_pixels(coco: Path, zipped: Path
         tables = [rows[split].dataset for rows in (unpacked, packed)]
         stores = [
             load_images(
-                table["image_path"],
+                list(dict.fromkeys(table["image_path"])),
                 image_processor,
                 convert_to_rgb=False,
                 cache_dir=None,
-                num_workers=None,
                 progress=False,
             )
             for table in tables
         ]
-        assert (stores[0].pixels == stores[1].pixels).all()
+        every = np.arange(len(set(tables[0]["image_path"])))
+        np.testing.assert_array_equal(stores[0].images[every], stores[1].images[every])
         assert not stores[0].failures
         assert tables[0].remove_columns("image_path").to_list() == tables[1].remove_columns("image_path").to_list()
 
@@ -66,7 +72,8 @@ def test_folders_and_zips_give_the_same_rows_and_pixels(coco: Path, zipped: Path
 def test_rows_come_in_the_order_of_the_annotations(coco: Path) -> None:
     rows = read_coco(coco, splits=["train"])["train"].dataset
     annotations = json.loads((coco / "annotations" / "captions_train2017.json").read_text())["annotations"]
-    assert rows["caption_id"][:] == [annotation["id"] for annotation in annotations]
+    for name, key in (("caption", "caption"), ("image_id", "image_id")):
+        assert rows[name][:] == [str(annotation[key]) for annotation in annotations]
     assert rows["image_id"][:] != sorted(rows["image_id"][:])
     assert all(Path(path).is_file() for path in rows["image_path"])
     assert rows["row"][:] == list(range(20))
@@ -145,3 +152,122 @@ def test_an_annotation_without_its_image_is_dropped_and_listed(coco: Path) -> No
 def test_the_real_subset_is_read(real_data: Path) -> None:
     rows = read_coco(real_data / "coco2017_mini", splits=["train", "validation"])
     assert (len(rows["train"].dataset), len(rows["validation"].dataset)) == (400, 795)
+
+
+def test_2014_has_the_same_layout(coco: Path) -> None:
+    for path in [*coco.glob("*2017"), *coco.glob("annotations/*")]:
+        path.rename(path.with_name(path.name.replace("2017", "2014")))
+    rows = read_coco(coco, year="2014")
+    assert len(rows["train"].dataset) == 20
+    assert Path(rows["train"].dataset["image_path"][0]).is_file()
+
+
+def karpathy(coco: Path, *, filepath: bool) -> Path:
+    """The validation and training annotations as one file in Karpathy's layout."""
+    images = []
+    for part, split in (("train", "train"), ("train", "restval"), ("val", "val"), ("val", "test")):
+        content = json.loads((coco / "annotations" / f"captions_{part}2017.json").read_text())
+        chosen = content["images"][:1] if split in ("restval", "test") else content["images"][1:]
+        for image in chosen:
+            sentences = [row for row in content["annotations"] if row["image_id"] == image["id"]]
+            images.append(
+                {"filename": image["file_name"], "split": split, "cocoid": image["id"]}
+                | ({"filepath": f"{part}2017"} if filepath else {})
+                | {"sentences": [{"raw": row["caption"], "sentid": row["id"]} for row in sentences]}
+            )
+    path = coco / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return path
+
+
+def read_json(path: Path, split: str = "train", **options):
+    return load_splits(splits=[split], **{f"{split}_file": str(path)}, **options)[split].dataset
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_karpathys_splits_are_read_and_restval_is_for_training(coco: Path, zipped: Path, packed: bool) -> None:
+    path = karpathy(coco, filepath=True)
+    options = {"data_dir": str(zipped)} if packed else {}
+    if packed:
+        for part in ("train2017", "val2017"):
+            shutil.rmtree(coco / part)
+    assert len(read_json(path, "train", **options)) == 4 * 5
+    assert len(read_json(path, "validation", **options)) == len(read_json(path, "test", **options)) == 5
+    table = read_json(path, "train", **options)
+    assert all(read_image(name).size == (16, 16) for name in table["image_path"])
+    assert set(table["image_id"][:5]) != set(table["image_id"][5:10])
+
+
+def test_karpathys_file_of_another_data_set_has_its_images_where_data_dir_says(coco: Path) -> None:
+    path = karpathy(coco, filepath=False)
+    shutil.copytree(coco / "val2017", coco / "train2017", dirs_exist_ok=True)
+    table = read_json(path, "train", data_dir=str(coco / "train2017"))
+    assert all(Path(name).is_file() for name in table["image_path"])
+    with pytest.raises(InputError, match=r"dataset_coco\.json: its images are not to be found, .*--data_dir"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("place", ["annotations", "images", "elsewhere", "zip"])
+def test_any_coco_json_finds_its_images(coco: Path, zipped: Path, tmp_path: Path, place: str) -> None:
+    path, options = coco / "annotations" / "captions_val2017.json", {}
+    if place == "images":
+        path = path.rename(coco / "val2017" / "mine.json")
+    elif place in ("elsewhere", "zip"):
+        path = path.rename(tmp_path / "captions_val2017.json")
+        options["data_dir"] = str(zipped if place == "zip" else coco / "val2017")
+    table = read_json(path, "validation", **options)
+    assert len(table) == 10
+    assert all(read_image(name).size == (16, 16) for name in table["image_path"])
+    named = read_coco(coco if place == "annotations" else zipped, splits=["validation"])["validation"].dataset
+    assert table["caption"][:] == named["caption"][:]
+
+
+def test_a_coco_json_without_annotations_serves_prediction(coco: Path) -> None:
+    table = read_json(coco / "annotations" / "image_info_test2017.json", "test")
+    assert table["caption"][:] == [None, None]
+    assert all(Path(name).is_file() for name in table["image_path"])
+
+
+def change(coco: Path, edit) -> Path:
+    path = coco / "annotations" / "captions_val2017.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_an_id_of_two_images_drops_their_rows_and_one_named_twice_does_not(coco: Path) -> None:
+    def edit(content: dict) -> None:
+        first, second = content["images"]
+        content["images"] += [dict(first), {**second, "file_name": "other.jpg"}]
+
+    path = change(coco, edit)
+    content = json.loads(path.read_text())
+    rows = read_coco(coco, splits=["validation"])["validation"]
+    second = content["images"][1]
+    assert set(rows.dataset["image_id"]) == {str(content["images"][0]["id"])}
+    assert {row["reason"] for row in rows.dropped} == {
+        f"image_id {second['id']} is both {second['file_name']} and other.jpg"
+    }
+
+
+def test_duplicate_annotations_and_images_without_one_change_nothing(coco: Path) -> None:
+    def edit(content: dict) -> None:
+        content["annotations"][1]["id"] = content["annotations"][0]["id"]
+        content["images"].append({"id": 12345, "file_name": "nobody.jpg"})
+
+    change(coco, edit)
+    rows = read_coco(coco, splits=["validation"])["validation"]
+    assert (len(rows.dataset), rows.dropped) == (10, [])
+
+
+@pytest.mark.parametrize("key", ["image_id", "caption"])
+def test_an_annotation_that_lacks_a_key_is_named(coco: Path, key: str) -> None:
+    path = change(coco, lambda content: content["annotations"][2].pop(key))
+    with pytest.raises(InputError, match=rf"{path.name}: cannot be read \('{key}' is missing in it\)"):
+        read_coco(coco, splits=["validation"])
+
+
+def test_the_whole_of_val2017_is_read(real_data: Path, tmp_path: Path) -> None:
+    table = read_json(real_data / "captions_val2017_full.json", data_dir=str(real_data / "coco2017_mini" / "val2017"))
+    assert (len(table), len(set(table["image_id"]))) == (25_014, 5_000)

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from repro.config import DataArguments, TrainingArguments
+from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, mean_of_batch_losses
@@ -63,14 +65,11 @@ def make_data(num_rows: int, *, captions: bool = True, seed: int = 0, images=Non
     images = np.arange(num_rows) // ROWS_PER_IMAGE if images is None else np.asarray(images)
     numbers = np.arange(images.max() + 1, dtype=np.uint8)
     return CaptionedImages(
-        labels=labels * mask,
-        decoder_input_ids=labels,
-        decoder_attention_mask=mask,
+        dataset=Dataset.from_dict({"image_path": [f"{image}.png" for image in images]}),
+        kept=np.arange(num_rows),
+        captions=TokenizedCaptions(pack_tokens(labels * mask, mask if captions else 0 * mask), 0),
         image_index=images,
-        pixels=np.broadcast_to(numbers[:, None, None, None], (len(numbers), SIDE, SIDE, 3)),
-        captions=["a caption" if captions else None] * num_rows,
-        image_ids=images.tolist(),
-        image_paths=[f"{image}.png" for image in images],
+        images=np.broadcast_to(numbers[:, None, None, None], (len(numbers), SIDE, SIDE, 3)),
     )
 
 
@@ -87,8 +86,16 @@ def make_evaluator(model, tokenizer, protocol=EXACT, *, replicas=2, rows=2, gene
     )
 
 
+def labels_of(data) -> np.ndarray:
+    return data.tokens(np.arange(len(data)))["labels"]
+
+
+def mask_of(data) -> np.ndarray:
+    return data.tokens(np.arange(len(data)))["decoder_attention_mask"]
+
+
 def token_losses(data) -> np.ndarray:
-    return data.labels / 7 * data.decoder_attention_mask * (1 + data.image_index[:, None])
+    return labels_of(data) / 7 * mask_of(data) * (1 + data.image_index[:, None])
 
 
 def loss_of(data, protocol=EXACT, **sizes) -> float:
@@ -99,14 +106,14 @@ def loss_of(data, protocol=EXACT, **sizes) -> float:
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 2**32 - 1))
 def test_exact_loss_is_per_token_over_every_row_whatever_the_batch(num_rows, batch_size, seed):
     data = make_data(num_rows, seed=seed)
-    expected = token_losses(data).sum() / data.decoder_attention_mask.sum()
+    expected = token_losses(data).sum() / mask_of(data).sum()
     assert loss_of(data, replicas=1, rows=batch_size) == pytest.approx(expected, rel=1e-12)
 
 
 def test_current_loss_is_the_unweighted_mean_of_the_batches_token_losses():
     data = make_data(11)
     batches = [slice(0, 4), slice(4, 8)]
-    expected = np.mean([token_losses(data)[b].sum() / data.decoder_attention_mask[b].sum() for b in batches])
+    expected = np.mean([token_losses(data)[b].sum() / mask_of(data)[b].sum() for b in batches])
     assert loss_of(data, CURRENT) == pytest.approx(expected, rel=1e-12)
     assert loss_of(data, replace(CURRENT, token_eval_loss=True)) != pytest.approx(expected, rel=1e-6)
 
@@ -114,7 +121,7 @@ def test_current_loss_is_the_unweighted_mean_of_the_batches_token_losses():
 def test_published_loss_is_the_mean_over_replicas_too():
     data = make_data(11)
     replicas = [slice(start, start + 2) for start in range(0, 8, 2)]
-    expected = np.mean([token_losses(data)[r].sum() / data.decoder_attention_mask[r].sum() for r in replicas])
+    expected = np.mean([token_losses(data)[r].sum() / mask_of(data)[r].sum() for r in replicas])
     assert loss_of(data, PUBLISHED) == pytest.approx(expected, rel=1e-12)
 
 
@@ -135,7 +142,7 @@ def test_only_exact_evaluates_the_rows_of_the_incomplete_batch(tokenizer, protoc
     evaluation = make_evaluator(model, tokenizer, protocol).evaluate(1.0, data)
     assert evaluation.details["rows"] == evaluated
     assert len(evaluation.generations) == evaluated
-    assert evaluation.image_paths == data.image_paths[:evaluated]
+    assert evaluation.image_paths == data.image_paths(np.arange(evaluated))
     assert model.batch_sizes == {4}, "the last batch must have the shape of all others"
 
 
@@ -149,7 +156,7 @@ def test_fewer_rows_than_a_batch_are_refused_where_they_would_all_be_dropped(pro
 
 def test_exact_evaluates_fewer_rows_than_a_batch():
     data = make_data(3)
-    assert loss_of(data) == pytest.approx(token_losses(data).sum() / data.decoder_attention_mask.sum())
+    assert loss_of(data) == pytest.approx(token_losses(data).sum() / mask_of(data).sum())
 
 
 def test_exact_encodes_and_captions_each_image_once(tokenizer):
@@ -164,7 +171,7 @@ def test_exact_encodes_and_captions_each_image_once(tokenizer):
 def test_every_row_is_scored_once_however_many_captions_an_image_has(images, batch_size, protocol):
     protocol = replace(protocol, keep_incomplete_batch=True, token_eval_loss=True)
     data = make_data(len(images), images=images)
-    expected = token_losses(data).sum() / data.decoder_attention_mask.sum()
+    expected = token_losses(data).sum() / mask_of(data).sum()
     assert loss_of(data, protocol, replicas=1, rows=batch_size) == pytest.approx(expected, rel=1e-12)
 
 
@@ -189,7 +196,7 @@ def test_each_row_has_the_caption_of_its_image_and_its_own_label(tokenizer, prot
     for row, generation in enumerate(generations):
         image = row // ROWS_PER_IMAGE
         assert generation["pred"] == tokenizer.decode([40 + image] * (image % 4 + 1)).strip()
-        assert generation["label"] == tokenizer.decode(data.labels[row], skip_special_tokens=True).strip()
+        assert generation["label"] == tokenizer.decode(labels_of(data)[row], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("protocol", [EXACT, CURRENT], ids=["exact", "current"])

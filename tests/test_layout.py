@@ -24,11 +24,11 @@ LAYERS = {
     "recipes": {"foundation", "recipes"},
 }
 FOUNDATION = {"errors", "protocol", "__init__", "__version__", "__doc__"}
-COMMANDS = {"__main__", "config", "prepare", "reproduce", "run"}
+COMMANDS = {"__main__", "check", "config", "prepare", "reproduce", "run"}
 TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "README.md"}
 # 1,500 of these lines are the native model, its search and its weights, which pay for themselves in speed and future;
-# 280 download COCO.
-MAX_LINES, MAX_TOTAL_LINES = 350, 6100
+# 280 download COCO; 1,400 read people's own data, keep decoded images and tell what a data set holds.
+MAX_LINES, MAX_TOTAL_LINES = 350, 7550
 
 
 def layer(parts: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -12,44 +13,22 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.data.images import ImageStore
-from repro.data.pipeline import batches, blocks, check_sizes, epoch_order, prefetch, prepare_split
+from repro.data.image_store import ImageStore
+from repro.data.pipeline import Schedule, check_sizes, epoch_order, number_images, prefetch, prepare_split
 from repro.errors import InputError
-from repro.training.loop import Schedule, epoch_batches
-
-sizes = st.integers(0, 60)
-
-
-@given(sizes, st.integers(0, 20))
-def test_blocks_partition_the_order(num_rows: int, block_size: int) -> None:
-    order = np.random.default_rng(num_rows).permutation(num_rows)
-    cut = list(blocks(order, block_size))
-    assert np.concatenate([*cut, []]).tolist() == order.tolist()
-    assert all(len(block) == block_size for block in cut[:-1])
-    assert len(cut) <= 1 or block_size
-
-
-@given(sizes, st.integers(1, 6), st.integers(1, 4))
-def test_batches_do_not_depend_on_the_block_size(num_rows: int, batch_size: int, batches_per_block: int) -> None:
-    order = np.random.default_rng(num_rows).permutation(num_rows)
-
-    def cut(block_size: int) -> list[list[int]]:
-        return [batch.tolist() for block in blocks(order, block_size) for batch in batches(block, batch_size)]
-
-    assert cut(batch_size * batches_per_block) == cut(0)
 
 
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.booleans())
 def test_every_row_comes_once_an_epoch_but_for_the_incomplete_batch(
     num_rows: int, num_replicas: int, replica_batch: int, epoch: int, shuffle: bool
 ) -> None:
-    schedule = Schedule(
-        seed=3, num_epochs=3, shuffle=shuffle, block_size=0, num_replicas=num_replicas, replica_batch=replica_batch
-    )
-    cut = list(epoch_batches(schedule, num_rows, epoch))
-    rows = np.concatenate([*cut, []]).astype(int).tolist()
-    assert all(len(batch) == schedule.global_batch for batch in cut)
+    schedule = Schedule(seed=3, num_epochs=3, shuffle=shuffle, num_replicas=num_replicas, replica_batch=replica_batch)
+    cut = schedule.epoch_rows(epoch, num_rows)
+    rows = cut.reshape(-1).tolist()
+    assert cut.shape == (schedule.steps_per_epoch(num_rows), num_replicas, replica_batch)
     assert len(rows) == num_rows // schedule.global_batch * schedule.global_batch
+    if shuffle:
+        assert rows == epoch_order(3, epoch, num_rows)[: len(rows)].tolist()
     assert len(set(rows)) == len(rows)
     assert set(rows) <= set(range(num_rows))
     if not shuffle:
@@ -74,14 +53,6 @@ def test_epochs_and_streams_have_orders_of_their_own() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
-def test_the_order_is_drawn_from_the_stream_of_the_caller_even_when_another_thread_takes_the_batches() -> None:
-    schedule = Schedule(seed=1, num_epochs=1, shuffle=True, block_size=0, num_replicas=1, replica_batch=10)
-    with jax.threefry_partitionable(False):
-        expected = epoch_order(1, 0, 30).tolist()
-        taken = list(prefetch(epoch_batches(schedule, 30, 0)))
-    assert np.concatenate(taken).tolist() == expected
-
-
 @pytest.mark.parametrize(
     ("num_rows", "block_size", "words"),
     [
@@ -102,23 +73,38 @@ def make_split(tokenizer, failures: dict[str, str]):
     dataset = Dataset.from_dict(
         {"row": [0, 1, 2, 5], "image_path": paths, "image_id": paths, "caption": ["one", "two", "three", "four"]}
     )
-    distinct = dict.fromkeys(paths)
-    store = ImageStore(
-        pixels=np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3),
-        index={path: place for place, path in enumerate(distinct) if path not in failures},
-        failures=failures,
-    )
-    return prepare_split(dataset, tokenizer, store, max_length=6, decoder_start_token_id=0, split="train"), store
+    store = ImageStore(np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3), failures)
+    places = number_images([dataset])
+    assert places == {"a.jpg": 0, "b.jpg": 1, "c.jpg": 2}
+    settings = {"max_length": 6, "decoder_start_token_id": 0, "split": "train"}
+    return prepare_split(dataset, tokenizer, places, store, **settings), store
 
 
 def test_rows_share_their_image_and_lose_it_together(tokenizer) -> None:
     (split, dropped), store = make_split(tokenizer, {"b.jpg": "no such file"})
-    assert split.captions == ["one", "three", "four"]
+    every = np.arange(3)
+    assert split.image_paths(every) == ["a.jpg", "a.jpg", "c.jpg"]
+    labels = split.tokens(every)["labels"]
+    assert [text.strip() for text in tokenizer.batch_decode(labels, skip_special_tokens=True)] == [
+        "one",
+        "three",
+        "four",
+    ]
     assert [(row["row"], row["image_path"], row["reason"]) for row in dropped] == [(1, "b.jpg", "no such file")]
     batch = split.batch(np.array([2, 0]))
-    np.testing.assert_array_equal(batch["pixels"], store.pixels[[2, 0]])
-    np.testing.assert_array_equal(batch["labels"], split.labels[[2, 0]])
-    assert split.image_index[0] == split.image_index[1]
+    np.testing.assert_array_equal(batch["pixels"], store.images[[2, 0]])
+    np.testing.assert_array_equal(batch["labels"], labels[[2, 0]])
+    assert split.have_captions(every)
+
+
+def test_a_fingerprint_tells_tokens_and_shared_images_but_not_where_images_lie(tokenizer) -> None:
+    split = make_split(tokenizer, {})[0][0]
+    moved = dataclasses.replace(split, image_index=split.image_index[[0, 1, 0, 3]] + 7)
+    assert moved.fingerprint() == split.fingerprint()
+    alone = dataclasses.replace(split, image_index=np.arange(4))
+    fewer = dataclasses.replace(split, kept=split.kept[:3], image_index=split.image_index[:3])
+    start = dataclasses.replace(split, kept=split.kept[::-1])
+    assert len({each.fingerprint() for each in (split, alone, fewer, start)}) == 4
 
 
 def test_no_row_left_is_an_error(tokenizer) -> None:

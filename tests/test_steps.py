@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.data.pipeline import CaptionedImages, epoch_order
+from repro.data.captions import TokenizedCaptions, pack_tokens
+from repro.data.pipeline import CaptionedImages, Schedule, epoch_order
 from repro.models.pretrained import load_model
-from repro.training.loop import Schedule, epoch_batches, take_steps
+from repro.training.loop import take_steps
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, replicated, rows_sharding, train_batch_sharding
 from repro.training.state import create_train_state
@@ -340,31 +342,17 @@ def captioned(num_rows: int) -> CaptionedImages:
     num_images = (num_rows + 1) // 2
     pixels = np.arange(num_images, dtype=np.uint8)[:, None, None, None] * np.ones((SIDE, SIDE, 3), np.uint8)
     return CaptionedImages(
-        labels=tokens,
-        decoder_input_ids=tokens,
-        decoder_attention_mask=np.ones_like(tokens),
+        dataset=Dataset.from_dict({"image_path": [f"{n // 2}.png" for n in numbers]}),
+        kept=numbers,
+        captions=TokenizedCaptions(pack_tokens(tokens, np.ones_like(tokens)), decoder_start_token_id=0),
         image_index=numbers // 2,
-        pixels=pixels,
-        captions=[str(n) for n in numbers],
-        image_ids=list(numbers // 2),
-        image_paths=[f"{n // 2}.png" for n in numbers],
+        images=pixels,
     )
 
 
 def order_of(**settings) -> Schedule:
-    defaults = {"seed": 5, "num_epochs": 1, "shuffle": True, "block_size": 0, "num_replicas": 2, "replica_batch": 2}
+    defaults = {"seed": 5, "num_epochs": 1, "shuffle": True, "num_replicas": 2, "replica_batch": 2}
     return Schedule(**defaults | settings)
-
-
-@given(st.integers(0, 2**31 - 1), st.integers(0, 3), st.sampled_from([0, 4, 8, 12]))
-def test_batches_are_the_epochs_order_cut_whatever_the_blocks(seed, epoch, block_size):
-    rows = np.concatenate(list(epoch_batches(order_of(seed=seed, block_size=block_size), 27, epoch)))
-    np.testing.assert_array_equal(rows, epoch_order(seed, epoch, 27)[:24])
-
-
-def test_without_shuffling_rows_come_in_the_order_of_the_file():
-    batches = list(epoch_batches(order_of(shuffle=False), 11, epoch=1))
-    np.testing.assert_array_equal(batches, [[0, 1, 2, 3], [4, 5, 6, 7]])
 
 
 def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
@@ -389,7 +377,7 @@ def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
 
 def test_training_lowers_the_loss_of_what_it_sees():
     data = captioned(12)
-    data.labels[:] = (data.decoder_input_ids + 1) % VOCABULARY
+    data.captions.records["labels"] = np.arange(1, LENGTH + 1) % VOCABULARY  # each token follows the one before
     schedule = order_of(num_epochs=10)
     optimizer = create_optimizer(optax.constant_schedule(0.05), rule="layer_norms")
     step = make_train_step(make_logits(), optimizer, optax.constant_schedule(0.05), reduction="tokens")

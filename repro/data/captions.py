@@ -1,16 +1,57 @@
-"""Captions as token arrays, by the example's rules (REFERENCE section 3)."""
+"""Captions as token arrays, by the example's rules (REFERENCE section 3): tokenized once, kept compact on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from repro.data.whole_file import whole_file
 from repro.errors import InputError
 
 CHUNK = 10_000
-"""Captions tokenized at once: bounds the Python lists between tokenizer and arrays."""
+"""Captions tokenized at once, by all threads of the tokenizers library: bounds what is in memory."""
+
+
+@dataclass(frozen=True)
+class TokenizedCaptions:
+    """The captions of N rows, each of T tokens.
+
+    Attributes:
+        records: [N] with `labels` (uint16[T] or int32[T]) and `mask` (bits, uint8[ceil(T / 8)]), maybe on disk.
+        decoder_start_token_id: the first of the decoder's inputs.
+    """
+
+    records: np.ndarray
+    decoder_start_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Gather rows int[B]: `labels`, `decoder_input_ids` and `decoder_attention_mask`, int32[B,T].
+
+        The mask is the tokenizer's attention mask and serves the loss too: GPT-2 pads with its eos token, so the labels
+        alone do not tell padding.
+        """
+        records = self.records[rows]
+        labels = records["labels"].astype(np.int32)
+        return {
+            "labels": labels,
+            "decoder_input_ids": shift_right(labels, self.decoder_start_token_id),
+            "decoder_attention_mask": np.unpackbits(records["mask"], axis=1, count=labels.shape[1]).astype(np.int32),
+        }
+
+    def given(self, rows: np.ndarray) -> np.ndarray:
+        """Tell which of rows int[B] have a caption, bool[B]: even an empty one has an eos token."""
+        return np.any(self.records["mask"][rows], axis=1)
 
 
 def shift_right(labels: np.ndarray, decoder_start_token_id: int) -> np.ndarray:
@@ -30,18 +71,24 @@ def shift_right(labels: np.ndarray, decoder_start_token_id: int) -> np.ndarray:
 
 
 def tokenize_captions(
-    captions: Sequence[str | None], tokenizer: Any, *, max_length: int, decoder_start_token_id: int
-) -> dict[str, np.ndarray]:
+    captions: Iterable[str | None],
+    num_captions: int,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    decoder_start_token_id: int,
+    cache: tuple[Path, str] | None = None,
+) -> TokenizedCaptions:
     """Tokenize lower-cased captions with a closing eos token, padded and truncated to one length.
 
     A caption that is too long loses its eos token. A row without a caption is all padding under an all-zero mask.
 
-    Returns:
-        `labels`, `decoder_input_ids` and `decoder_attention_mask`, int32[N,T]. The mask is the tokenizer's attention
-        mask and serves the loss too: GPT-2 pads with its eos token, so the labels alone do not tell padding.
+    Args:
+        captions: not touched where the cache has their tokens.
+        cache: a folder, and a fingerprint of the captions; None to keep the tokens in memory.
 
     Raises:
-        InputError: the tokenizer has no pad or no eos token.
+        InputError: the tokenizer has no pad or no eos token, or the cache cannot be written.
     """
     for name in ("pad_token", "eos_token"):
         if getattr(tokenizer, name) is None:
@@ -49,22 +96,67 @@ def tokenize_captions(
                 f"the tokenizer {tokenizer.name_or_path!r} has no {name}; set it, for GPT-2"
                 f" `tokenizer.{name} = '<|endoftext|>'`, and save the tokenizer again."
             )
-    labels = np.full((len(captions), max_length), tokenizer.pad_token_id, np.int32)
-    mask = np.zeros_like(labels)
-    given = [row for row, caption in enumerate(captions) if caption is not None]
-    for start in range(0, len(given), CHUNK):
-        rows = given[start : start + CHUNK]
-        encoded = tokenizer(
-            [f"{str(captions[row]).lower()} {tokenizer.eos_token}" for row in rows],
-            max_length=max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="np",
-        )
-        labels[rows] = encoded["input_ids"]
-        mask[rows] = encoded["attention_mask"]
-    return {
-        "labels": labels,
-        "decoder_input_ids": shift_right(labels, decoder_start_token_id),
-        "decoder_attention_mask": mask,
-    }
+    kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+    chunks = _tokenize(iter(captions), tokenizer, max_length, kind)
+    if cache is None:
+        records = np.concatenate(list(chunks))
+    else:
+        folder, fingerprint = cache
+        parts = (fingerprint, num_captions, max_length, tokenizer_fingerprint(tokenizer))
+        file = folder / f"{sha256(repr(parts).encode()).hexdigest()[:32]}.npy"
+        if not file.is_file():
+            _save(file, chunks, num_captions)
+        records = np.load(file, mmap_mode="r")
+    assert len(records) == num_captions
+    return TokenizedCaptions(records, decoder_start_token_id)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash all that a tokenizer saves, but for the truncation and padding of its last call."""
+    digest = sha256(type(tokenizer).__name__.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            content = file.read_bytes() if file.is_file() else b""
+            if file.name == "tokenizer.json":
+                state = json.loads(content)
+                content = json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True).encode()
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def pack_tokens(labels: np.ndarray, mask: np.ndarray, kind: Any = np.int32) -> np.ndarray:
+    """Put labels and attention mask int32[N,T] into the records of `TokenizedCaptions`, labels as numbers of a kind."""
+    length = labels.shape[1]
+    record = [("labels", kind, (length,)), ("mask", np.uint8, (-(-length // 8),))]
+    records = np.zeros(len(labels), record)
+    records["labels"], records["mask"] = labels, np.packbits(mask.astype(bool), axis=1)
+    return records
+
+
+def _tokenize(captions: Iterator[str | None], tokenizer: Any, max_length: int, kind: Any) -> Iterator[np.ndarray]:
+    while chunk := list(islice(captions, CHUNK)):
+        labels = np.full((len(chunk), max_length), tokenizer.pad_token_id, np.int32)
+        mask = np.zeros_like(labels)
+        given = [row for row, caption in enumerate(chunk) if caption is not None]
+        if given:
+            encoded = tokenizer(
+                [f"{str(chunk[row]).lower()} {tokenizer.eos_token}" for row in given],
+                max_length=max_length,
+                padding="max_length",
+                truncation=True,
+                return_tensors="np",
+            )
+            labels[given], mask[given] = encoded["input_ids"], encoded["attention_mask"]
+        yield pack_tokens(labels, mask, kind)
+
+
+def _save(file: Path, chunks: Iterator[np.ndarray], count: int) -> None:
+    with whole_file(file, "the tokens of the captions") as partial, partial.open("wb") as opened:
+        for number, chunk in enumerate(chunks):
+            if number == 0:
+                descr = np.lib.format.dtype_to_descr(chunk.dtype)
+                np.lib.format.write_array_header_2_0(
+                    opened, {"descr": descr, "fortran_order": False, "shape": (count,)}
+                )
+            opened.write(chunk.tobytes())

@@ -1,32 +1,37 @@
-"""COCO captions from the official folders or zip files, one row per annotation."""
+"""COCO captions: the official folders or zip files, and other files in COCO's or Karpathy's layout.
+
+Annotations are streamed: of a file of any size, only the names of its images are in memory.
+"""
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from repro.data.rows import Rows, make_rows
+import ijson
+
+from repro.data.files import one_line, open_json
+from repro.data.images import ZIP
+from repro.data.rows import Record
 from repro.errors import InputError
 
 SPLIT_NAMES = {"train": "train", "validation": "val", "test": "test"}
+LAYOUTS = ("annotations.item", "images.item")
+KARPATHY_SPLITS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}
 DOWNLOADS = "http://images.cocodataset.org"
+YEARS = ("2017", "2014")
+PROBED = 1000
+"""Images that are looked for before a folder is given up: some may be missing."""
 
 
-def read_coco(data_dir: str | Path, year: str = "2017", splits: Sequence[str] = tuple(SPLIT_NAMES)) -> dict[str, Rows]:
-    """Read the asked-for splits of COCO captions, in the order of the annotation file.
-
-    Images and annotations may each be unpacked (`val2017/`, `annotations/`) or in the official zips; nothing is
-    unpacked. The test split has one row per image and no captions.
-
-    Args:
-        data_dir: the folder that holds them.
-        splits: of `train`, `validation`, `test`.
+def check_folder(data_dir: str | Path) -> Path:
+    """Give the absolute path of a folder of COCO's files.
 
     Raises:
-        InputError: the folder, an annotation file or the images of a split are missing.
+        InputError: there is none, or it is empty.
     """
     folder = Path(data_dir)
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -34,83 +39,201 @@ def read_coco(data_dir: str | Path, year: str = "2017", splits: Sequence[str] = 
             f"--data_dir {folder}: is {'empty' if folder.is_dir() else 'not a folder'}; put COCO's zip files from"
             f" {DOWNLOADS} there (`repro data coco --data_dir {folder}` does), or the folders unpacked from them."
         )
-    return {split: _read_split(folder.resolve(), year, split) for split in splits}
+    return folder.resolve()
 
 
-def _read_split(folder: Path, year: str, split: str) -> Rows:
+def annotation_file(folder: Path, year: str, split: str) -> tuple[Path, str]:
+    """Find a split's official annotations, unpacked or in a zip: the file, and the name inside.
+
+    Raises:
+        InputError: they are missing.
+    """
     part = SPLIT_NAMES[split] + year
     is_test = split == "test"
     member = f"annotations/{'image_info' if is_test else 'captions'}_{part}.json"
     archive = f"image_info_{part}.zip" if is_test else f"annotations_trainval{year}.zip"
-    content = _read_annotations(folder, member, archive)
-    prefix, suffix = _locate_images(folder, part)
-    images = {image["id"]: image for image in content["images"]}
-    annotations = content.get("annotations", [])
-    if is_test:
-        annotations = [{"image_id": image_id, "id": None, "caption": None} for image_id in images]
+    for file in (folder / member, folder / archive):
+        if file.is_file():
+            return file, member
+    raise InputError(
+        f"{folder / member}: the annotation file is missing, and so is {archive}; get"
+        f" {DOWNLOADS}/annotations/{archive} and leave it in {folder}."
+    )
 
-    table: dict[str, list[Any]] = {
-        name: [] for name in ("row", "image_id", "caption_id", "caption", "height", "width", "file_name", "image_path")
-    }
-    dropped = []
-    for row, annotation in enumerate(annotations):
-        image = images.get(annotation["image_id"])
-        if image is None:
-            dropped.append(
-                {
-                    "split": split,
+
+def read_official(folder: Path, year: str, split: str) -> Iterator[Record]:
+    """Read a split in the official layout, in the order of its annotations.
+
+    Images and annotations may each be unpacked (`val2017/`, `annotations/`) or in the official zips; nothing is
+    unpacked. The test split has one record an image and no captions.
+
+    Raises:
+        InputError: the annotations or the images are missing, or not COCO's.
+    """
+    file, member = annotation_file(folder, year, split)
+    part = SPLIT_NAMES[split] + year
+    prefix, suffix = official_images(folder, part)
+    return _records(file, member, lambda names: _between(prefix, suffix), has_captions=split != "test")
+
+
+def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> Iterator[Record]:
+    """Read a file in COCO's layout, or a split of one in Karpathy's, where each image has its sentences.
+
+    Args:
+        layout: where the file has its list, of `LAYOUTS`.
+        folders: in which the images are looked for, and in zips there.
+
+    Raises:
+        InputError: the file is in neither layout, or no image is found.
+    """
+    has_captions = layout == "annotations.item"
+    if not has_captions:
+        with _opened(file, "") as opened:
+            first: dict[str, Any] = next(ijson.items(opened, "images.item"), {})
+        if "sentences" in first:
+            return _karpathy_records(file, split, folders)
+    part = file.stem.removeprefix("captions_").removeprefix("image_info_")
+
+    def locate(names: Iterable[str]) -> Callable[[str], str]:
+        finder = _ImageFinder(file, folders, part)
+        for _, name in zip(range(PROBED), names, strict=False):
+            if finder.find(name) and finder.found:
+                break
+        finder.check()
+        return finder.find
+
+    return _records(file, "", locate, has_captions=has_captions)
+
+
+def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterator[Record]:
+    finder = _ImageFinder(file, folders, "")
+    row = 0
+    with _opened(file, "") as opened:
+        for image in ijson.items(opened, "images.item", use_float=True):
+            if image["split"] not in KARPATHY_SPLITS[split]:
+                continue
+            name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+            place = finder.find(name)
+            for sentence in image["sentences"]:
+                yield {
                     "row": row,
-                    "image_path": None,
-                    "caption": annotation["caption"],
-                    "reason": f"image_id {annotation['image_id']} is not among the images",
+                    "image_path": place,
+                    "image_id": str(image.get("cocoid", image.get("imgid", name))),
+                    "caption": sentence["raw"],
                 }
-            )
-            continue
-        file_name = image["file_name"]
-        values = (
-            row,
-            image["id"],
-            annotation["id"],
-            annotation["caption"],
-            image.get("height"),
-            image.get("width"),
-            file_name,
-            f"{prefix}{file_name}{suffix}",
-        )
-        for column, value in zip(table.values(), values, strict=True):
-            column.append(value)
-    return make_rows(table, split=split, source=member, dropped=dropped)
+                row += 1
+    finder.check()
 
 
-def _read_annotations(folder: Path, member: str, archive: str) -> dict[str, Any]:
-    path, zipped = folder / member, folder / archive
+def _records(
+    file: Path, member: str, locate: Callable[[Iterable[str]], Callable[[str], str]], *, has_captions: bool
+) -> Iterator[Record]:
+    names: dict[Any, str] = {}
+    ambiguous: dict[Any, str] = {}
+    with _opened(file, member) as opened:
+        for image in ijson.items(opened, "images.item", use_float=True):
+            other = names.setdefault(image["id"], image["file_name"])
+            if other != image["file_name"]:
+                ambiguous[image["id"]] = f"image_id {image['id']} is both {other} and {image['file_name']}"
+    if not names:
+        raise InputError(f"{file}: is not a COCO file: it has no list of images.")
+    path_of = locate(names.values())
+    if not has_captions:
+        for row, (image_id, name) in enumerate(names.items()):
+            yield {"row": row, "image_path": path_of(name), "image_id": str(image_id), "caption": None}
+        return
+    with _opened(file, member) as opened:
+        for row, annotation in enumerate(ijson.items(opened, "annotations.item", use_float=True)):
+            image_id, caption = annotation["image_id"], annotation["caption"]
+            record = {"row": row, "image_path": None, "image_id": str(image_id), "caption": caption}
+            if image_id not in names:
+                yield record | {"reason": f"image_id {image_id} is not among the images"}
+            elif image_id in ambiguous:
+                yield record | {"reason": ambiguous[image_id]}
+            else:
+                yield record | {"image_path": path_of(names[image_id])}
+
+
+@contextmanager
+def _opened(file: Path, member: str) -> Iterator[BinaryIO]:
+    """Open an annotation file, or its member if it is a zip; what is wrong with its content is told by its name."""
     try:
-        if path.is_file():
-            content = json.loads(path.read_bytes())
-        elif zipped.is_file():
-            with zipfile.ZipFile(zipped) as opened:
-                content = json.loads(opened.read(member))
+        if file.suffix == ".zip":
+            with zipfile.ZipFile(file) as archive, archive.open(member) as opened:
+                yield opened  # type: ignore[misc]
         else:
-            raise InputError(
-                f"{path}: the annotation file is missing, and so is {archive}; get"
-                f" {DOWNLOADS}/annotations/{archive} and leave it in {folder}."
-            )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path if path.is_file() else zipped}: cannot be read ({error}); get {archive} again."
-        ) from error
-    if not isinstance(content, dict) or "images" not in content:
-        raise InputError(f"{path}: is not a COCO file: it has no list of images.")
-    return content
+            with open_json(file) as opened:
+                yield opened
+    except (OSError, ijson.JSONError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        what = f"{error} is missing in it" if isinstance(error, KeyError) else one_line(error)
+        raise InputError(f"{file}: cannot be read ({what}); get it again.") from error
 
 
-def _locate_images(folder: Path, part: str) -> tuple[str, str]:
-    """Find a split's images: what stands before and after a file name in an image path."""
+def official_images(folder: Path, part: str) -> tuple[str, str]:
+    """Find a split's images: what stands before and after a file name in a reference."""
     if (folder / part).is_dir():
         return f"{folder / part}/", ""
     if (folder / f"{part}.zip").is_file():
-        return f"zip://{part}/", f"::{folder / part}.zip"
+        return f"{ZIP}{part}/", f"::{folder / part}.zip"
     raise InputError(
         f"{folder / part}: the images are missing, and so is {part}.zip; get"
         f" {DOWNLOADS}/zips/{part}.zip and leave it in {folder}."
     )
+
+
+class _ImageFinder:
+    """Finds where the images of a file lie: in one of some folders, or in a folder or zip there of the split's name."""
+
+    def __init__(self, source: Path, folders: Sequence[Path], part: str) -> None:
+        self._source, self._folders, self._part = source, folders, part
+        self._places: dict[str, Callable[[str], str]] = {}
+        self._missed: list[str] = []
+        self._members: dict[str, set[str]] = {}
+
+    @property
+    def found(self) -> bool:
+        return bool(self._places)
+
+    def find(self, name: str) -> str:
+        """Give an image's reference; of one that is nowhere, the path where it was looked for first."""
+        top = name.rpartition("/")[0]
+        if top not in self._places and len(self._missed) < PROBED:
+            there = (place for place in self._candidates(top) if self._is_there(place(name)))
+            if place := next(there, None):
+                self._places[top] = place
+            else:
+                self._missed.append(name)
+        return self._places.get(top, next(self._candidates(top)))(name)
+
+    def check(self) -> None:
+        """Raise an InputError if images were looked for and none was found."""
+        if self._missed and not self.found:
+            raise InputError(
+                f"{self._source}: its images are not to be found, the first being {self._missed[0]}; looked in"
+                f" {', '.join(map(str, self._folders))}, and in folders and zips there of the split's name. Name the"
+                " folder that holds them with --data_dir."
+            )
+
+    def _candidates(self, top: str) -> Iterator[Callable[[str], str]]:
+        part = top.split("/")[0] or self._part
+        for folder in self._folders:
+            yield _between(f"{folder}/", "")
+            if part and not top:
+                yield _between(f"{folder / part}/", "")
+            if part:
+                yield _between(ZIP if top else f"{ZIP}{part}/", f"::{folder / part}.zip")
+
+    def _is_there(self, reference: str) -> bool:
+        if not reference.startswith(ZIP):
+            return Path(reference).is_file()
+        member, _, file = reference.removeprefix(ZIP).partition("::")
+        if file not in self._members:
+            self._members[file] = set()
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    self._members[file] = set(archive.namelist())
+        return member in self._members[file]
+
+
+def _between(prefix: str, suffix: str) -> Callable[[str], str]:
+    return lambda name: f"{prefix}{name}{suffix}"

@@ -1,39 +1,49 @@
-"""Each distinct image, decoded and resized once, as bytes in one memory-mapped array.
+"""One image: from its reference to the bytes that ViTImageProcessor has after its resize.
 
-The bytes are those that ViTImageProcessor has after its resize; `pixel_table` holds what its rescaling and
-normalization make of each of the 256 values, so that a table look-up on the device gives its float32 pixels bit for
-bit.
+`pixel_table` holds what the processor's rescaling and normalization make of each of the 256 values, so that a table
+look-up on the device gives its float32 pixels bit for bit.
+
+An image is referred to by a path or a URL, or as `zip://MEMBER::ARCHIVE` or `arrow://ROW/COLUMN::FILE`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import multiprocessing
 import os
+import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from PIL import Image, UnidentifiedImageError
 
 from repro.errors import InputError
 
-CHUNK = 64
-"""Images per task of a worker process."""
-ZIP_SCHEME = "zip://"
+URL_SCHEMES = ("http://", "https://")
+ZIP, ARROW = "zip://", "arrow://"
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")
+DOWNLOAD_SECONDS = 30
+
+# Several threads decode, and what a `catch_warnings` in one of them does reaches the others. Pillow refuses images of
+# more than twice the number of pixels from which on it warns; that is a reason to drop one.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(Exception):
-    """An image cannot be used; the message is the reason."""
+    """An image cannot be used; the message is the reason.
+
+    Attributes:
+        passing: whether the reason may pass without a trace in the file, such as a missing permission.
+    """
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 @dataclass(frozen=True)
@@ -44,20 +54,9 @@ class Resize:
     width: int
     resample: int
 
-
-@dataclass(frozen=True)
-class ImageStore:
-    """Decoded images.
-
-    Attributes:
-        pixels: uint8[M,S,S,3]
-        index: image path to its place in `pixels`.
-        failures: image path to the reason why it is not there.
-    """
-
-    pixels: np.ndarray
-    index: dict[str, int]
-    failures: dict[str, str]
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.height, self.width, 3
 
 
 def pixel_table(image_processor: Any) -> np.ndarray:
@@ -85,177 +84,121 @@ def resize_of(image_processor: Any) -> Resize:
     return Resize(size["height"], size["width"], int(image_processor.resample))
 
 
-def decode_image(path: str, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
-    """Decode an image and resize it, ignoring EXIF orientation as the example does.
-
-    Args:
-        path: of a file, or `zip://member::archive`.
-        convert_to_rgb: convert other modes; otherwise refuse what ViTImageProcessor refuses, which is all that does
-        not decode
-            to three channels, and images one pixel high, whose height it takes for a channel.
-
-    Returns:
-        uint8[S,S,3]
+def read_image(reference: str) -> Image.Image:
+    """Read and decode an image in its own mode and size, ignoring EXIF orientation as the example does.
 
     Raises:
-        ImageError: it cannot be read, or is refused.
+        ImageError: it cannot be read or decoded.
     """
     try:
-        with warnings.catch_warnings():
-            # A decompression bomb warns before it raises; both are reasons to drop the image.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(_open(path)) as opened:
-                opened.load()
-                image: Image.Image = opened.convert("RGB") if convert_to_rgb else opened.copy()
+        image = Image.open(io.BytesIO(_read_bytes(reference)))
+        image.load()
+    except UnidentifiedImageError as error:  # whose message has the address of a buffer
+        raise ImageError("not in a format that Pillow knows") from error
+    except OSError as error:
+        # What the system or a server says has a number or a response; Pillow's own OSErrors are about the content.
+        passing = error.errno is not None or hasattr(error, "response")
+        raise ImageError(_reason(error), passing=passing) from error
     except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
+        *(ValueError, TypeError, SyntaxError, LookupError, EOFError, OverflowError, MemoryError, struct.error),
+        *(zipfile.BadZipFile, NotImplementedError, RuntimeError, Image.DecompressionBombError),
     ) as error:
-        raise ImageError(f"{type(error).__name__}: {error}") from error
-    if len(image.getbands()) != 3:
+        raise ImageError(_reason(error)) from error
+    return image
+
+
+def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
+    """Make uint8[S,S,3] of a decoded image.
+
+    Args:
+        convert_to_rgb: convert other modes, of 16-bit grayscale the high byte; otherwise refuse what
+            ViTImageProcessor refuses, which is all that does not decode to three channels, and images one pixel high,
+            whose height it takes for a channel.
+
+    Raises:
+        ImageError: it is refused.
+    """
+    if convert_to_rgb:
+        if image.mode in SIXTEEN_BITS:  # Pillow's own conversion makes everything above 255 white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
+    elif len(image.getbands()) != 3:
         raise ImageError(f"mode {image.mode} is not RGB (--protocol exact converts it)")
-    if image.height == 1 and not convert_to_rgb:
+    elif image.height == 1:
         raise ImageError("one pixel high (--protocol exact takes it)")
-    size = (resize.width, resize.height)
     if image.mode != "RGB":  # three other channels (YCbCr, LAB, HSV): the processor takes them as they are
         image = Image.fromarray(np.asarray(image), "RGB")
+    size = (resize.width, resize.height)
     return np.asarray(image.resize(size, resample=Image.Resampling(resize.resample)))
 
 
-def load_images(
-    paths: Iterable[str],
-    image_processor: Any,
-    *,
-    convert_to_rgb: bool,
-    cache_dir: Path | None,
-    num_workers: int | None,
-    overwrite_cache: bool = False,
-    progress: bool = True,
-) -> ImageStore:
-    """Decode each distinct path once, or take the result of an earlier run.
+def decode_image(reference: str, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
+    """`read_image`, then `resize_image`: uint8[S,S,3]."""
+    return resize_image(read_image(reference), resize, convert_to_rgb=convert_to_rgb)
+
+
+def image_key(reference: str, stamps: dict[str, tuple[int, ...]]) -> bytes | None:
+    """Hash an image's absolute path, size and time (16 bytes); None if the system does not tell them.
 
     Args:
-        cache_dir: where the array is kept, under a name made of the paths, sizes and times of the files and the
-        processor's
-            geometry; None to keep it in memory. It appears there whole or not at all.
-        num_workers: processes that decode; None or 1 to decode in this one.
-
-    Raises:
-        InputError: the cache cannot be written.
+        stamps: what is known of archives, to which is added: they are asked once.
     """
-    distinct = list(dict.fromkeys(paths))
-    resize = resize_of(image_processor)
-    decode = partial(_decode_chunk, resize=resize, convert_to_rgb=convert_to_rgb)
-    chunks = [distinct[start : start + CHUNK] for start in range(0, len(distinct), CHUNK)]
-    shape = (len(distinct), resize.height, resize.width, 3)
-    with tqdm(total=len(distinct), desc="images", unit="image", disable=None if progress else True, leave=False) as bar:
-        if cache_dir is None:
-            pixels = np.zeros(shape, np.uint8)
-            reasons = _fill(pixels, _map(decode, chunks, num_workers), bar)
-            return _store(pixels, distinct, reasons)
-        target = cache_dir / f"{_cache_key(distinct, resize, convert_to_rgb)}.npy"
-        notes = target.with_suffix(".json")
-        if overwrite_cache or not (target.exists() and notes.exists()):
-            try:
-                _build(target, notes, shape, _map(decode, chunks, num_workers), bar)
-            except OSError as error:
-                raise InputError(
-                    f"{cache_dir}: cannot keep {np.prod(shape) / 1e9:.2f} GB of decoded images there"
-                    f" ({error}); make room, or name another folder with --cache_dir."
-                ) from error
-    return _store(np.load(target, mmap_mode="r"), distinct, json.loads(notes.read_text()))
-
-
-def _build(target: Path, notes: Path, shape: tuple[int, ...], results: Iterator[list[Any]], bar: Any) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial_target = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    partial_notes = notes.with_name(f"{notes.name}.{os.getpid()}.partial")
+    if reference.startswith(URL_SCHEMES):
+        return _digest(reference, ())
+    inner, _, archive = reference.partition("::") if reference.startswith((ZIP, ARROW)) else ("", "", "")
+    file = os.path.abspath(archive or reference)
     try:
-        if shape[0]:
-            # Allocated up front: a full disk is then an error here, not a bus error on a later write.
-            with partial_target.open("wb") as file:
-                np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                os.posix_fallocate(file.fileno(), 0, file.tell() + int(np.prod(shape)))
-            pixels = np.load(partial_target, mmap_mode="r+")
-            reasons = _fill(pixels, results, bar)
-            pixels.flush()
-        else:
-            np.save(partial_target.open("wb"), np.zeros(shape, np.uint8))
-            reasons = {}
-        partial_notes.write_text(json.dumps(reasons))
-        partial_notes.replace(notes)
-        partial_target.replace(target)
-    finally:
-        partial_target.unlink(missing_ok=True)
-        partial_notes.unlink(missing_ok=True)
+        stamp = stamps.get(file) or _stamp(file)
+    except (OSError, ValueError):
+        return None
+    if archive:
+        stamps[file] = stamp
+    return _digest(f"{inner}::{file}", stamp)
 
 
-def _fill(pixels: np.ndarray, results: Iterator[list[Any]], bar: Any) -> dict[str, str]:
-    """Write decoded images to their places; returns the reasons of the others by path."""
-    reasons, place = {}, 0
-    for chunk in results:
-        for path, result in chunk:
-            if isinstance(result, str):
-                reasons[path] = result
-            else:
-                pixels[place] = result
-            place += 1
-        bar.update(len(chunk))
-    return reasons
+def content_digest(content: bytes) -> bytes:
+    """Hash an image's own bytes (16 bytes): rows that embed the same ones share their image."""
+    return blake2b(content, digest_size=16).digest()
 
 
-def _store(pixels: np.ndarray, paths: Sequence[str], reasons: dict[str, str]) -> ImageStore:
-    index = {path: place for place, path in enumerate(paths) if path not in reasons}
-    return ImageStore(pixels=pixels, index=index, failures=reasons)
+def _stamp(file: str) -> tuple[int, ...]:
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
-def _map(decode: Any, chunks: list[list[str]], num_workers: int | None) -> Iterator[list[Any]]:
-    if not num_workers or num_workers == 1 or len(chunks) < 2:
-        yield from map(decode, chunks)
-        return
-    # Spawned, because JAX's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    workers = min(num_workers, len(chunks), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(decode, chunks)
+def _digest(name: str, stamp: tuple[int, ...]) -> bytes:
+    return blake2b(f"{name}\n{stamp}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _decode_chunk(paths: list[str], *, resize: Resize, convert_to_rgb: bool) -> list[tuple[str, np.ndarray | str]]:
-    results: list[tuple[str, np.ndarray | str]] = []
-    for path in paths:
-        try:
-            results.append((path, decode_image(path, resize, convert_to_rgb=convert_to_rgb)))
-        except ImageError as error:
-            results.append((path, str(error)))
-    return results
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
-def _cache_key(paths: Sequence[str], resize: Resize, convert_to_rgb: bool) -> str:
-    digest = hashlib.sha256(repr((resize, convert_to_rgb)).encode())
-    for path in paths:
-        file = path.partition("::")[2] or path
-        try:
-            status = os.stat(file)
-            stamp: tuple[int, ...] = (status.st_size, status.st_mtime_ns)
-        except (OSError, ValueError):
-            stamp = ()
-        digest.update(repr((path, stamp)).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
+def _read_bytes(reference: str) -> bytes:
+    if reference.startswith(URL_SCHEMES):
+        import requests
 
-
-def _open(path: str) -> Any:
-    if not path.startswith(ZIP_SCHEME):
-        return path
-    member, _, archive = path.removeprefix(ZIP_SCHEME).partition("::")
-    return io.BytesIO(_archive(archive).read(member))
+        response = requests.get(reference, timeout=DOWNLOAD_SECONDS)
+        response.raise_for_status()
+        return response.content
+    if reference.startswith(ZIP):
+        member, _, archive = reference.removeprefix(ZIP).partition("::")
+        return _archive(archive).read(member)
+    if reference.startswith(ARROW):
+        place, _, file = reference.removeprefix(ARROW).partition("::")
+        row, _, column = place.partition("/")
+        value = _arrow_column(file, column)[int(row)].as_py()
+        return value["bytes"] if isinstance(value, dict) else value
+    return Path(reference).read_bytes()
 
 
 @lru_cache(maxsize=8)
 def _archive(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=64)
+def _arrow_column(file: str, column: str) -> Any:
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()[column]

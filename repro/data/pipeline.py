@@ -1,23 +1,61 @@
-"""Rows to batches: the order of an epoch, its blocks and batches, and their way into the background."""
+"""Rows to batches: which rows a step takes, what they hold, and their way into the background."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from datasets import Dataset
 
-from repro.data.captions import tokenize_captions
-from repro.data.images import ImageStore
+from repro.data.captions import TokenizedCaptions, tokenize_captions
+from repro.data.image_store import Images, ImageStore
+from repro.data.rows import column
 from repro.errors import InputError
 
 Item = TypeVar("Item")
 REASONS_SHOWN = 3
+HASHED = 100_000
+"""Rows hashed at once."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order rows are trained on.
+
+    Attributes:
+        shuffle: whether epochs are permuted; otherwise rows come in the order of the file.
+        num_replicas, replica_batch: a global batch is their product, row r in replica r // replica_batch.
+    """
+
+    seed: int
+    num_epochs: int
+    shuffle: bool
+    num_replicas: int
+    replica_batch: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.num_replicas * self.replica_batch
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        return num_rows // self.global_batch
+
+    def epoch_rows(self, epoch: int, num_rows: int) -> np.ndarray:
+        """Give the rows of each step of an epoch (counted from 0), int64[steps,R,b], without the incomplete last batch.
+
+        A step's rows depend on nothing but seed, epoch and step: blocks are consecutive parts of the order and batches
+        consecutive parts of a block, so that the block size does not matter.
+        """
+        order = epoch_order(self.seed, epoch, num_rows) if self.shuffle else np.arange(num_rows)
+        used = self.steps_per_epoch(num_rows) * self.global_batch
+        return order[:used].reshape(-1, self.num_replicas, self.replica_batch)
 
 
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
@@ -31,18 +69,6 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     for _ in range(epoch + 1):
         chain, order_key = jax.random.split(chain)
     return np.asarray(jax.random.permutation(order_key, num_rows), np.int64)
-
-
-def blocks(order: np.ndarray, block_size: int) -> Iterator[np.ndarray]:
-    """Cut an order into consecutive blocks; 0 makes one block of it."""
-    step = block_size or max(len(order), 1)
-    return (order[start : start + step] for start in range(0, len(order), step))
-
-
-def batches(block: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Cut a block into consecutive batches, without the incomplete last one."""
-    last = len(block) - batch_size
-    return (block[start : start + batch_size] for start in range(0, last + 1, batch_size))
 
 
 def check_sizes(num_rows: int, *, train_batch: int, eval_batch: int, block_size: int) -> None:
@@ -67,51 +93,76 @@ def check_sizes(num_rows: int, *, train_batch: int, eval_batch: int, block_size:
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """A split that is ready to be cut into batches.
+    """A split that is ready to be cut into batches, of N rows.
 
     Attributes:
-        labels, decoder_input_ids, decoder_attention_mask: int32[N,T]
-        image_index: int64[N], each row's place in `pixels`.
-        pixels: uint8[M,S,S,3]
-        captions: str or None of each row, as read.
-        image_ids, image_paths: of each row.
+        dataset: the rows as read, some of which may not be used.
+        kept: int64[N], the place of each row in `dataset` and in `captions`.
+        captions: of all rows of `dataset`.
+        image_index: int64[N], each row's place in `images`.
+        images: distinct images, uint8[S,S,3] each.
     """
 
-    labels: np.ndarray
-    decoder_input_ids: np.ndarray
-    decoder_attention_mask: np.ndarray
+    dataset: Dataset
+    kept: np.ndarray
+    captions: TokenizedCaptions
     image_index: np.ndarray
-    pixels: np.ndarray
-    captions: list[str | None]
-    image_ids: list[Any]
-    image_paths: list[str]
+    images: Images
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.kept)
 
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Gather rows int[B] into `pixels` uint8[B,S,S,3] and the three int32[B,T]."""
-        return {"pixels": self.pixels[self.image_index[rows]], **self.tokens(rows)}
+        return {"pixels": self.images[self.image_index[rows]], **self.tokens(rows)}
 
     def tokens(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Gather the captions of rows int[B], the three int32[B,T]."""
-        return {
-            "labels": self.labels[rows],
-            "decoder_input_ids": self.decoder_input_ids[rows],
-            "decoder_attention_mask": self.decoder_attention_mask[rows],
-        }
+        return self.captions[self.kept[rows]]
+
+    def have_captions(self, rows: np.ndarray) -> bool:
+        """Tell whether all of rows int[B] have a caption."""
+        return bool(self.captions.given(self.kept[rows]).all())
+
+    def image_paths(self, rows: np.ndarray) -> list[str]:
+        """Name the images of rows int[B]."""
+        return list(self.dataset[self.kept[rows]]["image_path"])
+
+    def fingerprint(self) -> str:
+        """Hash what is learned from: tokens, and which rows share an image."""
+        digest = sha256()
+        for start in range(0, len(self), HASHED):
+            digest.update(self.captions.records[self.kept[start : start + HASHED]].tobytes())
+        _, first, shared = np.unique(self.image_index, return_index=True, return_inverse=True)
+        digest.update(np.argsort(np.argsort(first))[shared].astype(np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def number_images(datasets: Iterable[Dataset]) -> dict[str, int]:
+    """Give each distinct image of some splits a place."""
+    places: dict[str, int] = {}
+    for dataset in datasets:
+        for path in column(dataset, "image_path"):
+            places.setdefault(path, len(places))
+    return places
 
 
 def prepare_split(
     dataset: Dataset,
     tokenizer: Any,
-    images: ImageStore,
+    places: Mapping[str, int],
+    store: ImageStore,
     *,
     max_length: int,
     decoder_start_token_id: int,
     split: str,
+    tokens_dir: Path | None = None,
 ) -> tuple[CaptionedImages, list[dict[str, Any]]]:
     """Join rows with their decoded images and tokenized captions.
+
+    Args:
+        places: of each image path in the store.
+        tokens_dir: where the tokens are kept; None to keep them in memory.
 
     Returns:
         The split, and the rows whose image cannot be used: {"split", "row", "image_path", "caption", "reason"}.
@@ -119,39 +170,36 @@ def prepare_split(
     Raises:
         InputError: no row is left.
     """
-    columns = {name: list(dataset[name]) for name in dataset.column_names}
-    paths = columns["image_path"]
-    kept = [row for row, path in enumerate(paths) if path in images.index]
+    index = np.fromiter((places[path] for path in column(dataset, "image_path")), np.int64, len(dataset))
+    failed = np.isin(index, [places[path] for path in store.failures if path in places])
+    names = ("row", "image_path", "caption")
     dropped = [
-        {
-            "split": split,
-            "row": columns["row"][row],
-            "image_path": path,
-            "caption": columns["caption"][row],
-            "reason": images.failures[path],
-        }
-        for row, path in enumerate(paths)
-        if path not in images.index
+        {"split": split, **{name: row[name] for name in names}, "reason": store.failures[row["image_path"]]}
+        for row in dataset.select(np.flatnonzero(failed))
     ]
-    if not kept:
+    if failed.all():
         reasons = "; ".join(f"{row['image_path']}: {row['reason']}" for row in dropped[:REASONS_SHOWN])
         raise InputError(
-            f"{split}: no row is left of {len(paths)}, because no image can be read. Check the paths"
+            f"{split}: no row is left of {len(dataset)}, because no image can be read. Check the paths"
             f" (relative ones are looked up beside the file that names them). {reasons}"
         )
-    captions = [columns["caption"][row] for row in kept]
-    tokens = tokenize_captions(
-        captions, tokenizer, max_length=max_length, decoder_start_token_id=decoder_start_token_id
+    captions = tokenize_captions(
+        column(dataset, "caption"),
+        len(dataset),
+        tokenizer,
+        max_length=max_length,
+        decoder_start_token_id=decoder_start_token_id,
+        cache=(tokens_dir, _captions_fingerprint(dataset)) if tokens_dir else None,
     )
-    prepared = CaptionedImages(
-        **tokens,
-        image_index=np.asarray([images.index[paths[row]] for row in kept], np.int64),
-        pixels=images.pixels,
-        captions=captions,
-        image_ids=[columns["image_id"][row] for row in kept],
-        image_paths=[paths[row] for row in kept],
-    )
-    return prepared, dropped
+    kept = np.flatnonzero(~failed)
+    return CaptionedImages(dataset, kept, captions, index[kept], store.images), dropped
+
+
+def _captions_fingerprint(dataset: Dataset) -> str:
+    digest = sha256()
+    for caption in column(dataset, "caption"):
+        digest.update(b"\0" if caption is None else caption.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def prefetch(items: Iterable[Item], size: int = 2) -> Iterator[Item]:

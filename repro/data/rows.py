@@ -1,24 +1,37 @@
-"""The rows of a split as every source yields them, and which of them cannot be used."""
+"""The rows of a split as every source yields them: checked as they come, kept in an Arrow file on disk."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset
 
+from repro.data.whole_file import whole_file
 from repro.errors import InputError
 
+SCHEMA = pyarrow.schema(
+    {"row": pyarrow.int64(), "image_path": pyarrow.string(), "image_id": pyarrow.string(), "caption": pyarrow.string()}
+)
+CHUNK = 10_000
+"""Rows held in memory at once."""
+
+Record = dict[str, Any]
+"""What a source reads: row (counted from 0), image_path, image_id, caption (or a list of them), a reason to drop it."""
 Dropped = dict[str, Any]
 """A row that was left out: split, row (counted from 0 as read), image_path, caption, reason."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A split.
+    """A split, one row for each caption.
 
     Attributes:
-        dataset: columns `row` (as read), `image_path`, `image_id`, `caption`, and what else the source has.
+        dataset: columns `row` (as read), `image_path` (see `repro.data.images`), `image_id`, `caption`.
         dropped: rows that are not in it.
     """
 
@@ -26,49 +39,93 @@ class Rows:
     dropped: list[Dropped]
 
 
-def make_rows(table: dict[str, list[Any]], *, split: str, source: str, dropped: list[Dropped]) -> Rows:
-    """Check the captions of a table of columns and make a split of it.
+def make_rows(
+    records: Iterable[Record], *, split: str, source: str, file: Path | None = None, overwrite: bool = False
+) -> Rows:
+    """Check records one by one and make a split of them.
 
     A caption that is not text, or not valid Unicode, drops its row. The test split needs no captions.
 
+    Args:
+        records: not touched where the file is there already.
+        file: where the split is kept; it appears there whole or not at all. None keeps it in memory.
+        overwrite: read again what the file has.
+
     Raises:
-        InputError: a caption is null, where captions are learned from or scored, or no row is left.
+        InputError: a caption is null where captions are learned from or scored, no row is left, or the file cannot be
+            written.
     """
-    kept: list[int] = []
-    dropped = list(dropped)
-    for place, caption in enumerate(table["caption"]):
-        if caption is None and split != "test":
-            raise InputError(
-                f"{source}: row {table['row'][place]} (counted from 0) has the caption null; give it"
-                " a caption or take the row out of the file."
-            )
-        reason = None if caption is None else _fault(caption)
-        if reason is None:
-            kept.append(place)
-        else:
-            dropped.append(
-                {
-                    "split": split,
-                    "row": table["row"][place],
-                    "image_path": table["image_path"][place],
-                    "caption": caption,
-                    "reason": reason,
-                }
-            )
-    if not kept:
+    if file is None:
+        sink = pyarrow.BufferOutputStream()
+        dropped = _write(sink, records, split, source)
+        return Rows(Dataset(pyarrow.ipc.open_stream(sink.getvalue()).read_all()), dropped)
+    notes = file.with_suffix(".dropped.jsonl")
+    if overwrite or not file.is_file():
+        with whole_file(file, f"the rows of {source}") as partial:
+            with pyarrow.OSFile(str(partial), "wb") as sink:
+                dropped = _write(sink, records, split, source)
+            notes.write_text("".join(json.dumps(row) + "\n" for row in dropped))
+    return Rows(Dataset.from_file(str(file)), [json.loads(line) for line in notes.read_text().splitlines()])
+
+
+def column(dataset: Dataset, name: str) -> Iterator[Any]:
+    """Iterate over a column's values without holding all of them."""
+    table = dataset.select_columns([name]).with_format("arrow")
+    for start in range(0, len(dataset), CHUNK):
+        yield from table[start : start + CHUNK][name].to_pylist()
+
+
+def _write(sink: Any, records: Iterable[Record], split: str, source: str) -> list[Dropped]:
+    dropped: list[Dropped] = []
+    kept: list[Record] = []
+    num_kept = 0
+    with pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
+        for record in records:
+            for row in _checked(record, split, source):
+                if "reason" in row:
+                    names = ("row", "image_path", "caption", "reason")
+                    dropped.append({"split": split, **{name: row.get(name) for name in names}})
+                else:
+                    kept.append(row)
+            if len(kept) >= CHUNK:
+                writer.write_batch(pyarrow.RecordBatch.from_pylist(kept, SCHEMA))
+                num_kept += len(kept)
+                kept.clear()
+        if kept:
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(kept, SCHEMA))
+    if not num_kept + len(kept):
         raise InputError(
             f"{source}: no row is left for the {split} split"
             + (f"; the first was dropped because {dropped[0]['reason']}." if dropped else ".")
         )
-    columns = {name: [values[place] for place in kept] for name, values in table.items()}
-    return Rows(Dataset.from_dict(columns), dropped)
+    return dropped
 
 
-def _fault(caption: Any) -> str | None:
-    if not isinstance(caption, str):
-        return f"its caption is {type(caption).__name__}, not text"
-    try:
-        caption.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"its caption is not valid Unicode ({error.reason})"
+def _checked(record: Record, split: str, source: str) -> Iterator[Record]:
+    """Give a record's rows, one for each of its captions, with a reason where one cannot be used."""
+    captions = record["caption"]
+    if not isinstance(captions, list):
+        captions = [captions]
+    elif not captions:
+        captions = [None] if split == "test" else [[]]
+    for caption in captions:
+        if caption is None and split != "test" and "reason" not in record:
+            raise InputError(
+                f"{source}: row {record['row']} (counted from 0) has the caption null; give it"
+                " a caption or take the row out of the file."
+            )
+        reason = record.get("reason") or _fault(caption, record["image_path"])
+        yield {**record, "caption": caption} | ({} if reason is None else {"reason": reason})
+
+
+def _fault(caption: Any, image_path: Any) -> str | None:
+    if image_path is None:
+        return "it has no image"
+    if caption is not None and not isinstance(caption, str):
+        return "it has no caption" if caption == [] else f"its caption is {type(caption).__name__}, not text"
+    for what, text in (("caption", caption or ""), ("image's path", image_path)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"its {what} is not valid Unicode ({error.reason})"
     return None

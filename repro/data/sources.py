@@ -1,24 +1,38 @@
-"""Where rows come from: COCO, csv and json files, data sets of the Hub or in its layout."""
+"""Where rows come from: which reader the flags mean, and where each split's rows are kept once they are read."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import pandas
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset
 
-from repro.data.coco import read_coco
-from repro.data.rows import Rows, make_rows
+from repro.data import coco, tables
+from repro.data.files import FORMATS, json_prefix, read_file
+from repro.data.images import ARROW, URL_SCHEMES, ZIP
+from repro.data.rows import Record, Rows, make_rows
 from repro.errors import InputError
 
 COCO_NAMES = ("ydshieh/dummy_coco_dataset", "ydshieh/coco_dataset_script")
-COCO_YEARS = ("2017",)
 IMAGE_COLUMNS = ("image_path", "image", "file_name", "filename", "path")
-CAPTION_COLUMNS = ("caption", "text", "sentence", "description")
-FILE_FORMATS = (".csv", ".json", ".jsonl")
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentence", "sentences", "description")
+VERSION = 1
+"""Of the rows that are kept on disk: to be raised when a reader gives other rows for the same file."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A split's records, unread, and what they depend on."""
+
+    name: str
+    records: Callable[[], Iterable[Record]]
+    files: Sequence[Path]
+    settings: tuple[Any, ...]
 
 
 def load_splits(
@@ -32,152 +46,189 @@ def load_splits(
     test_file: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
+    allow_image_urls: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
-    trust_remote_code: bool = False,
+    rows_dir: Path | None = None,
+    overwrite_cache: bool = False,
 ) -> dict[str, Rows]:
     """Load the asked-for splits (`train`, `validation`, `test`) from what the flags name.
 
-    Relative image paths are taken as they are where such a file exists, else relative to the file that names them.
+    Relative image paths are relative to the file that names them; where there is none, to the working directory.
+
+    Args:
+        cache_dir: the datasets library's.
+        rows_dir: where rows are kept once they have been read; None to keep them in memory.
+        overwrite_cache: read them again.
 
     Raises:
-        InputError: a source, a split or a column is missing, or a caption is null.
+        InputError: a source, a split or a column is missing, a caption is null, or an image is on the web.
     """
-    if dataset_name in COCO_NAMES:
-        if (dataset_config_name or COCO_YEARS[0]) not in COCO_YEARS:
-            raise InputError(
-                f"--dataset_config_name {dataset_config_name}: the built-in COCO reader knows {', '.join(COCO_YEARS)}."
-            )
-        if data_dir is None:
-            raise InputError(f"--dataset_name {dataset_name} needs --data_dir with the COCO files.")
-        return read_coco(data_dir, dataset_config_name or COCO_YEARS[0], splits)
+    files = {"train": train_file, "validation": validation_file, "test": test_file}
     columns = (image_column, caption_column)
-    if dataset_name is not None:
-        loaded = _load_dataset(
-            dataset_name,
-            dataset_config_name,
-            data_dir,
-            cache_dir=cache_dir,
-            token=token,
-            trust_remote_code=trust_remote_code,
-        )
+    if dataset_name in COCO_NAMES:
+        find = _official_coco(dataset_name, dataset_config_name or coco.YEARS[0], data_dir)
+    elif dataset_name is not None:
+        loaded = tables.load_hub(dataset_name, dataset_config_name, data_dir, cache_dir=cache_dir, token=token)
         missing = [split for split in splits if split not in loaded]
         if missing:
             raise InputError(
                 f"--dataset_name {dataset_name}: has no split {missing[0]!r}, only {', '.join(map(repr, loaded))}."
             )
-        base = Path(data_dir or dataset_name)
-        return {split: _select(_columns(loaded[split]), split, dataset_name, base, *columns) for split in splits}
-    files = {"train": train_file, "validation": validation_file, "test": test_file}
+
+        def find(split: str) -> _Source:
+            return _table(loaded[split], split, dataset_name, Path(data_dir or dataset_name), *columns)
+
+    else:
+
+        def find(split: str) -> _Source:
+            path = files[split]
+            if path is None:
+                raise InputError(f"no {split} rows: give --{split}_file, or --dataset_name.")
+            return _file(path, split, data_dir, cache_dir, *columns)
+
     result = {}
     for split in splits:
-        path = files[split]
-        if path is None:
-            raise InputError(f"no {split} rows: give --{split}_file, or --dataset_name.")
-        result[split] = _select(read_file(path), split, path, Path(path).parent, *columns)
+        source = find(split)
+        records = _without_urls(source, allowed=allow_image_urls)
+        file = rows_dir / f"{_key(source, split, allow_image_urls)}.arrow" if rows_dir else None
+        result[split] = make_rows(records, split=split, source=source.name, file=file, overwrite=overwrite_cache)
     return result
 
 
-def read_file(path: str) -> dict[str, list[Any]]:
-    """Read a csv, json (a list of objects, or one under "data") or jsonl file as columns.
+def _official_coco(name: str, year: str, data_dir: str | None) -> Callable[[str], _Source]:
+    if year not in coco.YEARS:
+        raise InputError(f"--dataset_config_name {year}: the built-in COCO reader knows {', '.join(coco.YEARS)}.")
+    if data_dir is None:
+        raise InputError(f"--dataset_name {name} needs --data_dir with the COCO files.")
+    folder = coco.check_folder(data_dir)
 
-    JSON is read row by row rather than through Arrow, which refuses a whole file for one value of another type.
+    def find(split: str) -> _Source:
+        file, member = coco.annotation_file(folder, year, split)
+        coco.official_images(folder, coco.SPLIT_NAMES[split] + year)
+        is_folder = (folder / (coco.SPLIT_NAMES[split] + year)).is_dir()
+        return _Source(member, lambda: coco.read_official(folder, year, split), [file], (year, is_folder))
 
-    Raises:
-        InputError: the file is missing, empty, of another format or malformed.
-    """
+    return find
+
+
+def _file(
+    path: str, split: str, data_dir: str | None, cache_dir: str | None, image_column: str | None, caption: str | None
+) -> _Source:
+    if Path(path).suffix in tables.BUILDERS:
+        found = sorted(glob.glob(path)) if not Path(path).exists() else [path]
+        if not found:
+            raise InputError(f"{path}: there is no such file.")
+        dataset = tables.load_files(found, cache_dir=cache_dir)
+        return _table(dataset, split, path, Path(path).parent, image_column, caption)
     file = Path(path)
-    if file.suffix not in FILE_FORMATS:
-        raise InputError(f"{path}: cannot tell the format; name it {', '.join(FILE_FORMATS)}.")
+    if file.suffix not in FORMATS:
+        raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *tables.BUILDERS))}.")
     if not file.is_file():
         raise InputError(f"{path}: there is no such file.")
-    try:
-        records = _csv_records(file) if file.suffix == ".csv" else _json_records(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as {file.suffix[1:]}: {error}") from error
-    if not records:
-        raise InputError(f"{path}: is empty; it needs one object for each caption.")
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: [record.get(name) for record in records] for name in names}
 
+    def records() -> Iterator[Record]:
+        layout = json_prefix(file) if file.suffix == ".json" else None
+        folders = [*([Path(data_dir)] if data_dir else []), file.parent, file.parent.parent]
+        if layout in coco.LAYOUTS:
+            return coco.read_file(file, layout, split, [folder.absolute() for folder in folders])
+        return _select(read_file(path), split, path, file.parent, image_column, caption)
 
-def _csv_records(file: Path) -> list[dict[str, Any]]:
-    # Only an empty cell is null: "NA" and "null" are words that a caption may be.
-    frame = pandas.read_csv(
-        file, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig", index_col=False
-    )
-    return frame.astype(object).where(frame.notna(), None).to_dict(orient="records")
-
-
-def _json_records(file: Path) -> list[dict[str, Any]]:
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix == ".jsonl" or not text.lstrip().startswith(("[", "{\n", '{"data"')):
-        records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    else:
-        content = json.loads(text)
-        records = content.get("data", [content]) if isinstance(content, dict) else content
-    for place, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ValueError(f"row {place} is {type(record).__name__}, not an object")
-    return records
-
-
-def _load_dataset(name: str, config: str | None, data_dir: str | None, **hub: Any) -> DatasetDict:
-    hub.pop("trust_remote_code")  # datasets runs no code of data sets since 4.0
-    try:
-        loaded = load_dataset(name, config, data_dir=data_dir, **hub)
-    except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
-        raise InputError(
-            f"--dataset_name {name}: cannot be loaded. A Hub id needs a network; otherwise give a"
-            f" folder, or --train_file and --validation_file. ({type(error).__name__}: {error})"
-        ) from error
-    return loaded
-
-
-def _columns(dataset: Dataset) -> dict[str, list[Any]]:
-    return {name: list(dataset[name]) for name in dataset.column_names}
+    return _Source(path, records, [file], (image_column, caption, data_dir and os.path.abspath(data_dir)))
 
 
 def _select(
-    columns: dict[str, list[Any]],
+    records: Iterator[dict[str, Any]],
     split: str,
     source: str,
     folder: Path,
     image_column: str | None,
     caption_column: str | None,
-) -> Rows:
-    images = columns[_column("image", image_column, IMAGE_COLUMNS, columns, source)]
-    captions: list[Any] = [None] * len(images)
-    if split != "test" or caption_column in columns or set(CAPTION_COLUMNS) & set(columns):
-        captions = columns[_column("caption", caption_column, CAPTION_COLUMNS, columns, source)]
-    unusable = [value for value in images if not isinstance(value, str)]
-    if unusable:
-        raise InputError(
-            f"{source}: the image column holds {type(unusable[0]).__name__}; it must hold paths of image files."
-        )
-    table = {
-        "row": list(range(len(images))),
-        "image_id": images,
-        "image_path": [_resolve(path, folder) for path in images],
-        "caption": captions,
-    }
-    return make_rows(table, split=split, source=source, dropped=[])
+) -> Iterator[Record]:
+    """Take image and caption from the objects of a file; the first one says which columns there are."""
+    first = next(records)
+    names = list(first)
+    image = _column("image", image_column, IMAGE_COLUMNS, names, source)
+    caption = _caption_column(split, caption_column, names, source)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield first
+        yield from records
+
+    for row, record in enumerate(rows()):
+        value = record.get(image)
+        yield {
+            "row": row,
+            "image_path": _resolve(value, folder, source, row),
+            "image_id": value,
+            "caption": record.get(caption) if caption else None,
+        }
 
 
-def _column(what: str, name: str | None, usual: Sequence[str], columns: dict[str, list[Any]], source: str) -> str:
-    found = ", ".join(map(repr, columns))
+def _table(
+    dataset: Dataset, split: str, source: str, folder: Path, image_column: str | None, caption_column: str | None
+) -> _Source:
+    names = list(dataset.column_names)
+    typed = tables.image_columns(dataset)
+    if image_column is None and len(typed) == 1:
+        image_column = typed[0]
+    image = _column("image", image_column, IMAGE_COLUMNS, names, source)
+    caption = _caption_column(split, caption_column, names, source)
+
+    def records() -> Iterator[Record]:
+        for record in tables.read_table(dataset, image, caption):
+            yield record | {"image_path": _resolve(record["image_path"], folder, source, record["row"])}
+
+    files = [Path(cached["filename"]) for cached in dataset.cache_files]
+    return _Source(source, records, files, (image, caption, str(folder.absolute())))
+
+
+def _caption_column(split: str, name: str | None, names: Sequence[str], source: str) -> str | None:
+    if split == "test" and name not in names and not set(CAPTION_COLUMNS) & set(names):
+        return None
+    return _column("caption", name, CAPTION_COLUMNS, names, source)
+
+
+def _column(what: str, name: str | None, usual: Sequence[str], names: Sequence[str], source: str) -> str:
+    found = ", ".join(map(repr, names))
     if name is not None:
-        if name not in columns:
+        if name not in names:
             raise InputError(f"--{what}_column {name!r}: {source} has the columns {found}.")
         return name
-    candidates = [column for column in usual if column in columns]
+    candidates = [column for column in usual if column in names]
     if len(candidates) != 1:
         raise InputError(f"{source}: which column holds the {what}s? Give --{what}_column; there are {found}.")
     return candidates[0]
 
 
-def _resolve(path: str, folder: Path) -> str:
+def _resolve(value: Any, folder: Path, source: str, row: int) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InputError(
+            f"{source}: row {row}: the image column holds {type(value).__name__}; it must hold paths of image files."
+        )
+    if value.startswith((*URL_SCHEMES, ZIP, ARROW)):
+        return value
     try:
-        return path if Path(path).exists() else str(folder / path)
+        beside = folder.absolute() / value
+        return os.path.abspath(value) if not beside.exists() and Path(value).exists() else str(beside)
     except (OSError, ValueError):  # NUL, or a name too long: decoding will say so
-        return path
+        return value
+
+
+def _without_urls(source: _Source, *, allowed: bool) -> Iterator[Record]:
+    for record in source.records():
+        if not allowed and str(record["image_path"]).startswith(URL_SCHEMES):
+            raise InputError(
+                f"{source.name}: row {record['row']} has its image at {record['image_path']}; give paths of files, or"
+                " let them be fetched with --allow_image_urls."
+            )
+        yield record
+
+
+def _key(source: _Source, split: str, allow_image_urls: bool) -> str:
+    """Hash what a split's rows depend on: the files' paths, sizes and times, the settings, the working directory."""
+    stamps = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    parts = (VERSION, split, stamps, source.settings, allow_image_urls, os.getcwd())
+    return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -68,7 +68,7 @@ class Evaluator:
             num_rows -= num_rows % self.batch_size
         assert num_rows, "the caller checks that there is a whole batch"
         rows = np.arange(num_rows)
-        has_captions = all(caption is not None for caption in data.captions[:num_rows])
+        has_captions = data.have_captions(rows)
         per_image = self.generate if self.protocol.generate_per_image else None
         sums, counts, tokens = self._by_image(params, data, rows, name, losses=has_captions, generate=per_image)
         if self.generate is not None and per_image is None:
@@ -80,7 +80,7 @@ class Evaluator:
         generations: list[dict[str, str]] = []
         if tokens is not None:
             metrics["gen_len"] = float((tokens != self.tokenizer.pad_token_id).sum(axis=1).mean())
-            generations = self._texts(tokens, data.labels[rows])
+            generations = self._texts(tokens, data.tokens(rows)["labels"])
         if generations and has_captions:
             scores = rouge_scores([row["pred"] for row in generations], [row["label"] for row in generations])
             metrics.update(scores.means)
@@ -90,7 +90,7 @@ class Evaluator:
             metrics=metrics,
             details=details,
             generations=generations,
-            image_paths=list(data.image_paths[:num_rows]),
+            image_paths=data.image_paths(rows),
         )
 
     def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:
@@ -145,7 +145,7 @@ class Evaluator:
         def loaded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for start in starts:
                 places = np.arange(start, min(start + self.batch_size, len(images)))
-                yield places, data.pixels[images[np.resize(places, self.batch_size)]]
+                yield places, data.images[images[np.resize(places, self.batch_size)]]
 
         bar = tqdm(
             prefetch(loaded()),

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 
-from repro.data.pipeline import CaptionedImages, batches, blocks, epoch_order, prefetch
-from repro.training.sharding import put
+from repro.data.pipeline import CaptionedImages, Schedule, prefetch
+from repro.training.sharding import put_rows
 from repro.training.state import TrainState
-from repro.training.steps import Batch, TrainStep
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What is trained on and in which order.
-
-    Attributes:
-        shuffle: whether epochs are permuted; otherwise rows come in the order of the file.
-        block_size: rows per block, 0 for one block.
-        num_replicas, replica_batch: a global batch is their product, row r in replica r // replica_batch.
-    """
-
-    seed: int
-    num_epochs: int
-    shuffle: bool
-    block_size: int
-    num_replicas: int
-    replica_batch: int
-
-    @property
-    def global_batch(self) -> int:
-        return self.num_replicas * self.replica_batch
+from repro.training.steps import TrainStep
 
 
 @dataclass(frozen=True)
@@ -55,15 +33,6 @@ class StepResult:
     metrics: dict[str, jax.Array]
 
 
-def epoch_batches(schedule: Schedule, num_rows: int, epoch: int) -> Iterator[np.ndarray]:
-    """Give the rows int[R*b] of each batch of an epoch (counted from 0), without the incomplete last one.
-
-    The order is drawn at the call, in the caller's thread: which random stream JAX uses is thread-local.
-    """
-    order = epoch_order(schedule.seed, epoch, num_rows) if schedule.shuffle else np.arange(num_rows)
-    return (rows for block in blocks(order, schedule.block_size) for rows in batches(block, schedule.global_batch))
-
-
 def take_steps(
     train_step: TrainStep,
     state: TrainState,
@@ -72,14 +41,11 @@ def take_steps(
     sharding: NamedSharding,
 ) -> Iterator[StepResult]:
     """Train, yielding after each step without waiting for the device to finish it."""
-    steps_per_epoch = len(data) // schedule.global_batch
-    to_replicas = _splitter(schedule.num_replicas)
-
-    def load(rows: np.ndarray) -> Batch:
-        return put(jax.tree.map(to_replicas, data.batch(rows)), sharding)
-
+    steps_per_epoch = schedule.steps_per_epoch(len(data))
+    load = partial(put_rows, data.batch, sharding)
     for epoch in range(schedule.num_epochs):
-        rows = epoch_batches(schedule, len(data), epoch)
+        # Drawn in this thread: which random stream JAX uses is thread-local.
+        rows = schedule.epoch_rows(epoch, len(data))
         for index, batch in enumerate(prefetch(map(load, rows)), start=1):
             state, metrics = train_step(state, batch)
             yield StepResult(
@@ -89,7 +55,3 @@ def take_steps(
                 is_epoch_end=index == steps_per_epoch,
                 metrics=metrics,
             )
-
-
-def _splitter(num_replicas: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda array: array.reshape(num_replicas, -1, *array.shape[1:])

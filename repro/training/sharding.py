@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,3 +39,32 @@ def rows_sharding(mesh: Mesh, *, num_rows: int) -> NamedSharding:
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Copy host arrays to the devices (asynchronously)."""
     return jax.device_put(tree, sharding)
+
+
+def put_rows(
+    load: Callable[[np.ndarray], dict[str, np.ndarray]], sharding: NamedSharding, rows: np.ndarray
+) -> dict[str, jax.Array]:
+    """Load a batch and copy it to the devices; each process loads only the rows that its devices hold.
+
+    Args:
+        load: rows int[n] to arrays [n,...].
+        rows: int[R,b], the whole batch.
+
+    Returns:
+        Arrays [R,b,...] under the sharding.
+    """
+    held = np.zeros(rows.shape, bool)
+    for index in sharding.addressable_devices_indices_map(rows.shape).values():
+        held[index] = True
+    loaded = load(rows[held])
+    if held.all():
+        return put({name: values.reshape(*rows.shape, *values.shape[1:]) for name, values in loaded.items()}, sharding)
+    place = np.cumsum(held).reshape(rows.shape) - 1
+
+    def assemble(values: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            return values[place[index[:2]]]
+
+        return jax.make_array_from_callback((*rows.shape, *values.shape[1:]), sharding, part)
+
+    return {name: assemble(values) for name, values in loaded.items()}

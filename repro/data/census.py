@@ -1,0 +1,104 @@
+"""What a data set holds: its images as they are, the lengths of its captions, a sheet of pictures to look at."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from repro.data.captions import CHUNK as CAPTIONS_AT_ONCE
+from repro.data.image_cache import CHUNK, in_parallel
+from repro.data.images import ImageError, Resize, read_image, resize_image
+
+SHEET_COLUMNS = 4
+PICTURE_SIDE = 240
+CAPTION_HEIGHT = 78
+FONT_SIZE, LINE_LENGTH, LINES = 13, 30, 4
+MARGIN = 8
+
+
+@dataclass(frozen=True)
+class ImageCensus:
+    """Images as they are before they are resized.
+
+    Attributes:
+        modes: how many there are of each of Pillow's modes.
+        sizes: int32[M,2], width and height in pixels; 0 where an image cannot be read.
+        failures: reference to the reason why an image cannot be used.
+    """
+
+    modes: Counter[str]
+    sizes: np.ndarray
+    failures: dict[str, str]
+
+
+def inspect_images(
+    references: Sequence[str], resize: Resize, *, convert_to_rgb: bool, num_workers: int, progress: bool
+) -> ImageCensus:
+    """Decode and resize every image as a run does, and keep nothing but what is said of it."""
+
+    def inspect(reference: str) -> tuple[str | None, tuple[int, int], str | None]:
+        try:
+            image = read_image(reference)
+        except ImageError as error:
+            return None, (0, 0), str(error)
+        try:
+            resize_image(image, resize, convert_to_rgb=convert_to_rgb)
+        except ImageError as error:
+            return image.mode, image.size, str(error)
+        return image.mode, image.size, None
+
+    modes: Counter[str] = Counter()
+    sizes = np.zeros((len(references), 2), np.int32)
+    failures: dict[str, str] = {}
+    chunks = (range(start, min(start + CHUNK, len(references))) for start in range(0, len(references), CHUNK))
+    with tqdm(
+        total=len(references), desc="images", unit="image", leave=False, disable=None if progress else True
+    ) as bar:
+        for places, facts in in_parallel(lambda places: [inspect(references[p]) for p in places], chunks, num_workers):
+            for place, (mode, size, failure) in zip(places, facts, strict=True):
+                sizes[place] = size
+                if mode is not None:
+                    modes[mode] += 1
+                if failure is not None:
+                    failures[references[place]] = failure
+            bar.update(len(places))
+    return ImageCensus(modes, sizes, failures)
+
+
+def caption_lengths(captions: Iterable[str | None], count: int, tokenizer: Any) -> np.ndarray:
+    """Count the tokens of each caption with its eos token, before anything is cut, int32[N]; 0 where there is none."""
+    lengths = np.zeros(count, np.int32)
+    captions, start = iter(captions), 0
+    while chunk := list(islice(captions, CAPTIONS_AT_ONCE)):
+        given = [row for row, caption in enumerate(chunk) if caption is not None]
+        if given:
+            texts = [f"{str(chunk[row]).lower()} {tokenizer.eos_token}" for row in given]
+            lengths[start + np.array(given)] = [len(ids) for ids in tokenizer(texts).input_ids]
+        start += len(chunk)
+    return lengths
+
+
+def picture_sheet(rows: Sequence[tuple[str, str | None]]) -> Image.Image:
+    """Draw images, by their references, in a grid with a caption under each; one that cannot be read is left blank."""
+    width, height = PICTURE_SIDE + 2 * MARGIN, PICTURE_SIDE + CAPTION_HEIGHT + 2 * MARGIN
+    sheet = Image.new("RGB", (SHEET_COLUMNS * width, -(-len(rows) // SHEET_COLUMNS) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    for number, (reference, caption) in enumerate(rows):
+        left, top = number % SHEET_COLUMNS * width + MARGIN, number // SHEET_COLUMNS * height + MARGIN
+        try:
+            picture = read_image(reference).convert("RGB")
+            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            sheet.paste(picture, (left + (PICTURE_SIDE - picture.width) // 2, top + PICTURE_SIDE - picture.height))
+        except ImageError as error:
+            caption = f"[{error}] {caption}"
+        lines = textwrap.wrap(caption or "(no caption)", LINE_LENGTH, max_lines=LINES, placeholder=" …")
+        draw.multiline_text((left, top + PICTURE_SIDE + MARGIN // 2), "\n".join(lines), "black", font)
+    return sheet

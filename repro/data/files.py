@@ -1,0 +1,125 @@
+"""csv, tsv, json and jsonl files as records, read one by one.
+
+Arrow, and so the datasets library, refuses a whole file for one value of another type; here its row is dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ijson
+
+from repro.errors import InputError
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+FORMATS = (*SEPARATORS, ".json", ".jsonl")
+BOM = b"\xef\xbb\xbf"
+LONGEST_FIELD = 1 << 30
+
+
+def read_file(path: str) -> Iterator[dict[str, Any]]:
+    """Read the objects of a csv, tsv, json (a list of objects, or one under "data") or jsonl file.
+
+    Raises:
+        InputError: the file is missing, empty, of another format or malformed.
+    """
+    file = Path(path)
+    if file.suffix not in FORMATS:
+        raise InputError(f"{path}: cannot tell the format; name it {', '.join(FORMATS)}.")
+    if not file.is_file():
+        raise InputError(f"{path}: there is no such file.")
+    if file.suffix in SEPARATORS:
+        records = _separated(file, SEPARATORS[file.suffix])
+    elif file.suffix == ".jsonl" or (prefix := json_prefix(file)) is None:
+        records = _lines(file)
+    else:
+        records = _items(file, prefix)
+    place = -1
+    try:
+        for place, record in enumerate(records):
+            if not isinstance(record, dict):
+                raise ValueError(f"row {place} is {type(record).__name__}, not an object")
+            yield record
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: is not UTF-8 (byte {error.object[error.start]:#04x} after row {place}); save it as UTF-8, for"
+            f" example `iconv -f latin1 -t utf-8 {file.name}`."
+        ) from error
+    except (OSError, ValueError, csv.Error, ijson.JSONError) as error:
+        raise InputError(f"{path}: cannot be read as {file.suffix[1:]}: {one_line(error)}") from error
+    if place < 0:
+        raise InputError(f"{path}: is empty; it needs one object for each caption.")
+
+
+def open_json(file: Path) -> BinaryIO:
+    """Open a file behind its byte order mark, if it has one."""
+    opened = file.open("rb")
+    if opened.read(len(BOM)) != BOM:
+        opened.seek(0)
+    return opened
+
+
+def one_line(error: Exception) -> str:
+    """What a parser says, without the drawing under it."""
+    return " ".join(str(error).split())
+
+
+def json_prefix(file: Path) -> str | None:
+    """Find where a json file has its list: `item` or the name of a list in one object; None where lines are objects.
+
+    COCO's annotation files have `annotations.item`, Karpathy's splits `images.item`.
+
+    Raises:
+        InputError: the file is not JSON.
+    """
+    lists = []
+    try:
+        with open_json(file) as opened:
+            for prefix, event, _ in ijson.parse(opened, multiple_values=True):
+                if event == "start_array" and prefix in ("", "data", "annotations"):
+                    return f"{prefix}.item".lstrip(".")
+                if event == "start_array" and prefix == "images":
+                    lists.append(prefix)
+                if event == "end_map" and prefix == "":
+                    break
+    except ijson.JSONError as error:
+        raise InputError(f"{file}: cannot be read as json: {one_line(error)}") from error
+    return f"{lists[0]}.item" if lists else None
+
+
+def _separated(file: Path, separator: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(LONGEST_FIELD)
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        reader = csv.reader(opened, delimiter=separator, strict=True)
+        header = next(reader, None)
+        if header is None:
+            return
+        for values in reader:
+            if not values:
+                continue
+            if len(values) != len(header):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(values)} fields, the header {len(header)}; put values that"
+                    " contain the separator or a line break in double quotes"
+                )
+            # Only an empty cell is null: "NA" and "null" are words that a caption may be.
+            yield {name: value or None for name, value in zip(header, values, strict=True)}
+
+
+def _lines(file: Path) -> Iterator[Any]:
+    with file.open(encoding="utf-8-sig", newline="\n") as opened:
+        for number, line in enumerate(opened, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+
+
+def _items(file: Path, prefix: str) -> Iterator[Any]:
+    with open_json(file) as opened:
+        yield from ijson.items(opened, prefix, use_float=True)

@@ -1,0 +1,122 @@
+"""`repro data check` says what is in a data set, names what cannot be used, and trains nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from repro.__main__ import main
+from repro.check import training_operations
+from repro.data.census import caption_lengths, picture_sheet
+from repro.data.pocket import render_pocket
+from repro.models.pretrained import load_model
+
+
+@pytest.fixture
+def flags(tmp_path: Path, golden_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of a run on 12 training and 3 validation images with five captions each."""
+    monkeypatch.chdir(tmp_path)
+    render_pocket(tmp_path / "coco", num_train=12, num_val=3, image_size=48, seed=0)
+    flags = {
+        "dataset_name": "ydshieh/coco_dataset_script",
+        "data_dir": str(tmp_path / "coco"),
+        "model_name_or_path": str(golden_inputs / "model"),
+        "cache_dir": str(tmp_path / "cache"),
+        "per_device_train_batch_size": "4",
+        "num_replicas": "2",
+        "num_train_epochs": "3",
+        "max_target_length": "12",
+    }
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def check(flags: list[str], *more: str) -> dict:
+    assert main(["data", "check", *flags, *more]) == 0
+    return json.loads(Path("data-check/data_check.json").read_text())
+
+
+def test_a_data_set_is_counted(flags: list[str], tmp_path: Path, tokenizer, capsys) -> None:
+    report = check(flags)
+    train, validation = report["splits"]["train"], report["splits"]["validation"]
+    assert (train["rows"], train["rows_kept"], train["images"]) == (60, 60, 12)
+    assert train["images_by_captions"] == {"5": 12}
+    assert (validation["rows"], validation["images"]) == (15, 3)
+    content = json.loads((tmp_path / "coco" / "annotations" / "captions_train2017.json").read_text())
+    lengths = [len(tokenizer(f"{row['caption'].lower()} ").input_ids) + 1 for row in content["annotations"]]
+    assert train["tokens_of_a_caption"]["p100"] == max(lengths)
+    assert train["captions_cut"] == sum(length > 12 for length in lengths) > 0
+    assert report["images"]["modes"] == {"RGB": 15}
+    assert report["images"]["width"]["p50"] == report["images"]["height"]["p0"] == 48
+    assert report["images"]["failures"] == {}
+    needs = report["needs"]
+    assert (needs["global_batch"], needs["steps"], needs["checkpoints"]) == (8, 60 // 8 * 3, 3)
+    assert needs["image_cache_bytes"] == 15 * 32 * 32 * 3
+    assert needs["seconds_training_at_least"] >= 0
+    assert needs["operations"] > 1e6
+    out = capsys.readouterr().out
+    for words in ("train: 60 rows, 60 can be used", "12 with 5", "15 RGB", "21 steps of 8 rows", "data-check"):
+        assert words in out
+    with Image.open("data-check/data_check.png") as sheet:
+        assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "coco", "data-check"]
+    assert not list((tmp_path / "cache").rglob("pixels"))  # nothing is decoded for later
+
+
+def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path: Path, capsys) -> None:
+    broken, gray, *_ = sorted((tmp_path / "coco" / "train2017").iterdir())
+    broken.write_bytes(broken.read_bytes()[:-40])
+    Image.open(gray).convert("L").save(gray)
+    report = check(flags, "--protocol=current", "--do_train")
+    assert set(report["splits"]) == {"train"}
+    assert report["splits"]["train"]["rows_dropped_for_their_image"] == 10
+    assert report["splits"]["train"]["rows_kept"] == 50
+    assert set(report["images"]["failures"]) == {str(broken), str(gray)}
+    assert "mode L is not RGB" in report["images"]["failures"][str(gray)]
+    assert report["images"]["modes"] == {"RGB": 10, "L": 1}
+    assert report["needs"]["steps"] == 50 // 8 * 3
+    assert str(broken) in capsys.readouterr().out
+    assert check(flags, "--protocol=exact", "--do_train")["splits"]["train"]["rows_kept"] == 55
+
+
+def test_limits_and_faults_are_those_of_the_run(flags: list[str], capsys) -> None:
+    assert (
+        check(flags, "--max_train_samples=7", "--max_eval_samples=0", "--num_pictures=0")["splits"]["train"]["rows"]
+        == 7
+    )
+    for more, words in (
+        ("--data_dir=absent", "not a folder"),
+        ("--num_pictures=-1", "--num_pictures -1"),
+        ("--protocol=exakt", "'exakt'"),
+        ("--report_dri=x", "--report_dir"),
+    ):
+        assert main(["data", "check", *flags, more]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_lengths_are_those_before_the_cut(tokenizer) -> None:
+    captions = ["a cat", None, "word " * 500, ""]
+    lengths = caption_lengths(captions, 4, tokenizer)
+    assert lengths[1] == 0
+    assert lengths[2] > 500
+    assert lengths[3] == len(tokenizer(" ").input_ids) + 1
+
+
+def test_operations_of_a_step_grow_with_the_caption(golden_inputs: Path) -> None:
+    model = load_model(str(golden_inputs / "model"))
+    short, long = (training_operations(model, length) for length in (8, 32))
+    assert 0 < short < long < 4 * short
+    # A product of a row with a weight is two operations, three times in a step; most weights meet many rows.
+    weights = sum(array.size for array in jax.tree.leaves(model.params["encoder"]))
+    assert short > 6 * weights
+
+
+def test_a_sheet_shows_each_row_and_survives_a_broken_one(tmp_path: Path) -> None:
+    path = tmp_path / "red.png"
+    Image.new("RGB", (50, 20), (255, 0, 0)).save(path)
+    sheet = np.asarray(picture_sheet([(str(path), "a caption")] * 5 + [(str(tmp_path / "absent.png"), None)]))
+    assert ((sheet == (255, 0, 0)).all(axis=2)).sum() == 5 * 50 * 20

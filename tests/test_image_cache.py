@@ -1,0 +1,340 @@
+"""Each image is decoded once, by whichever run comes first; what is interrupted or cut is never taken for whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from repro.data import image_cache, image_store
+from repro.data.image_store import ImageStore, load_images
+from repro.errors import InputError
+
+SIDE = 8
+PROCESSOR = ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+COUNT = 70
+BROKEN = 3
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """Images whose bytes are all their number, but for a broken one."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    paths = []
+    for number in range(COUNT):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (12, 9), (number, number, number)).save(path)
+        paths.append(str(path))
+    Path(paths[BROKEN]).write_text("broken")
+    return paths
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The references that are decoded, as they are."""
+    names: list[str] = []
+    real = image_store.decode_image
+
+    def record(reference: str, *arguments: object, **options: object) -> np.ndarray:
+        names.append(reference)
+        return real(reference, *arguments, **options)
+
+    monkeypatch.setattr(image_store, "decode_image", record)
+    return names
+
+
+def load(paths: list[str], cache_dir: Path | None, **options) -> ImageStore:
+    options = {"convert_to_rgb": True, "progress": False, **options}
+    return load_images(paths, PROCESSOR, cache_dir=cache_dir, **options)
+
+
+def check(store: ImageStore, paths: list[str]) -> None:
+    """Every image is there and shows its number, but for the broken one, whose reason is told."""
+    assert list(store.failures) == [path for path in paths if path.endswith(f"/{BROKEN}.png")]
+    for place, path in enumerate(paths):
+        if path not in store.failures:
+            assert (store.images[np.array([place])] == int(Path(path).stem)).all()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 7])
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_are_the_same_whoever_decodes_them(pictures, tmp_path: Path, num_workers: int, cached: bool) -> None:
+    store = load(pictures, tmp_path / "cache" if cached else None, num_workers=num_workers)
+    check(store, pictures)
+    gathered = store.images[np.array([5, 0, 5])]
+    assert gathered.shape == (3, SIDE, SIDE, 3)
+    assert gathered[:, 0, 0, 0].tolist() == [5, 0, 5]
+
+
+def test_an_image_is_decoded_again_only_if_something_changed(pictures, decoded, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def count(paths: list[str] = pictures, **options) -> int:
+        decoded.clear()
+        check(load(paths, cache, **options), paths)
+        return len(decoded)
+
+    assert count() == COUNT
+    assert count() == 0
+    assert count(pictures[10:20]) == 0  # a part of what another run has decoded
+    assert count(overwrite_cache=True) == COUNT
+    assert count(convert_to_rgb=False) == COUNT  # another geometry is another cache
+    Image.new("RGB", (30, 9), (7, 7, 7)).save(pictures[7])
+    assert count() == 1
+    more = [*pictures, str(Path(pictures[0]).with_name("70.png"))]
+    Image.new("RGB", (5, 5), (70, 70, 70)).save(more[-1])
+    assert count(more) == 1
+    assert count() == 0
+
+
+def test_what_the_system_refused_is_tried_again_and_what_is_broken_is_not(pictures, decoded, tmp_path: Path) -> None:
+    cache, absent = tmp_path / "cache", Path(pictures[5])
+    content = absent.read_bytes()
+    absent.unlink()
+    assert set(load(pictures, cache).failures) == {pictures[BROKEN], pictures[5]}
+    decoded.clear()
+    absent.write_bytes(content)
+    check(load(pictures, cache), pictures)
+    assert decoded == [pictures[5]]
+
+
+def test_an_interrupted_build_goes_on_where_it_was(pictures, decoded, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(image_cache, "COMMIT", 10)
+    real = image_store.decode_image
+
+    def interrupt(reference: str, *arguments: object, **options: object) -> np.ndarray:
+        if reference == pictures[50]:
+            raise KeyboardInterrupt
+        return real(reference, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_store, "decode_image", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load(pictures, tmp_path / "cache", num_workers=1)
+    decoded.clear()
+    check(load(pictures, tmp_path / "cache"), pictures)
+    assert 0 < len(decoded) <= COUNT - 40
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from transformers import ViTImageProcessor
+from repro.data import image_cache, image_store
+image_cache.COMMIT, image_cache.CHUNK = 4, 2
+real = image_store.decode_image
+def slowly(*arguments, **options):
+    import time
+    time.sleep(0.005)
+    return real(*arguments, **options)
+image_store.decode_image = slowly
+paths = sys.argv[3:]
+if int(sys.argv[2]):
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+processor = ViTImageProcessor(size={"height": 8, "width": 8})
+print("begun", flush=True)
+store = image_store.load_images(paths, processor, convert_to_rgb=True, cache_dir=Path(sys.argv[1]), progress=False)
+import numpy as np
+for place, path in enumerate(paths):
+    if path not in store.failures:
+        assert (store.images[np.array([place])] == int(Path(path).stem)).all(), path
+print("done", len(store.failures), flush=True)
+"""
+
+
+def start_build(cache: Path, pictures: list[str], *, limit: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILD, str(cache), str(limit), *pictures]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_build_leaves_a_cache_that_is_right_as_far_as_it_goes(pictures, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for pause in (0.02, 0.07, 0.13):
+        build = start_build(cache, pictures)
+        assert build.stdout is not None
+        assert build.stdout.readline() == "begun\n"
+        time.sleep(pause)
+        build.send_signal(signal.SIGKILL)
+        build.wait()
+        build.communicate()
+    check(load(pictures, cache), pictures)
+
+
+def test_two_runs_that_build_at_once_share_the_work(pictures, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    builds = [start_build(cache, pictures) for _ in range(2)]
+    results = [build.communicate(timeout=120) for build in builds]
+    assert [(build.returncode, out.split()[-2:]) for build, (out, _) in zip(builds, results, strict=True)] == [
+        (0, ["done", "1"])
+    ] * 2, results
+    (folder,) = cache.iterdir()
+    assert (folder / "pixels").stat().st_size == (COUNT - 1) * SIDE * SIDE * 3
+
+
+def spoil(folder: Path, how: str) -> None:
+    pixels, index = folder / "pixels", folder / "index"
+    if how == "pixels cut":
+        os.truncate(pixels, pixels.stat().st_size // 2 + 5)
+    elif how == "index cut":
+        os.truncate(index, index.stat().st_size // 2 + 5)
+    elif how == "pixels gone":
+        pixels.unlink()
+    elif how == "index gone":
+        index.unlink()
+    elif how == "pixels empty":
+        pixels.write_bytes(b"")
+    elif how == "other settings":
+        settings = json.loads((folder / "settings.json").read_text())
+        (folder / "settings.json").write_text(json.dumps(settings | {"height": 9}))
+    elif how == "settings gone":
+        (folder / "settings.json").unlink()
+    elif how == "half a line":
+        with (folder / "failures.jsonl").open("a") as file:
+            file.write('{"key": "00')
+
+
+SPOILED = ("pixels cut", "index cut", "pixels gone", "index gone", "pixels empty", "other settings", "settings gone")
+
+
+@pytest.mark.parametrize("how", [*SPOILED, "half a line"])
+def test_a_cache_that_is_not_whole_is_mended(pictures, decoded, tmp_path: Path, how: str) -> None:
+    cache = tmp_path / "cache"
+    load(pictures, cache)
+    (folder,) = cache.iterdir()
+    spoil(folder, how)
+    decoded.clear()
+    check(load(pictures, cache), pictures)
+    assert bool(decoded) == (how != "half a line")
+    if how.endswith("cut"):  # what is left of it is used
+        assert 30 <= len(decoded) <= 40
+    decoded.clear()
+    check(load(pictures, cache), pictures)
+    assert not decoded
+
+
+def test_a_run_keeps_its_images_while_another_one_discards_the_cache(pictures, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store = load(pictures, cache)
+    load(list(reversed(pictures)), cache, overwrite_cache=True)
+    check(store, pictures)
+
+
+def test_the_size_is_announced_before_the_work(pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("repro").propagate = True
+    with caplog.at_level(logging.INFO, logger="repro"):
+        load(pictures, tmp_path / "cache")
+    assert f"decoding {COUNT} images" in caplog.text
+    assert "0.00 GB" in caplog.text
+
+
+def test_no_room_is_an_error_before_the_work(pictures, decoded, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"70 decoded images need .* are free; make room"):
+        load(pictures, tmp_path / "cache")
+    assert not decoded
+
+
+@pytest.mark.parametrize("images", [0.5, 20.5, 40])
+def test_a_disk_that_fills_up_leaves_no_half_cache_in_use(pictures, decoded, tmp_path: Path, images: float) -> None:
+    cache = tmp_path / "cache"
+    # To a writer, a limit on the size of files looks like a full disk.
+    build = start_build(cache, pictures, limit=int(images * SIDE * SIDE * 3))
+    _, message = build.communicate(timeout=120)
+    assert build.returncode == 1
+    assert "InputError" in message
+    assert "decoded images cannot be kept there" in message
+    assert "--cache_dir" in message
+    check(load(pictures, cache), pictures)
+    assert COUNT - int(images) <= len(decoded) <= COUNT
+
+
+def test_a_cache_that_cannot_be_written_is_named(pictures, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--cache_dir"):
+        load(pictures, tmp_path / "file")
+
+
+def test_images_are_read_from_zip_files_by_any_number_of_threads(pictures, tmp_path: Path) -> None:
+    archive = tmp_path / "some.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for path in pictures:
+            opened.write(path, f"inner/{Path(path).name}")
+    names = [f"zip://inner/{number}.png::{archive}" for number in range(COUNT)]
+    store = load([*names, f"zip://inner/absent.png::{archive}"], tmp_path / "cache", num_workers=5)
+    assert set(store.failures) == {names[BROKEN], f"zip://inner/absent.png::{archive}"}
+    for number in set(range(COUNT)) - {BROKEN}:
+        assert (store.images[np.array([number])] == number).all()
+
+
+def test_pages_are_given_back(pictures, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(image_cache, "RELEASE_AFTER", 10 * SIDE * SIDE * 3)
+    check(load(pictures, tmp_path / "cache"), pictures)
+
+
+def test_without_a_cache_no_more_images_than_the_capacity_are_held(pictures, decoded) -> None:
+    store = load(pictures, None, capacity=20)
+    assert len(decoded) == COUNT
+    order = np.random.default_rng(0).permutation([n for n in range(COUNT) if n != BROKEN] * 3)
+    for start in range(0, len(order) - 10, 10):
+        places = order[start : start + 10]
+        assert (store.images[places] == places[:, None, None, None]).all()
+        assert len(store.images._kept) <= 20
+    decoded.clear()
+    again = order[-10:]
+    store.images[again]
+    decoded.clear()
+    store.images[again]
+    assert not decoded
+
+
+def test_without_a_cache_a_file_that_vanishes_is_named(pictures) -> None:
+    store = load(pictures, None, capacity=10)
+    Path(pictures[1]).unlink()
+    with pytest.raises(InputError, match=r"1\.png: could be read before, and now it cannot: FileNotFoundError"):
+        store.images[np.array([1])]
+
+
+def test_without_a_cache_images_that_do_not_fit_into_memory_are_refused(pictures, decoded, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    with pytest.raises(InputError, match=r"--no_image_cache: .* do not fit .*--block_size"):
+        load(pictures, None)
+    assert not decoded
+    check(load(pictures, None, capacity=10), pictures)
+
+
+def test_an_address_is_fetched_once_and_told_when_it_fails(decoded, tmp_path: Path, monkeypatch) -> None:
+    import requests
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(buffer, "PNG")
+
+    def get(url: str, timeout: float) -> requests.Response:
+        response = requests.Response()
+        response.status_code = 404 if "absent" in url else 200
+        response._content = buffer.getvalue()
+        return response
+
+    monkeypatch.setattr(requests, "get", get)
+    addresses = ["https://example.org/9.png", "https://example.org/absent.png"]
+    for _ in range(2):
+        store = load(addresses, tmp_path / "cache")
+        assert (store.images[np.array([0])] == 9).all()
+        assert "404" in store.failures[addresses[1]]
+    assert decoded == [*addresses, addresses[1]]  # a server's refusal may pass
