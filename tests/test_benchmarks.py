@@ -13,6 +13,7 @@ import transformers
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 generation = importlib.import_module("generation")
+input_pipeline = importlib.import_module("input_pipeline")
 train_step = importlib.import_module("train_step")
 
 SETTINGS = {"batch": 2, "beams": 2, "length": 4, "dtype": "float32", "smoke": True}
@@ -39,3 +40,12 @@ def test_every_peer_evaluates_a_batch(peer):
 def test_every_peer_trains(peer):
     run = train_step.make_step(peer, SETTINGS)
     assert run() > run() > 0, "the second step on the same batch must lower the loss"
+
+
+def test_both_ways_of_input_bring_the_same_rows(tmp_path):
+    folder = tmp_path / "data"
+    input_pipeline.write_data(folder, 6, 30, (32, 24))
+    for name, epoch in input_pipeline.PEERS.items():
+        assert epoch(folder, tmp_path / name) == 30
+    sizes = {name: input_pipeline.on_disk(tmp_path / name) for name in input_pipeline.PEERS}
+    assert sizes["example"] > 19 * sizes["ours"] > 19 * 6 * 224 * 224 * 3
