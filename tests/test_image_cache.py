@@ -304,6 +304,12 @@ def test_without_a_cache_no_more_images_than_the_capacity_are_held(pictures, dec
     assert not decoded
 
 
+def test_without_a_cache_a_batch_larger_than_the_capacity_is_whole(pictures) -> None:
+    store = load(pictures, None, capacity=3)
+    for places in (np.arange(10, 13), np.arange(12, 20), np.arange(18, 30)):
+        assert (store.images[places][:, 0, 0, 0] == places).all()
+
+
 def test_without_a_cache_a_file_that_vanishes_is_named(pictures) -> None:
     store = load(pictures, None, capacity=10)
     Path(pictures[1]).unlink()

@@ -46,7 +46,7 @@ class DecodedImages:
     """Images decoded when they are asked for, of which the last used stay in memory.
 
     Args:
-        capacity: images that are kept; at least as many as are asked for at once. None keeps all.
+        capacity: images that are kept, unless more are asked for at once; None keeps all.
         num_workers: threads that decode.
     """
 
@@ -79,7 +79,9 @@ class DecodedImages:
         for place in wanted.keys() & self._kept.keys():
             self._kept.move_to_end(place)
         missing = [place for place in wanted if place not in self._kept]
-        while self._capacity is not None and self._kept and len(self._kept) + len(missing) > self._capacity:
+        while self._capacity is not None and len(self._kept) + len(missing) > self._capacity:
+            if next(iter(self._kept), None) in (None, *wanted):
+                break  # more are asked for than are kept
             self._kept.popitem(last=False)
         failures = {}
         for place, result in zip(
