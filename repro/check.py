@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from repro.config import CheckArguments, DataArguments, ModelArguments, TrainingArguments
-from repro.data.census import ImageCensus, caption_lengths, inspect_images, picture_sheet
+from repro.data.captions import caption_lengths
+from repro.data.census import ImageCensus, inspect_images, picture_sheet
 from repro.data.image_cache import cores
 from repro.data.images import resize_of
 from repro.data.pipeline import number_images
 from repro.data.rows import Rows, column
 from repro.errors import InputError
 from repro.models.pretrained import Pretrained
-from repro.prepare import SPLIT_FLAGS, cache_folder, load_or_create, read_rows, target_length
+from repro.prepare import SPLIT_FLAGS, cache_folder, check_values, load_or_create, read_rows, target_length
 from repro.protocol import protocol_named
 from repro.reporting.writer import write_json
 from repro.training.losses import row_losses
@@ -50,6 +51,7 @@ def check_data(
     """
     if check_args.num_pictures < 0:
         raise InputError(f"--num_pictures {check_args.num_pictures}: must be 0 or more.")
+    check_values(model_args, args)
     protocol = protocol_named(args.protocol)
     splits = [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)] or ["train", "validation"]
     started = time.perf_counter()
@@ -89,7 +91,7 @@ def _describe_split(split: Rows, census: ImageCensus, pretrained: Pretrained, ma
     dataset = split.dataset
     of_image = Counter(column(dataset, "image_path"))
     unusable = sum(count for path, count in of_image.items() if path in census.failures)
-    lengths = caption_lengths(column(dataset, "caption"), len(dataset), pretrained.tokenizer)
+    lengths = caption_lengths(column(dataset, "caption"), pretrained.tokenizer)
     given = lengths[lengths > 0]
     return {
         "rows": len(dataset) + len(split.dropped),
@@ -143,8 +145,9 @@ def _describe_needs(
     }
     if "train" in splits:
         batch = (args.num_replicas or jax.device_count()) * args.per_device_train_batch_size
-        steps = splits["train"]["rows_kept"] // batch * int(args.num_train_epochs)
-        between = args.eval_steps or splits["train"]["rows_kept"] // batch
+        steps_per_epoch = splits["train"]["rows_kept"] // batch
+        steps = steps_per_epoch * int(args.num_train_epochs)
+        between = args.eval_steps if (args.eval_steps or 0) > 0 else steps_per_epoch
         operations = steps * batch * training_operations(pretrained, splits["train"]["max_length"])
         rate = multiplication_rate(model_args.dtype) * jax.device_count()
         needs |= {

@@ -123,6 +123,15 @@ def check_flags(model_args: ModelArguments, args: TrainingArguments) -> Path:
     """Check what needs no file but the run's folder, which is returned."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise InputError("nothing to do: add --do_train, --do_eval or --do_predict.")
+    check_values(model_args, args)
+    if args.output_dir is None:
+        raise InputError("--output_dir is missing: name a folder for the run.")
+    check_output_dir(Path(args.output_dir), overwrite=args.overwrite_output_dir)
+    return Path(args.output_dir)
+
+
+def check_values(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Check what needs no file at all: the numbers, and that a model is named."""
     if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 1:
         raise InputError(f"--num_train_epochs {args.num_train_epochs}: must be a whole number, at least 1.")
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "num_replicas")
@@ -139,10 +148,6 @@ def check_flags(model_args: ModelArguments, args: TrainingArguments) -> Path:
             "no model is named: give --model_name_or_path, or --encoder_model_name_or_path and"
             " --decoder_model_name_or_path."
         )
-    if args.output_dir is None:
-        raise InputError("--output_dir is missing: name a folder for the run.")
-    check_output_dir(Path(args.output_dir), overwrite=args.overwrite_output_dir)
-    return Path(args.output_dir)
 
 
 def prepare(

@@ -12,7 +12,8 @@ from PIL import Image
 
 from repro.__main__ import main
 from repro.check import training_operations
-from repro.data.census import caption_lengths, picture_sheet
+from repro.data.captions import caption_lengths
+from repro.data.census import picture_sheet
 from repro.data.pocket import render_pocket
 from repro.models.pretrained import load_model
 
@@ -91,6 +92,8 @@ def test_limits_and_faults_are_those_of_the_run(flags: list[str], capsys) -> Non
     for more, words in (
         ("--data_dir=absent", "not a folder"),
         ("--num_pictures=-1", "--num_pictures -1"),
+        ("--num_replicas=0", "--num_replicas 0: must be at least 1"),
+        ("--num_train_epochs=0.5", "whole number"),
         ("--protocol=exakt", "'exakt'"),
         ("--report_dri=x", "--report_dir"),
     ):
@@ -100,7 +103,7 @@ def test_limits_and_faults_are_those_of_the_run(flags: list[str], capsys) -> Non
 
 def test_lengths_are_those_before_the_cut(tokenizer) -> None:
     captions = ["a cat", None, "word " * 500, ""]
-    lengths = caption_lengths(captions, 4, tokenizer)
+    lengths = caption_lengths(captions, tokenizer)
     assert lengths[1] == 0
     assert lengths[2] > 500
     assert lengths[3] == len(tokenizer(" ").input_ids) + 1

@@ -111,6 +111,16 @@ def tokenize_captions(
     return TokenizedCaptions(records, decoder_start_token_id)
 
 
+def caption_lengths(captions: Iterable[str | None], tokenizer: Any) -> np.ndarray:
+    """Count the tokens of each caption with its eos token, before anything is cut, int32[N]; 0 where there is none."""
+    chunks = [np.zeros(0, np.int32)]
+    for count, given, texts in _target_texts(iter(captions), tokenizer):
+        lengths = np.zeros(count, np.int32)
+        lengths[given] = [len(ids) for ids in tokenizer(texts).input_ids] if given else []
+        chunks.append(lengths)
+    return np.concatenate(chunks)
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash all that a tokenizer saves, but for the truncation and padding of its last call."""
     digest = sha256(type(tokenizer).__name__.encode())
@@ -135,20 +145,22 @@ def pack_tokens(labels: np.ndarray, mask: np.ndarray, kind: Any = np.int32) -> n
 
 
 def _tokenize(captions: Iterator[str | None], tokenizer: Any, max_length: int, kind: Any) -> Iterator[np.ndarray]:
-    while chunk := list(islice(captions, CHUNK)):
-        labels = np.full((len(chunk), max_length), tokenizer.pad_token_id, np.int32)
+    for count, given, texts in _target_texts(captions, tokenizer):
+        labels = np.full((count, max_length), tokenizer.pad_token_id, np.int32)
         mask = np.zeros_like(labels)
-        given = [row for row, caption in enumerate(chunk) if caption is not None]
         if given:
             encoded = tokenizer(
-                [f"{str(chunk[row]).lower()} {tokenizer.eos_token}" for row in given],
-                max_length=max_length,
-                padding="max_length",
-                truncation=True,
-                return_tensors="np",
+                texts, max_length=max_length, padding="max_length", truncation=True, return_tensors="np"
             )
             labels[given], mask[given] = encoded["input_ids"], encoded["attention_mask"]
         yield pack_tokens(labels, mask, kind)
+
+
+def _target_texts(captions: Iterator[str | None], tokenizer: Any) -> Iterator[tuple[int, list[int], list[str]]]:
+    """Give chunks: their number of rows, which of them have a caption, and what is tokenized of these."""
+    while chunk := list(islice(captions, CHUNK)):
+        given = [row for row, caption in enumerate(chunk) if caption is not None]
+        yield len(chunk), given, [f"{str(chunk[row]).lower()} {tokenizer.eos_token}" for row in given]
 
 
 def _save(file: Path, chunks: Iterator[np.ndarray], count: int) -> None:

@@ -1,19 +1,16 @@
-"""What a data set holds: its images as they are, the lengths of its captions, a sheet of pictures to look at."""
+"""What a data set holds: its images as they are, and a sheet of pictures to look at."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from repro.data.captions import CHUNK as CAPTIONS_AT_ONCE
 from repro.data.image_cache import CHUNK, in_parallel
 from repro.data.images import ImageError, Resize, read_image, resize_image
 
@@ -71,19 +68,6 @@ def inspect_images(
                     failures[references[place]] = failure
             bar.update(len(places))
     return ImageCensus(modes, sizes, failures)
-
-
-def caption_lengths(captions: Iterable[str | None], count: int, tokenizer: Any) -> np.ndarray:
-    """Count the tokens of each caption with its eos token, before anything is cut, int32[N]; 0 where there is none."""
-    lengths = np.zeros(count, np.int32)
-    captions, start = iter(captions), 0
-    while chunk := list(islice(captions, CAPTIONS_AT_ONCE)):
-        given = [row for row, caption in enumerate(chunk) if caption is not None]
-        if given:
-            texts = [f"{str(chunk[row]).lower()} {tokenizer.eos_token}" for row in given]
-            lengths[start + np.array(given)] = [len(ids) for ids in tokenizer(texts).input_ids]
-        start += len(chunk)
-    return lengths
 
 
 def picture_sheet(rows: Sequence[tuple[str, str | None]]) -> Image.Image:
