@@ -6,15 +6,18 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 
 from repro import __doc__ as PURPOSE
 from repro import __version__
-from repro.errors import InputError
+from repro.errors import InputError, Interrupted, RunStopped
 
 INPUT_ERROR = 2
+STOPPED = 3
 INTERRUPTED = 130
+SIGNALLED = 128
+"""Plus the signal's number: a run that was asked to stop."""
 
 COMMANDS = {
     "reproduce": "run a recipe offline and check its targets (default: pocket, minutes on a CPU)",
@@ -27,7 +30,12 @@ SPLITS = ("train", "validation", "test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 a target was missed, 2 the input cannot be used."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0 done; 1 a target was missed; 2 the input cannot be used; 3 training cannot go on; 130 and 143
+        stopped by SIGINT and SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -51,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return INPUT_ERROR
+    except RunStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return STOPPED
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return SIGNALLED + error.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -68,7 +82,13 @@ def _help() -> str:
     )
 
 
-def _start_logging() -> None:
+def make_deterministic(environment: MutableMapping[str, str]) -> None:
+    """Set what XLA needs on a GPU to compute the same bits in every run; before JAX starts."""
+    flags = environment.get("XLA_FLAGS", "")
+    environment["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
+def _start_logging(*, quiet: bool = False) -> None:
     """Log to the terminal around the progress bars, and quieten what the libraries say about their own future."""
     import logging
 
@@ -83,7 +103,7 @@ def _start_logging() -> None:
     logger = logging.getLogger("repro")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not logger.handlers:
+    if not logger.handlers and not quiet:
         logger.addHandler(Terminal())
     from transformers.utils import logging as transformers_logging
 
@@ -94,10 +114,20 @@ def _train(argv: list[str]) -> int:
     from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 
     parsed = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, command="train")
-    _start_logging()
+    args = parsed[-1]
+    if args.deterministic:
+        make_deterministic(os.environ)
+    _start_logging(quiet=bool(args.process_id))
+    from repro.training.processes import is_first, start_processes
+
+    start_processes(
+        **{name: getattr(args, name) for name in ("coordinator", "process_id", "num_processes", "distributed")}
+    )
     from repro.run import run
 
     result = run(*parsed)
+    if not is_first():
+        return 0
     _print_table("metric", {**result.metrics, **_speed(result.facts)})
     print(f"written to {result.folder}")
     return 0

@@ -24,6 +24,11 @@ def _flag(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
 
+def _free(default: Any, text: str, **metadata: Any) -> Any:
+    """A flag that may change when a run is resumed: what it computes does not depend on it, or is compared itself."""
+    return _flag(default, text, may_change=True, **metadata)
+
+
 @dataclass(frozen=True)
 class CreateModelArguments:
     """What `repro create-model` takes; the same five flags may be given to `repro train`."""
@@ -54,31 +59,31 @@ class ExportArguments:
 class ModelArguments:
     """The model and how it computes."""
 
-    model_name_or_path: str | None = _flag(
+    model_name_or_path: str | None = _free(
         None, "Folder or Hub id of a vision-encoder-text-decoder model with tokenizer."
     )
-    encoder_model_name_or_path: str | None = _flag(
+    encoder_model_name_or_path: str | None = _free(
         None, "Instead of a whole model: the vision encoder (see create-model)."
     )
-    decoder_model_name_or_path: str | None = _flag(
+    decoder_model_name_or_path: str | None = _free(
         None, "Instead of a whole model: the text decoder (see create-model)."
     )
-    encoder_config_name: str | None = _flag(None, "Configuration of the encoder, if not its own.")
-    decoder_config_name: str | None = _flag(None, "Configuration of the decoder, if not its own.")
-    cache_dir: str | None = _flag(
+    encoder_config_name: str | None = _free(None, "Configuration of the encoder, if not its own.")
+    decoder_config_name: str | None = _free(None, "Configuration of the decoder, if not its own.")
+    cache_dir: str | None = _free(
         None, "Where downloads, rows, tokens and decoded images are kept (default: the Hugging Face cache)."
     )
-    use_fast_tokenizer: bool = _flag(True, "Use the tokenizers library's tokenizer.")
+    use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
     dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
-    token: str | None = _flag(None, "Hub token, for private models and data sets.")
-    trust_remote_code: bool = _flag(False, "Allow a Hub model to run its own code.")
+    token: str | None = _free(None, "Hub token, for private models and data sets.")
+    trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
     model_implementation: str | None = _flag(
         None,
         "Further: this project's ViT-GPT-2, or transformers' Flax class for any pair (default: native for a ViT with a"
         " GPT-2).",
         choices=IMPLEMENTATIONS,
     )
-    gradient_checkpointing: bool = _flag(
+    gradient_checkpointing: bool = _free(
         False, "Further: compute activations again in the backward pass, for less memory (native)."
     )
 
@@ -87,52 +92,52 @@ class ModelArguments:
 class DataArguments:
     """The captioned images, and what is evaluated on them."""
 
-    dataset_name: str | None = _flag(
+    dataset_name: str | None = _free(
         None,
         "Hub id or folder of a data set; ydshieh/dummy_coco_dataset and"
         " ydshieh/coco_dataset_script mean the built-in COCO reader.",
     )
-    dataset_config_name: str | None = _flag(None, "Its configuration; for COCO the year, 2017.")
-    data_dir: str | None = _flag(
+    dataset_config_name: str | None = _free(None, "Its configuration; for COCO the year, 2017.")
+    data_dir: str | None = _free(
         None, "Folder with COCO's zips or unpacked folders, or with the images that a COCO or Karpathy json names."
     )
-    image_column: str | None = _flag(None, "Column with the images or their paths.")
-    caption_column: str | None = _flag(None, "Column with the captions, text or lists of texts.")
-    train_file: str | None = _flag(
+    image_column: str | None = _free(None, "Column with the images or their paths.")
+    caption_column: str | None = _free(None, "Column with the captions, text or lists of texts.")
+    train_file: str | None = _free(
         None, "Training rows: csv, tsv, json (also COCO's or Karpathy's), jsonl, parquet, or WebDataset's tar."
     )
-    validation_file: str | None = _flag(None, "Validation rows, likewise.")
-    test_file: str | None = _flag(None, "Test rows, likewise.")
+    validation_file: str | None = _free(None, "Validation rows, likewise.")
+    test_file: str | None = _free(None, "Test rows, likewise.")
     max_target_length: int = _flag(128, "Tokens per training caption, padded and truncated.")
     val_max_target_length: int | None = _flag(
         None,
         "Tokens per evaluation caption and per generated one, start token included (default: max_target_length).",
     )
-    max_train_samples: int | None = _flag(None, "Use only the first rows for training.")
-    max_eval_samples: int | None = _flag(None, "Use only the first rows for evaluation.")
-    max_predict_samples: int | None = _flag(None, "Use only the first rows for prediction.")
-    preprocessing_num_workers: int | None = _flag(None, "Threads that decode images (default: one for each core).")
+    max_train_samples: int | None = _free(None, "Use only the first rows for training.")
+    max_eval_samples: int | None = _free(None, "Use only the first rows for evaluation.")
+    max_predict_samples: int | None = _free(None, "Use only the first rows for prediction.")
+    preprocessing_num_workers: int | None = _free(None, "Threads that decode images (default: one for each core).")
     predict_with_generate: bool = _flag(False, "Generate captions and compute ROUGE.")
     num_beams: int | None = _flag(None, "Beams (default: the model's configuration).")
-    overwrite_cache: bool = _flag(False, "Read the rows and decode the images again.")
-    image_cache: bool = _flag(
+    overwrite_cache: bool = _free(False, "Read the rows and decode the images again.")
+    image_cache: bool = _free(
         True, "Further: keep decoded images on disk; --no_image_cache keeps --block_size of them in memory (0: all)."
     )
-    allow_image_urls: bool = _flag(False, "Further: fetch images whose path is a http or https address.")
+    allow_image_urls: bool = _free(False, "Further: fetch images whose path is a http or https address.")
 
 
 @dataclass(frozen=True)
 class TrainingArguments:
     """The run: what is done, for how long, and how its numbers are computed."""
 
-    output_dir: str | None = _flag(None, "Folder of the run.")
-    overwrite_output_dir: bool = _flag(False, "Replace the run in output_dir, if there is one.")
-    do_train: bool = _flag(False, "Train.")
-    do_eval: bool = _flag(False, "Evaluate on the validation rows, during training too.")
-    do_predict: bool = _flag(False, "Caption the test rows.")
+    output_dir: str | None = _free(None, "Folder of the run.")
+    overwrite_output_dir: bool = _free(False, "Replace the run in output_dir, if there is one.")
+    do_train: bool = _free(False, "Train.")
+    do_eval: bool = _free(False, "Evaluate on the validation rows, during training too.")
+    do_predict: bool = _free(False, "Caption the test rows.")
     per_device_train_batch_size: int = _flag(8, "Training rows per replica and step.")
     per_device_eval_batch_size: int = _flag(8, "Evaluation rows per replica and step.")
-    block_size: int = _flag(0, "Rows per block, a multiple of the global batch sizes; 0: one block.")
+    block_size: int = _free(0, "Rows per block, a multiple of the global batch sizes; 0: one block.")
     learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
     weight_decay: float = _flag(0.0, "Decoupled weight decay of AdamW.")
     adam_beta1: float = _flag(0.9, "Beta 1 of AdamW.")
@@ -141,17 +146,55 @@ class TrainingArguments:
     label_smoothing_factor: float = _flag(0.0, "Probability spread over the other tokens.")
     num_train_epochs: float = _flag(3.0, "Times to go over the training rows (a whole number).")
     warmup_steps: int = _flag(0, "Steps of linear warm-up from 0.")
-    logging_steps: int = _flag(500, "Steps between two lines in the log and in TensorBoard.")
-    eval_steps: int | None = _flag(
+    logging_steps: int = _free(500, "Steps between two lines in the log and in TensorBoard.")
+    eval_steps: int | None = _free(
         None, "Steps between two evaluations and checkpoints (default: the end of each epoch)."
     )
     seed: int = _flag(42, "Seed of the rows' order and of dropout.")
-    push_to_hub: bool = _flag(False, "Upload the checkpoints to the Hugging Face Hub.")
-    hub_model_id: str | None = _flag(None, "Repository there (default: output_dir's name).")
-    hub_token: str | None = _flag(None, "Token with write access there.")
+    push_to_hub: bool = _free(False, "Upload the checkpoints to the Hugging Face Hub.")
+    hub_model_id: str | None = _free(None, "Repository there (default: output_dir's name).")
+    hub_token: str | None = _free(None, "Token with write access there.")
     protocol: str = _flag("exact", "Further: whose numeric choices to follow: published, current or exact.")
-    num_replicas: int | None = _flag(
+    num_replicas: int | None = _free(
         None, "Further: replicas the run is made of, whatever computes them (default: devices)."
+    )
+    replicas_at_once: int | None = _free(
+        None,
+        "Further: how many replicas are computed at once, the others after them (default: as many as fit the memory).",
+    )
+    mesh: str | None = _free(
+        None,
+        "Further: how the devices are laid out, data=N,fsdp=M; fsdp also cuts parameters and optimizer (default: all"
+        " data).",
+    )
+    max_grad_norm: float | None = _flag(None, "Further: scale gradients of a larger norm down to it.")
+    log_grad_norm: bool = _free(False, "Further: write the norm of each step's gradient to metrics.jsonl.")
+    deterministic: bool = _free(
+        False,
+        "Further: same bits in every run on a GPU too, where XLA then may not choose the fastest kernel by timing"
+        " (CPUs and TPUs need nothing).",
+    )
+    save_steps: int | None = _free(
+        None,
+        "Further: steps between two states to resume from, besides those at each evaluation and end of epoch; 0: no"
+        " state at all.",
+    )
+    save_total_limit: int = _free(2, "Further: how many of the last states are kept.")
+    metric_for_best_model: str | None = _free(
+        None, "Further: keep the state with the best loss, rouge1, rouge2, rougeL, rougeLsum or gen_len too."
+    )
+    resume: str = _free(
+        "never",
+        "Further: auto goes on after the last state in output_dir, if there is one; or the folder of a run or of one"
+        " state.",
+    )
+    coordinator: str | None = _free(
+        None, "Further: host:port of process 0, if several processes compute the run and no cluster tells them."
+    )
+    process_id: int | None = _free(None, "Further: number of this process, from 0.")
+    num_processes: int | None = _free(None, "Further: how many processes there are.")
+    distributed: bool = _free(
+        False, "Further: several processes, found by JAX (Slurm, Open MPI and GKE are recognized without it)."
     )
 
 
@@ -174,6 +217,9 @@ def parse_arguments(classes: Sequence[type[Arguments]], argv: Sequence[str], *, 
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
+        def add_argument(self, *names: Any, may_change: bool = False, **options: Any) -> Any:
+            return super().add_argument(*names, **options)
+
         def error(self, message: str) -> Any:
             raise InputError(f"{message}. `repro {command} --help` lists the flags.")
 

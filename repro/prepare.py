@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import sys
 import time
@@ -26,15 +27,20 @@ from repro.models.beam_search import check_beams
 from repro.models.captioner import Captioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.protocol import Protocol
-from repro.reporting.writer import check_output_dir
 from repro.training.optimizer import count_parameters
-from repro.training.sharding import create_mesh
+from repro.training.sharding import AXES, create_mesh
 
 PACKAGES = (
     *("jax", "flax", "optax", "transformers", "datasets", "evaluate", "rouge_score", "numpy"),
-    *("pillow", "nltk"),
+    *("pillow", "nltk", "orbax-checkpoint"),
 )
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
+AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "num_replicas", "replicas_at_once"),
+    *("save_total_limit", "num_processes"),
+)
+EVALUATION_METRICS = ("loss", "rouge1", "rouge2", "rougeL", "rougeLsum", "gen_len")
 SECRETS = ("token", "hub_token")
 
 
@@ -52,6 +58,10 @@ class PreparedRun:
     dropped: list[dict[str, Any]]
     facts: dict[str, Any]
     progress: bool
+
+    @property
+    def shuffle(self) -> bool:
+        return self.args.block_size > 0 or self.protocol.shuffle_without_blocks
 
     @property
     def train_batch(self) -> int:
@@ -120,25 +130,51 @@ def target_length(data_args: DataArguments, split: str) -> int:
 
 
 def check_flags(model_args: ModelArguments, args: TrainingArguments) -> Path:
-    """Check what needs no file but the run's folder, which is returned."""
+    """Check what needs no file, and return the run's folder."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise InputError("nothing to do: add --do_train, --do_eval or --do_predict.")
     check_values(model_args, args)
     if args.output_dir is None:
         raise InputError("--output_dir is missing: name a folder for the run.")
-    check_output_dir(Path(args.output_dir), overwrite=args.overwrite_output_dir)
+    if args.metric_for_best_model not in (None, *EVALUATION_METRICS):
+        raise InputError(
+            f"--metric_for_best_model {args.metric_for_best_model}: choose one of {', '.join(EVALUATION_METRICS)}."
+        )
+    if args.resume == "auto" and args.overwrite_output_dir:
+        raise InputError("--resume auto and --overwrite_output_dir contradict each other: drop one.")
     return Path(args.output_dir)
+
+
+def is_deterministic(mesh: Mesh) -> bool:
+    """Tell whether a run would compute the same bits again: not on a GPU, unless XLA was told to before it started."""
+    return mesh.devices.flat[0].platform != "gpu" or DETERMINISTIC in os.environ.get("XLA_FLAGS", "")
+
+
+def mesh_shape(text: str | None) -> dict[str, int] | None:
+    """Read `--mesh data=N,fsdp=M`, of which one may be left out."""
+    if text is None:
+        return None
+    sizes = dict(part.partition("=")[::2] for part in text.split(","))
+    if not set(sizes) <= set(AXES) or not all(size.isdecimal() and int(size) > 0 for size in sizes.values()):
+        raise InputError(f"--mesh {text}: must be like data=4,fsdp=2, with whole numbers from 1 on.")
+    return {axis: int(size) for axis, size in sizes.items()}
 
 
 def check_values(model_args: ModelArguments, args: TrainingArguments) -> None:
     """Check what needs no file at all: the numbers, and that a model is named."""
     if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 1:
         raise InputError(f"--num_train_epochs {args.num_train_epochs}: must be a whole number, at least 1.")
-    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "num_replicas")
-    for name in positive:
+    for name in AT_LEAST_ONE:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: must be at least 1.")
+    for name in ("save_steps", "warmup_steps"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise InputError(f"--{name} {value}: must not be negative.")
+    if args.max_grad_norm is not None and not args.max_grad_norm > 0:
+        raise InputError(f"--max_grad_norm {args.max_grad_norm}: must be above 0; leave it out for no clipping.")
+    mesh_shape(args.mesh)
     named = (
         model_args.model_name_or_path,
         model_args.encoder_model_name_or_path or model_args.encoder_config_name,
@@ -170,10 +206,18 @@ def prepare(
             vocab_size=captioner.config.decoder.vocab_size,
         )
     num_replicas = args.num_replicas or len(devices)
+    mesh = create_mesh(
+        devices,
+        num_replicas=num_replicas,
+        replica_batch=args.per_device_train_batch_size,
+        shape=mesh_shape(args.mesh),
+    )
     batches = {
         "train_batch": num_replicas * args.per_device_train_batch_size,
         "eval_batch": num_replicas * args.per_device_eval_batch_size,
     }
+    if args.deterministic and not is_deterministic(mesh):
+        raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
     if "train" in rows:  # now, and again when it is known how many rows are left
         check_sizes(len(rows["train"].dataset), block_size=args.block_size, **batches)
     splits, dropped = _decode(rows, pretrained, model_args, data_args, args, protocol, progress)
@@ -182,11 +226,6 @@ def prepare(
         check_sizes(len(splits["train"]), block_size=args.block_size, **batches)
     for name in {"validation", "test"} & set(splits):
         check_fills_a_batch(len(splits[name]), batches["eval_batch"], name, protocol)
-    mesh = create_mesh(
-        devices,
-        num_replicas=num_replicas,
-        replica_batch=args.per_device_train_batch_size,
-    )
     prepared = PreparedRun(
         data_args=data_args,
         args=args,
@@ -299,11 +338,15 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         "protocol": dataclasses.asdict(prepared.protocol),
         "num_replicas": prepared.num_replicas,
         "devices": [str(device) for device in prepared.mesh.devices.flat],
+        "mesh": dict(prepared.mesh.shape),
+        "processes": jax.process_count(),
+        "deterministic": is_deterministic(prepared.mesh),
         "platform": f"{jax.default_backend()}, {platform.platform()}, Python {sys.version.split()[0]}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "model": {
             "implementation": "native" if isinstance(prepared.pretrained.captioner, Captioner) else "transformers",
             "parameters": count_parameters(prepared.pretrained.params),
+            "fingerprint": prepared.pretrained.fingerprint(),
             "notes": list(prepared.pretrained.notes),
         },
         "data": counts,

@@ -1,32 +1,37 @@
-"""One run from its flags to its files: training, evaluation, prediction."""
+"""One run from its flags to its files: training, evaluation, prediction; from the start, or from where it was ended."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from repro.assemble import Training, build_evaluator, build_training
 from repro.config import DataArguments, ModelArguments, TrainingArguments
-from repro.data.pipeline import Schedule
+from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
 from repro.models.pretrained import save_model
 from repro.prepare import PreparedRun, check_flags, prepare
 from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
-from repro.reporting.progress import StepLog
-from repro.reporting.writer import RunWriter, log, prefixed
-from repro.training.loop import StepResult, take_steps
-from repro.training.optimizer import create_learning_rate_fn, create_optimizer
-from repro.training.sharding import put, replicated, rows_sharding, train_batch_sharding
-from repro.training.state import create_train_state
-from repro.training.steps import make_eval_step, make_train_step
-
-SHRINKS_FROM = 32
-"""Rows of an evaluation batch from which on captions that have ended leave it."""
+from repro.reporting.progress import NonFinite, StepLog
+from repro.reporting.writer import PARTIAL, Recorded, RunWriter, locked, log, models_in, prefixed, write_json
+from repro.resume import STATE, Start, check_same, choose_start, settings
+from repro.training.checkpoint import Checkpoints, Found, set_aside
+from repro.training.interrupt import StopSignals
+from repro.training.loop import StepResult
+from repro.training.processes import decided_by_first, is_first, wait_for_all
+from repro.training.sharding import put, replicated
 
 
 @dataclass(frozen=True)
@@ -63,75 +68,225 @@ def run(
 
     Raises:
         InputError: a flag or the data cannot be used; nothing was trained, written or removed.
+        RunStopped: a loss or gradient is not finite, or the disk is full.
+        Interrupted: by SIGTERM or SIGINT; once training has begun, its state is saved.
     """
     protocol = protocol_named(args.protocol)
-    with jax.threefry_partitionable(protocol.threefry_partitionable):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.threefry_partitionable(protocol.threefry_partitionable))
+        signals = stack.enter_context(StopSignals())
         folder = check_flags(model_args, args)
-        prepared = prepare(model_args, data_args, args, protocol, devices or jax.devices(), progress)
-        with RunWriter(folder) as writer:
-            return _execute(prepared, writer)
+        decided_by_first(lambda: stack.enter_context(locked(folder)))
+        start = _decide_start(args, folder)
+        args = dataclasses.replace(args, num_replicas=args.num_replicas or start.num_replicas)
+        prepared = prepare(model_args, data_args, args, protocol, devices or jax.devices(), progress and is_first())
+        same = json.loads(json.dumps(settings(prepared, model_args)))
+        if start.found:
+            check_same(start.found.record["settings"], same)
+        training = build_training(prepared) if args.do_train else None
+        stack.enter_context(stopping_on_full_disk("a file of the run"))
+        if start.found and is_first() and Path(start.found.folder) == (folder / STATE).absolute():
+            set_aside(folder / STATE, start.found)
+        # The other processes' files are thrown away: what a run writes is the same in all.
+        own = folder if is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        writer = stack.enter_context(RunWriter(own, start.recorded if start.found else None))
+        wait_for_all("folder")
+        return _Run(prepared, training, writer, folder, start, same, signals).execute()
 
 
-def _execute(prepared: PreparedRun, writer: RunWriter) -> RunResult:
-    args, facts = prepared.args, dict(prepared.facts)
-    writer.describe(facts, prepared.dropped)
-    for name, counts in facts["data"].items():
-        log.info("%s: %d rows read, %d kept, %d dropped, %d images", name, *list(counts.values())[:4])
-    for note in prepared.pretrained.notes:
-        log.info("model: %s", note)
-    uploader = None
-    if args.push_to_hub:
-        uploader = HubUploader(writer.folder, repository=args.hub_model_id, token=args.hub_token)
-    evaluator = _evaluator(prepared)
-    params = put(prepared.pretrained.params, replicated(prepared.mesh))
-    metrics: dict[str, float] = {}
-    evaluations: dict[str, Evaluation] = {}
-    checkpoints: list[Path] = []
-    step = 0
+def _decide_start(args: TrainingArguments, folder: Path) -> Start:
+    chosen = decided_by_first(lambda: dataclasses.asdict(choose_start(args, folder)))
+    found = Found(**chosen["found"]) if chosen["found"] else None
+    return Start(found, Recorded(**chosen["recorded"]))
 
-    def evaluate(params: Any, split: str, prefix: str, folder: Path) -> None:
-        started = time.perf_counter()
-        evaluation = evaluator.evaluate(params, prepared.splits[split], name=prefix)
-        seconds = time.perf_counter() - started
-        writer.evaluation(prefix, evaluation, step=step, folder=folder, seconds=seconds)
-        metrics.update(prefixed(prefix, evaluation.metrics))
-        evaluations[prefix] = evaluation
-        log.info("step %d: %s", step, describe(prefix, evaluation))
 
-    if args.do_train:
+@dataclass
+class _Run:
+    """A run at work: where it is, and what it has written."""
+
+    prepared: PreparedRun
+    training: Training | None
+    writer: RunWriter
+    folder: Path
+    start: Start
+    settings: dict[str, Any]
+    signals: StopSignals
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    def execute(self) -> RunResult:
+        """Train, evaluate and predict as far as that is not done already."""
+        prepared, args, facts = self.prepared, self.prepared.args, dict(self.prepared.facts)
+        if self.training is not None:
+            facts |= self.training.facts
+        if self.start.found:
+            facts["resumed"] = {"step": self.start.step, "from": self.start.found.folder}
+            log.info("goes on after step %d of %s", self.start.step, self.start.found.folder)
+        self.writer.describe(facts, prepared.dropped)
+        for name, counts in facts["data"].items():
+            log.info("%s: %d rows read, %d kept, %d dropped, %d images", name, *list(counts.values())[:4])
+        for note in prepared.pretrained.notes:
+            log.info("model: %s", note)
+        uploader = None
+        if args.push_to_hub and is_first():
+            uploader = HubUploader(self.folder, repository=args.hub_model_id, token=args.hub_token)
+        evaluator = build_evaluator(prepared, self.signals)
+        if self.training is not None:
+            params = self._train(self.training, evaluator, uploader, facts)
+        else:
+            params = put(prepared.pretrained.params, replicated(prepared.mesh))
+            if args.do_eval:
+                self._evaluate(evaluator, params, "validation", "eval", self.writer.folder)
+        if args.do_predict:
+            self._evaluate(evaluator, params, "test", "test", self.writer.folder)
+        facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.writer.describe(facts, prepared.dropped)
+        if uploader:
+            uploader.push("end of the run")
+            uploader.wait()
+        return RunResult(self.folder, self.metrics, self.evaluations, facts, tuple(models_in(self.folder)))
+
+    def _train(
+        self, training: Training, evaluator: Evaluator, uploader: HubUploader | None, facts: dict[str, Any]
+    ) -> Any:
+        """Train to the end; returns the parameters, whole on every device."""
         steps = StepLog(
-            writer,
-            num_steps=prepared.num_steps,
-            batch_size=prepared.train_batch,
-            logging_steps=args.logging_steps,
-            progress=prepared.progress,
+            self.writer,
+            num_steps=self.prepared.num_steps,
+            batch_size=self.prepared.train_batch,
+            logging_steps=self.prepared.args.logging_steps,
+            progress=self.prepared.progress,
+            first_step=self.start.step,
+            seconds_before=self.start.training_seconds,
+            log_grad_norm=self.prepared.args.log_grad_norm,
         )
-        for result in _steps(prepared, params):
-            params, step = result.state.params, result.step
-            steps.add(result)
-            evaluates = _evaluates_at(prepared, result)
-            if not evaluates and not _saves_at(prepared, result, saved_before=bool(checkpoints)):
-                continue
-            steps.pause()
-            folder = writer.folder / f"ckpt_epoch_{result.epoch}_step_{step}"
-            if evaluates:
-                evaluate(params, "validation", "eval", folder)
-            save_model(prepared.pretrained, jax.device_get(params), folder)
-            checkpoints.append(folder)
-            if uploader:
-                uploader.push(f"epoch {result.epoch}, step {step}")
-            steps.resume()
+        with contextlib.closing(self._open_states()) as states:
+            state = states.restore(self.start.found, training.like) if self.start.found else training.create()
+            self.signals.defer()
+            try:
+                for result in training.from_state(state, self.start.step):
+                    state, self.step = result.state, result.step
+                    if result.metrics:
+                        steps.add(result)
+                    self._after(result, steps, states, evaluator, uploader)
+                    if self.signals.requested(self.step) and self.step < self.prepared.num_steps:
+                        self._save_state(result, steps, states)
+                        assert self.signals.received is not None
+                        raise Interrupted(self.signals.received, "between two steps.")
+            except NonFinite as error:
+                raise RunStopped(self._describe_non_finite(error, training, states)) from error
+            except Interrupted as error:
+                states.wait()
+                raise Interrupted(error.signum, _how_to_go_on(states)) from error
         facts |= steps.close()
-    elif args.do_eval:
-        evaluate(params, "validation", "eval", writer.folder)
-    if args.do_predict:
-        evaluate(params, "test", "test", writer.folder)
-    facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    writer.describe(facts, prepared.dropped)
-    if uploader:
-        uploader.push("end of the run")
-        uploader.wait()
-    return RunResult(writer.folder, metrics, evaluations, facts, tuple(checkpoints))
+        return self._whole(state.params)
+
+    def _open_states(self) -> Checkpoints:
+        metric = self.prepared.args.metric_for_best_model
+        return Checkpoints(
+            self.folder / STATE,
+            keep=self.prepared.args.save_total_limit,
+            best=lambda: self.writer.recorded.best_step(metric) if metric else None,
+        )
+
+    def _after(
+        self,
+        result: StepResult,
+        steps: StepLog,
+        states: Checkpoints,
+        evaluator: Evaluator,
+        uploader: HubUploader | None,
+    ) -> None:
+        """Save and evaluate what is due after a step and was not done before the run was resumed."""
+        evaluates = _evaluates_at(self.prepared, result)
+        every = self.prepared.args.save_steps
+        if evaluates or result.is_epoch_end or (every and result.step % every == 0):
+            self._save_state(result, steps, states)
+        # The example saves its models when it evaluates, which may be never; no training ends without one here.
+        at_end = result.step == self.prepared.num_steps
+        if not evaluates and not (at_end and not self.writer.recorded.evaluated("eval")):
+            return
+        steps.pause()
+        params = self._whole(result.state.params)
+        folder = self.writer.folder / f"ckpt_epoch_{result.epoch}_step_{result.step}"
+        if is_first() and (result.metrics or not folder.exists()):
+            save_whole_model(self.prepared, params, folder)
+        if evaluates:
+            self._evaluate(evaluator, params, "validation", "eval", folder)
+        if uploader:
+            uploader.push(f"epoch {result.epoch}, step {result.step}")
+        steps.resume()
+
+    def _save_state(self, result: StepResult, steps: StepLog, states: Checkpoints) -> None:
+        """Save a state to go on from, once it is known to be finite and everything before it is written."""
+        if self.prepared.args.save_steps == 0 or result.step in states.steps():
+            return
+        steps.flush()
+        self.writer.sync()
+        record = {
+            "step": result.step,
+            "epoch": result.epoch,
+            "step_in_epoch": result.step - (result.epoch - 1) * self.prepared.steps_per_epoch,
+            "training_seconds": steps.training_seconds,
+            "settings": self.settings,
+            "versions": self.prepared.facts["versions"],
+        }
+        states.save(result.state, result.step, record)
+
+    def _whole(self, params: Any) -> Any:
+        if self.prepared.mesh.shape["fsdp"] == 1:
+            return params
+        return jax.jit(lambda params: params, out_shardings=replicated(self.prepared.mesh))(params)
+
+    def _evaluate(self, evaluator: Evaluator, params: Any, split: str, prefix: str, folder: Path) -> None:
+        data = self.prepared.splits[split]
+        if self.writer.recorded.evaluation(prefix, self.step):
+            paths = data.image_paths(np.arange(len(data)))
+            evaluation = self.writer.read_evaluation(prefix, step=self.step, folder=folder, image_paths=paths)
+        else:
+            started = time.perf_counter()
+            evaluation = evaluator.evaluate(params, data, name=prefix)
+            seconds = time.perf_counter() - started
+            self.writer.evaluation(prefix, evaluation, step=self.step, folder=folder, seconds=seconds)
+            log.info("step %d: %s", self.step, describe(prefix, evaluation))
+        self.metrics.update(prefixed(prefix, evaluation.metrics))
+        self.evaluations[prefix] = evaluation
+
+    def _describe_non_finite(self, error: NonFinite, training: Training, states: Checkpoints) -> str:
+        data = self.prepared.splits["train"]
+        epoch, index = divmod(error.step - 1, self.prepared.steps_per_epoch)
+        rows = data.kept[training.schedule.epoch_rows(epoch, len(data))[index].reshape(-1)]
+        write_json(
+            self.writer.folder / "non_finite.json",
+            {
+                "step": error.step,
+                "metrics": {name: str(value) for name, value in error.metrics.items()},
+                "rows": [
+                    {name: row[name] for name in ("row", "image_path", "caption")} for row in data.dataset.select(rows)
+                ],
+            },
+        )
+        values = ", ".join(f"{name} {value:g}" for name, value in error.metrics.items())
+        states.wait()
+        return (
+            f"step {error.step} is not finite ({values}). Its rows are in {self.folder / 'non_finite.json'};"
+            f" {_how_to_go_on(states)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
+        )
+
+
+def _how_to_go_on(states: Checkpoints) -> str:
+    steps = states.steps()
+    return f"the state of step {steps[-1]} is saved, --resume auto goes on from it." if steps else "no state is saved."
+
+
+def save_whole_model(prepared: PreparedRun, params: Any, folder: Path) -> None:
+    """Write a model's folder whole or not at all."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(prepared.pretrained, jax.device_get(params), partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def describe(prefix: str, evaluation: Evaluation) -> str:
@@ -148,84 +303,3 @@ def _evaluates_at(prepared: PreparedRun, result: StepResult) -> bool:
     if prepared.args.eval_steps is not None and prepared.args.eval_steps > 0:
         return result.step % prepared.args.eval_steps == 0
     return result.is_epoch_end
-
-
-def _saves_at(prepared: PreparedRun, result: StepResult, *, saved_before: bool) -> bool:
-    """The example saves when it evaluates, which may be never; no training ends without a model here."""
-    return result.step == prepared.num_steps and not saved_before
-
-
-def _steps(prepared: PreparedRun, params: Any) -> Iterator[StepResult]:
-    args = prepared.args
-    schedule = create_learning_rate_fn(args.learning_rate, num_steps=prepared.num_steps, warmup_steps=args.warmup_steps)
-    optimizer = create_optimizer(
-        schedule,
-        rule=prepared.protocol.decay_mask,
-        weight_decay=args.weight_decay,
-        beta1=args.adam_beta1,
-        beta2=args.adam_beta2,
-        epsilon=args.adam_epsilon,
-    )
-    train_step = make_train_step(
-        prepared.pretrained.captioner.logits,
-        optimizer,
-        schedule,
-        reduction=prepared.protocol.loss_reduction,
-        label_smoothing=args.label_smoothing_factor,
-    )
-    everywhere = replicated(prepared.mesh)
-    state = create_train_state(params, optimizer, seed=args.seed, num_replicas=prepared.num_replicas)
-    return take_steps(
-        jax.jit(train_step, donate_argnums=0, out_shardings=everywhere),
-        # A copy: the first step takes the buffers of the state that it is given.
-        jax.tree.map(jax.numpy.copy, put(state, everywhere)),
-        prepared.splits["train"],
-        Schedule(
-            seed=args.seed,
-            num_epochs=prepared.num_epochs,
-            shuffle=args.block_size > 0 or prepared.protocol.shuffle_without_blocks,
-            num_replicas=prepared.num_replicas,
-            replica_batch=args.per_device_train_batch_size,
-        ),
-        train_batch_sharding(prepared.mesh, num_replicas=prepared.num_replicas),
-    )
-
-
-def _smallest_batch(prepared: PreparedRun, batch_size: int) -> int | None:
-    """A quarter of a large batch on one device: the pocket model's captions take 10 to 40 % less time on a CPU.
-
-    A small batch does not repay compiling the search for each size; over several devices rows would have to move.
-    """
-    return batch_size // 4 if prepared.mesh.size == 1 and batch_size >= SHRINKS_FROM else None
-
-
-def _evaluator(prepared: PreparedRun) -> Evaluator:
-    args, data_args, captioner = prepared.args, prepared.data_args, prepared.pretrained.captioner
-    batch_size = prepared.num_replicas * args.per_device_eval_batch_size
-    sharding = rows_sharding(prepared.mesh, num_rows=batch_size)
-    generate: Callable[[Any, Any], Any] | None = None
-    if data_args.predict_with_generate:
-        settings = captioner.generation_config
-        generate = jax.jit(
-            lambda params, memory: captioner.generate(
-                params,
-                memory,
-                max_length=data_args.val_max_target_length or data_args.max_target_length,
-                num_beams=data_args.num_beams or settings.num_beams or 1,
-                stop_rule=prepared.protocol.stop_rule,
-                group_size=args.per_device_eval_batch_size,
-                smallest_batch=_smallest_batch(prepared, batch_size),
-            ).tokens[:, 0]
-        )
-    encode = jax.jit(captioner.encode)
-    eval_step = jax.jit(make_eval_step(captioner.decode, label_smoothing=args.label_smoothing_factor))
-    return Evaluator(
-        encode=lambda params, pixels: encode(params, put(pixels, sharding)),
-        row_losses=lambda params, memory, captions: eval_step(params, memory, put(captions, sharding)),
-        generate=generate,
-        tokenizer=prepared.pretrained.tokenizer,
-        protocol=prepared.protocol,
-        num_replicas=prepared.num_replicas,
-        replica_batch=args.per_device_eval_batch_size,
-        progress=prepared.progress,
-    )

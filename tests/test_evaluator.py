@@ -13,6 +13,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repro.assemble import build_evaluator
 from repro.config import DataArguments, TrainingArguments
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.data.pipeline import CaptionedImages
@@ -22,7 +23,6 @@ from repro.evaluation.targets import Verdict, check_targets
 from repro.models.beam_search import Captions
 from repro.prepare import check_fills_a_batch
 from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
-from repro.run import _evaluator as make_run_evaluator
 from repro.training.sharding import create_mesh
 
 LENGTH, SIDE = 5, 2
@@ -75,6 +75,7 @@ def make_data(num_rows: int, *, captions: bool = True, seed: int = 0, images=Non
 
 def make_evaluator(model, tokenizer, protocol=EXACT, *, replicas=2, rows=2, generate=True) -> Evaluator:
     return Evaluator(
+        place=lambda load, rows: load(rows),
         encode=model.encode,
         row_losses=model.row_losses,
         generate=model.generate if generate else None,
@@ -253,7 +254,7 @@ def test_captions_that_have_ended_leave_large_batches_on_one_device(devices, row
     captioner = SimpleNamespace(
         generate=generate, encode=len, decode=len, generation_config=SimpleNamespace(num_beams=3)
     )
-    evaluator = make_run_evaluator(
+    evaluator = build_evaluator(
         SimpleNamespace(
             args=TrainingArguments(output_dir="unused", per_device_eval_batch_size=rows),
             data_args=DataArguments(predict_with_generate=True, max_target_length=LENGTH),

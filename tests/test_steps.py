@@ -19,7 +19,7 @@ from repro.training.loop import take_steps
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, replicated, rows_sharding, train_batch_sharding
 from repro.training.state import create_train_state
-from repro.training.steps import check_batch, make_eval_step, make_train_step, reduce_losses
+from repro.training.steps import check_batch, make_eval_step, make_train_step, replica_weights
 
 VOCABULARY, LENGTH, SIDE = 13, 6, 4
 REDUCTIONS = ("replica_means", "tokens")
@@ -146,8 +146,9 @@ def test_replica_means_weigh_replicas_alike_and_tokens_weigh_tokens_alike(seed):
     random = np.random.default_rng(seed)
     counts = random.integers(1, 50, 8).astype(np.float32)
     sums = counts * random.random(8, np.float32)
-    np.testing.assert_allclose(reduce_losses(sums, counts, "replica_means"), np.mean(sums / counts), rtol=1e-5)
-    np.testing.assert_allclose(reduce_losses(sums, counts, "tokens"), np.sum(sums) / np.sum(counts), rtol=1e-5)
+    means, tokens = (sums @ replica_weights(counts, reduction) for reduction in ("replica_means", "tokens"))
+    np.testing.assert_allclose(means, np.mean(sums / counts), rtol=1e-5)
+    np.testing.assert_allclose(tokens, np.sum(sums) / np.sum(counts), rtol=1e-5)
 
 
 def test_the_two_reductions_differ_where_replicas_have_different_numbers_of_tokens():

@@ -13,8 +13,10 @@ from repro.data.pipeline import CaptionedImages, prefetch
 from repro.evaluation.rouge import rouge_scores
 from repro.protocol import LossReduction, Protocol
 
-Encode = Callable[[Any, np.ndarray], Any]
-RowLosses = Callable[[Any, Any, dict[str, np.ndarray]], tuple[Any, Any]]
+Load = Callable[[np.ndarray], dict[str, np.ndarray]]
+Place = Callable[[Load, np.ndarray], dict[str, Any]]
+Encode = Callable[[Any, Any], Any]
+RowLosses = Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]]
 Generate = Callable[[Any, Any], Any]
 
 
@@ -41,6 +43,7 @@ class Evaluator:
     """How to evaluate, whatever the split and the parameters.
 
     Attributes:
+        place: (what loads rows int[n], rows int[B]) to their arrays on the devices; several processes each load some.
         encode: (params, pixels uint8[B,S,S,3]) to whatever the other two take for these images.
         row_losses: (params, encoded images, a caption [B,T] of each) to the captions' loss (sums, counts), float32[B].
         generate: (params, encoded images) to captions int32[B,L]; None to compute the loss alone.
@@ -48,6 +51,7 @@ class Evaluator:
         progress: whether to draw progress bars.
     """
 
+    place: Place
     encode: Encode
     row_losses: RowLosses
     generate: Generate | None
@@ -123,7 +127,7 @@ class Evaluator:
             for turn in range(num_captions[batch].max() if losses else 0):
                 has_turn = (num_captions[batch] > turn) & (np.arange(self.batch_size) < len(places))
                 turns = rows_by_image[first[batch] + turn * has_turn]
-                values = self.row_losses(params, memory, data.tokens(rows[turns]))
+                values = self.row_losses(params, memory, self.place(data.tokens, rows[turns]))
                 sums[turns[has_turn]], counts[turns[has_turn]] = (np.asarray(value)[has_turn] for value in values)
             if generate is not None:
                 tokens.append(np.asarray(generate(params, memory))[: len(places)])
@@ -142,10 +146,13 @@ class Evaluator:
         """Yield places in `images`, in order, with these images encoded; the last batch is padded to B with others."""
         starts = range(0, len(images), self.batch_size)
 
-        def loaded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        def load(numbers: np.ndarray) -> dict[str, np.ndarray]:
+            return {"pixels": data.images[numbers]}
+
+        def loaded() -> Iterator[tuple[np.ndarray, Any]]:
             for start in starts:
                 places = np.arange(start, min(start + self.batch_size, len(images)))
-                yield places, data.images[images[np.resize(places, self.batch_size)]]
+                yield places, self.place(load, images[np.resize(places, self.batch_size)])["pixels"]
 
         bar = tqdm(
             prefetch(loaded()),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -49,6 +52,23 @@ class Pretrained:
     tokenizer: Any
     image_processor: Any
     notes: tuple[str, ...] = ()
+
+    def fingerprint(self) -> str:
+        """Hash what the model computes, but for its weights: configurations, shapes, what is done to pixels."""
+        shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(self.params).items()}
+        parts = [self.captioner.config, self.captioner.generation_config, self.image_processor]
+        text = json.dumps([shapes, *(_without_origin(part.to_dict()) for part in parts)], sort_keys=True, default=str)
+        return sha256(text.encode()).hexdigest()[:16]
+
+
+ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Of a configuration, what says where it comes from and not what it computes."""
+
+
+def _without_origin(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _without_origin(part) for name, part in value.items() if name not in ORIGIN}
+    return value
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from huggingface_hub import CommitInfo, HfApi
 
 from repro.reporting.writer import log
 
+LEFT_AT_HOME = ("state/*", "run.lock", "*.partial", "*.partial/*")
+
 
 class HubUploader:
     """Uploads a run's folder after each checkpoint, in the background; a failure is a warning."""
@@ -38,6 +40,7 @@ class HubUploader:
             repo_id=self.repository,
             folder_path=self._folder,
             commit_message=message,
+            ignore_patterns=list(LEFT_AT_HOME),
             run_as_future=True,
         )
 

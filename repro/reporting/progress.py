@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -16,21 +17,53 @@ IN_FLIGHT = 2
 """Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile."""
 
 
+class NonFinite(Exception):
+    """A step's loss or gradient is infinite or not a number, so the parameters after it are worthless.
+
+    Attributes:
+        step: the first such.
+        metrics: its own.
+    """
+
+    def __init__(self, step: int, metrics: dict[str, float]) -> None:
+        super().__init__(f"step {step}: {metrics}")
+        self.step = step
+        self.metrics = metrics
+
+
 class StepLog:
-    """Collects the metrics of steps and writes them once they are computed."""
+    """Collects the metrics of steps, writes them once they are computed, and watches that they are finite."""
 
     def __init__(
-        self, writer: RunWriter, *, num_steps: int, batch_size: int, logging_steps: int, progress: bool
+        self,
+        writer: RunWriter,
+        *,
+        num_steps: int,
+        batch_size: int,
+        logging_steps: int,
+        progress: bool,
+        first_step: int = 0,
+        seconds_before: float = 0.0,
+        log_grad_norm: bool = False,
     ) -> None:
+        """Start the clock.
+
+        Args:
+            first_step: taken already, in `seconds_before`.
+            log_grad_norm: write the norm of each step's gradient too.
+        """
         self._writer = writer
+        self._log_grad_norm = log_grad_norm
         self._batch_size = batch_size
         self._logging_steps = logging_steps
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._started = self._refreshed = time.perf_counter()
-        self._training_seconds = 0.0
+        self._training_seconds = seconds_before
         self._resumed = self._started
-        self._written = 0
-        self._bar = tqdm(total=num_steps, desc="train", unit="step", disable=None if progress else True)
+        self._written = first_step
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, desc="train", unit="step", disable=None if progress else True
+        )
 
     def add(self, result: StepResult) -> None:
         """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""
@@ -42,7 +75,11 @@ class StepLog:
             self._pending = self._pending[-IN_FLIGHT:]
 
     def flush(self) -> None:
-        """Wait for all steps so far and write them."""
+        """Wait for all steps so far and write them.
+
+        Raises:
+            NonFinite: one of them cannot be gone on from; those before it are written.
+        """
         self._write(self._pending)
         self._pending = []
 
@@ -55,6 +92,11 @@ class StepLog:
         """Go on counting training time."""
         self._resumed = time.perf_counter()
 
+    @property
+    def training_seconds(self) -> float:
+        """Time spent on training so far, without evaluations."""
+        return round(self._training_seconds + time.perf_counter() - self._resumed, 3)
+
     def close(self) -> dict[str, float]:
         """End the bar; returns `train_seconds`, without evaluations, and `train_rows_per_second`."""
         self.pause()
@@ -66,9 +108,16 @@ class StepLog:
         }
 
     def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
-        rows: list[dict[str, Any]] = [
-            {"step": step, **{name: float(value) for name, value in metrics.items()}} for step, metrics in steps
-        ]
+        rows: list[dict[str, Any]] = []
+        broken: NonFinite | None = None
+        for step, metrics in steps:
+            values = {name: float(value) for name, value in metrics.items()}
+            if not all(map(math.isfinite, values.values())):
+                broken = NonFinite(step, values)
+                break
+            if not self._log_grad_norm:
+                values.pop("grad_norm", None)
+            rows.append({"step": step, **values})
         self._writer.train_steps(rows)
         for row in rows:
             if self._logging_steps > 0 and row["step"] % self._logging_steps == 0:
@@ -87,3 +136,5 @@ class StepLog:
             rate = self._written * self._batch_size / max(seconds, 1e-9)
             self._bar.update(len(rows))
             self._bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate:.0f} rows/s")
+        if broken:
+            raise broken

@@ -1,40 +1,138 @@
-"""The files of a run: the example's own, `metrics.jsonl`, `run.json`, `dropped.jsonl`, TensorBoard."""
+"""The files of a run: the example's own, `metrics.jsonl`, `run.json`, `dropped.jsonl`, `state/`, TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
 
+LOCK = "run.lock"
 RUN_FILES = (
-    *("log", "metrics.jsonl", "run.json", "dropped.jsonl"),
+    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", "non_finite.json", "state"),
     *("eval_results.json", "eval_generation.json", "test_results.json", "test_generation.json"),
 )
-RUN_PATTERNS = ("ckpt_epoch_*_step_*", "events.out.tfevents.*")
+MODELS = "ckpt_epoch_*_step_*"
+PARTIAL = ".partial"
+UNFINISHED_STATE = ".orbax-checkpoint-tmp"
+RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
+DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "seconds")
+"""What `metrics.jsonl` says of an evaluation besides its metrics."""
 
 log = logging.getLogger("repro")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if need be; the system lets go of it when this process ends.
+
+    Raises:
+        InputError: the folder is a file, or another run is at work in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder}: is a file; name a folder.")
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"--output_dir {folder}: another run is at work in it; wait for it, or name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        if not was_there and not _entries(folder):
+            shutil.rmtree(folder)
+        lock.release()
 
 
 def check_output_dir(folder: Path, *, overwrite: bool) -> None:
     """Refuse to mix a run with what lies in its folder; changes nothing.
 
     Raises:
-        InputError: the folder is a file, or holds something and may not be overwritten.
+        InputError: the folder holds something and may not be overwritten.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: is a file; name a folder.")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+    if not overwrite and folder.is_dir() and _entries(folder):
         raise InputError(
-            f"--output_dir {folder}: is not empty; name another folder, or add"
-            " --overwrite_output_dir to replace the run in it."
+            f"--output_dir {folder}: is not empty; name another folder, or add --resume auto to go on with the run in"
+            " it, or --overwrite_output_dir to replace that."
         )
+
+
+def holds_only_a_start(folder: Path) -> bool:
+    """Tell whether a folder is empty, or holds nothing but what a run writes before its first state."""
+    known = {path.name for path in _files_of_a_run(folder)}
+    states = [path for path in (folder / "state").glob("[0-9]*") if UNFINISHED_STATE not in path.name]
+    finished = "finished" in _read_json(folder / "run.json")
+    return not (models_in(folder) or states or finished) and all(path.name in known for path in _entries(folder))
+
+
+def models_in(folder: Path) -> list[Path]:
+    """List the model folders of a run, in the order of their steps."""
+    whole = [path for path in folder.glob(MODELS) if not path.name.endswith(PARTIAL)]
+    return sorted(whole, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What `metrics.jsonl` says.
+
+    Attributes:
+        rows: its objects, in order.
+    """
+
+    rows: list[dict[str, Any]]
+
+    def evaluation(self, prefix: str, step: int) -> dict[str, Any] | None:
+        """Find an evaluation's metrics and details."""
+        found = [row[prefix] for row in self.rows if prefix in row and row["step"] == step]
+        return found[-1] if found else None
+
+    def evaluated(self, prefix: str) -> bool:
+        """Tell whether there is any evaluation of this name."""
+        return any(prefix in row for row in self.rows)
+
+    def best_step(self, metric: str, *, prefix: str = "eval") -> int | None:
+        """Find the step with the best value of a metric: the least loss, the most of any other."""
+        sign = -1.0 if metric == "loss" else 1.0
+        scored = [(sign * row[prefix][metric], -row["step"]) for row in self.rows if metric in row.get(prefix, ())]
+        return -max(scored)[1] if scored else None
+
+
+def read_recorded(folder: Path, step: int) -> Recorded:
+    """Read `metrics.jsonl` up to a step; a line that was being written when the run was killed is left out."""
+    rows = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return Recorded([row for row in rows if row["step"] <= step])
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,7 +141,11 @@ def write_json(path: Path, value: Any) -> None:
         data = json.dumps(value, indent=4, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         data = json.dumps(value, indent=4).encode("utf-8")
-    partial = path.with_name(path.name + ".partial")
+    _write_whole(path, data)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_bytes(data)
     partial.replace(path)
 
@@ -54,23 +156,35 @@ def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
 
 
 class RunWriter:
-    """Writes one run's folder; what an earlier run left there under the same names is removed first."""
+    """Writes one run's folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, recorded: Recorded | None = None) -> None:
+        """Prepare the folder.
+
+        Args:
+            recorded: what stays of the run in it; None to remove that.
+        """
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        for path in _files_of_a_run(folder):
+        # A model that was being written when the run was killed is not one; nothing else is removed of a run.
+        for path in _files_of_a_run(folder) if recorded is None else folder.glob(f"*{PARTIAL}"):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
         self.folder = folder
+        self.recorded = recorded or Recorded([])
         self._handler = logging.FileHandler(folder / "log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
         log.addHandler(self._handler)
-        self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._tensorboard = SummaryWriter(logdir=str(folder), write_to_disk=True)
+        path = folder / "metrics.jsonl"
+        _write_whole(path, "".join(json.dumps(row) + "\n" for row in self.recorded.rows).encode())
+        self._metrics = path.open("a", encoding="utf-8")
+        steps = [row["step"] for row in self.recorded.rows]
+        self._tensorboard = SummaryWriter(
+            logdir=str(folder), write_to_disk=True, purge_step=max(steps) + 1 if steps else None
+        )
 
     def __enter__(self) -> RunWriter:
         return self
@@ -89,8 +203,11 @@ class RunWriter:
 
     def train_steps(self, rows: Iterable[dict[str, float]]) -> None:
         """Append {"step", "loss", "learning_rate"} of each step to `metrics.jsonl`."""
-        self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
-        self._metrics.flush()
+        self._append(list(rows))
+
+    def sync(self) -> None:
+        """Have the system write `metrics.jsonl` to the disk, which is to know of every step before a saved state."""
+        os.fsync(self._metrics.fileno())
 
     def train_scalars(self, step: int, row: dict[str, float], seconds: float) -> None:
         """Write the example's training scalars, with the seconds since the start, to TensorBoard."""
@@ -107,11 +224,27 @@ class RunWriter:
         if evaluation.generations:
             write_json(folder / f"{prefix}_generation.json", evaluation.generations)
         entry = {**evaluation.metrics, **evaluation.details, "seconds": round(seconds, 3)}
-        self._metrics.write(json.dumps({"step": step, prefix: entry}) + "\n")
-        self._metrics.flush()
+        self._append([{"step": step, prefix: entry}])
         for name, value in results.items():
             self._tensorboard.add_scalar(name, value, step)
         self._tensorboard.flush()
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
+        self._metrics.flush()
+        self.recorded.rows.extend(rows)
+
+    def read_evaluation(self, prefix: str, *, step: int, folder: Path, image_paths: list[str]) -> Evaluation:
+        """Read back an evaluation that `recorded` has."""
+        entry = self.recorded.evaluation(prefix, step)
+        assert entry is not None
+        generations = folder / f"{prefix}_generation.json"
+        return Evaluation(
+            metrics={name: value for name, value in entry.items() if name not in DETAILS},
+            details={name: value for name, value in entry.items() if name in DETAILS},
+            generations=json.loads(generations.read_text(encoding="utf-8")) if generations.exists() else [],
+            image_paths=image_paths[: entry["rows"]],
+        )
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:

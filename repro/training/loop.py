@@ -39,19 +39,26 @@ def take_steps(
     data: CaptionedImages,
     schedule: Schedule,
     sharding: NamedSharding,
+    *,
+    first_step: int = 0,
 ) -> Iterator[StepResult]:
-    """Train, yielding after each step without waiting for the device to finish it."""
+    """Train, yielding after each step without waiting for the device to finish it.
+
+    Args:
+        state: after `first_step` steps, which are not taken again.
+    """
     steps_per_epoch = schedule.steps_per_epoch(len(data))
     load = partial(put_rows, data.batch, sharding)
-    for epoch in range(schedule.num_epochs):
+    for epoch in range(first_step // steps_per_epoch, schedule.num_epochs):
         # Drawn in this thread: which random stream JAX uses is thread-local.
         rows = schedule.epoch_rows(epoch, len(data))
-        for index, batch in enumerate(prefetch(map(load, rows)), start=1):
+        taken = max(first_step - epoch * steps_per_epoch, 0)
+        for index, batch in enumerate(prefetch(map(load, rows[taken:])), start=taken + 1):
             state, metrics = train_step(state, batch)
-            yield StepResult(
-                state=state,
-                step=epoch * steps_per_epoch + index,
-                epoch=epoch + 1,
-                is_epoch_end=index == steps_per_epoch,
-                metrics=metrics,
-            )
+            yield after_step(state, epoch * steps_per_epoch + index, steps_per_epoch, metrics)
+
+
+def after_step(state: TrainState, step: int, steps_per_epoch: int, metrics: dict[str, jax.Array]) -> StepResult:
+    """Say where in its epoch a step is."""
+    epoch, index = divmod(step - 1, steps_per_epoch)
+    return StepResult(state, step, epoch + 1, is_epoch_end=index + 1 == steps_per_epoch, metrics=metrics)

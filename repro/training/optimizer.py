@@ -50,9 +50,14 @@ def create_optimizer(
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
+    max_grad_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) under a schedule and one of the decay masks."""
-    return optax.adamw(
+    """AdamW (Loshchilov and Hutter 2019) under a schedule and one of the decay masks.
+
+    Args:
+        max_grad_norm: global norm to which larger gradients are scaled down before; None to leave them.
+    """
+    adamw = optax.adamw(
         schedule,
         b1=beta1,
         b2=beta2,
@@ -60,6 +65,7 @@ def create_optimizer(
         weight_decay=weight_decay,
         mask=lambda params: decay_mask(params, rule),
     )
+    return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
 
 
 def count_parameters(params: Any) -> int:

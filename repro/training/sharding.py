@@ -1,23 +1,62 @@
-"""Which device computes what: a mesh, and where batches and states lie on it."""
+"""Which device computes and keeps what: a mesh, and where batches and states lie on it.
+
+The axes are `data` and `fsdp`. Both cut the batch; `fsdp` cuts the parameters and the optimizer's state too (ZeRO,
+Rajbhandari et al. 2020), which a step then gathers for its own time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from repro.errors import InputError
 
-def create_mesh(devices: Sequence[jax.Device], *, num_replicas: int, replica_batch: int) -> Mesh:
-    """Make the `data` mesh of as many devices as divide the replicas, or else the rows of each.
+AXES = ("data", "fsdp")
+SMALLEST_CUT = 1024
+"""Scalars from which on an array is cut by `fsdp`: gathering smaller ones costs more than keeping them."""
 
-    A device left over would need a part of a row; it idles instead.
+
+def create_mesh(
+    devices: Sequence[jax.Device],
+    *,
+    num_replicas: int,
+    replica_batch: int,
+    shape: Mapping[str, int] | None = None,
+) -> Mesh:
+    """Lay devices out for batches [R,b].
+
+    Args:
+        shape: devices along each axis; None to put as many as divide the replicas, or else the rows of each, along
+            `data`. A device left over would need a part of a row; it idles instead.
+
+    Raises:
+        InputError: the devices cannot be laid out so, or share the rows of a batch unevenly, or a process has none.
     """
-    counts = range(len(devices), 0, -1)
-    used = next(n for n in counts if num_replicas % n == 0 or replica_batch % n == 0)
-    return Mesh(np.asarray(devices[:used]), ("data",), axis_types=(AxisType.Auto,))
+    sizes = shape or {"data": _most_that_divide(len(devices), num_replicas, replica_batch)}
+    data, fsdp = (sizes.get(axis, 1) for axis in AXES)
+    used = data * fsdp
+    if used > len(devices):
+        raise InputError(f"--mesh data={data},fsdp={fsdp}: needs {used} devices; there are {len(devices)}.")
+    if num_replicas % used and replica_batch % used:
+        raise InputError(
+            f"--mesh data={data},fsdp={fsdp}: its {used} devices divide neither the {num_replicas} replicas nor the"
+            f" {replica_batch} rows of each; change --mesh, --num_replicas or --per_device_train_batch_size."
+        )
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:used]}
+    if idle:
+        raise InputError(
+            f"only {used} of {len(devices)} devices divide {num_replicas} replicas or their {replica_batch} rows, which"
+            f" leaves {len(idle)} processes without any; change --num_replicas or --per_device_train_batch_size."
+        )
+    return Mesh(np.asarray(devices[:used]).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _most_that_divide(count: int, num_replicas: int, replica_batch: int) -> int:
+    return next(n for n in range(count, 0, -1) if num_replicas % n == 0 or replica_batch % n == 0)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -25,20 +64,53 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def train_batch_sharding(mesh: Mesh, *, num_replicas: int) -> NamedSharding:
-    """Split [R,b,...] by replicas where the devices divide them, else by each replica's rows."""
-    by_replica = num_replicas % mesh.size == 0
-    return NamedSharding(mesh, PartitionSpec("data") if by_replica else PartitionSpec(None, "data"))
+def state_sharding(mesh: Mesh, tree: Any) -> Any:
+    """Cut each large array along its longest axis that `fsdp` divides; all others are on every device.
+
+    Args:
+        tree: arrays or their shapes; an optimizer's moments are cut like their parameters, because they are as large.
+
+    Returns:
+        The tree with a sharding in the place of each array.
+    """
+    size = mesh.shape["fsdp"]
+
+    def sharding(array: Any) -> NamedSharding:
+        axes = [axis for axis, length in enumerate(array.shape) if length % size == 0]
+        if size == 1 or not axes or np.prod(array.shape) < SMALLEST_CUT:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: array.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(sharding, tree)
+
+
+def train_batch_sharding(mesh: Mesh, *, num_replicas: int, replicas_at_once: int | None = None) -> NamedSharding:
+    """Split [R,b,...] by replicas where the devices divide those computed at once, else by each replica's rows."""
+    by_replica = (replicas_at_once or num_replicas) % mesh.size == 0
+    return NamedSharding(mesh, PartitionSpec(AXES) if by_replica else PartitionSpec(None, AXES))
 
 
 def rows_sharding(mesh: Mesh, *, num_rows: int) -> NamedSharding:
     """Split [B,...] by rows where the devices divide them, else compute all rows on every device."""
-    return NamedSharding(mesh, PartitionSpec("data") if num_rows % mesh.size == 0 else PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec(AXES) if num_rows % mesh.size == 0 else PartitionSpec())
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Copy host arrays to the devices (asynchronously)."""
-    return jax.device_put(tree, sharding)
+def put(tree: Any, sharding: Any) -> Any:
+    """Copy host arrays to the devices (asynchronously); with several processes, each gives the parts that it holds.
+
+    Args:
+        sharding: one for all arrays, or a tree of them.
+    """
+    shardings = sharding if not isinstance(sharding, NamedSharding) else jax.tree.map(lambda _: sharding, tree)
+
+    def place(array: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, shardings)
 
 
 def put_rows(
@@ -48,10 +120,10 @@ def put_rows(
 
     Args:
         load: rows int[n] to arrays [n,...].
-        rows: int[R,b], the whole batch.
+        rows: int[R,b] or int[B], the whole batch.
 
     Returns:
-        Arrays [R,b,...] under the sharding.
+        Arrays [R,b,...] or [B,...] under the sharding.
     """
     held = np.zeros(rows.shape, bool)
     for index in sharding.addressable_devices_indices_map(rows.shape).values():
@@ -63,7 +135,7 @@ def put_rows(
 
     def assemble(values: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            return values[place[index[:2]]]
+            return values[place[index[: rows.ndim]]]
 
         return jax.make_array_from_callback((*rows.shape, *values.shape[1:]), sharding, part)
 

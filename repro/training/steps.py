@@ -57,12 +57,11 @@ def check_batch(batch: Batch, *, leading_axes: int) -> None:
     chex.assert_type(pixels, jnp.uint8)
 
 
-def reduce_losses(sums: jax.Array, counts: jax.Array, reduction: LossReduction) -> jax.Array:
-    """Reduce each replica's (sum, count), float32[R], to the loss float32[]."""
-    chex.assert_equal_shape((sums, counts))
+def replica_weights(counts: jax.Array, reduction: LossReduction) -> jax.Array:
+    """Weigh the sums of replicas that have `counts` tokens, float32[R], so that they add up to the loss."""
     if reduction == "replica_means":
-        return (sums / counts).mean()
-    return sums.sum() / counts.sum()
+        return 1.0 / (len(counts) * counts)
+    return jnp.broadcast_to(1.0 / counts.sum(), counts.shape)
 
 
 def make_train_step(
@@ -72,10 +71,23 @@ def make_train_step(
     *,
     reduction: LossReduction,
     label_smoothing: float = 0.0,
+    replicas_at_once: int | None = None,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> TrainStep:
-    """Build the step: (state, batch [R,b,...]) to (state', {"loss", "learning_rate"} float32[] of this batch)."""
+    """Build the step: (state, batch [R,b,...]) to (state', metrics of this batch).
 
-    def replica_loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    The loss is a sum over replicas with weights that the masks alone decide, so its gradient is a sum as well: however
+    many replicas are computed at once, the others after them, it is the same but for rounding.
+
+    Args:
+        replicas_at_once: divides R; None for all.
+        gather: makes the parameters whole on each device that keeps but a part of them.
+
+    Returns:
+        The step; its metrics are {"loss", "learning_rate", "grad_norm"}, float32[] each, the norm before any clipping.
+    """
+
+    def replica_loss(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
         logits = logits_fn(
             params,
             batch["pixels"],
@@ -83,29 +95,29 @@ def make_train_step(
             batch["decoder_attention_mask"],
             dropout_key=key,
         )
-        sums, counts = row_losses(
+        sums, _ = row_losses(
             logits,
             batch["labels"],
             batch["decoder_attention_mask"],
             label_smoothing=label_smoothing,
         )
-        return sums.sum(), counts.sum()
+        return sums.sum()
+
+    def loss_fn(params: Any, batch: Batch, keys: jax.Array, weights: jax.Array) -> jax.Array:
+        params = gather(params)
+        if len(keys) == 1:
+            # Without the axis of replicas the backward pass takes an eighth less time on a CPU (jax 0.10).
+            alone = jax.tree.map(lambda x: x[0], (batch, keys))
+            return replica_loss(params, *alone) * weights[0]
+        return (jax.vmap(replica_loss, in_axes=(None, 0, 0))(params, batch, keys) * weights).sum()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         check_batch(batch, leading_axes=2)
         chex.assert_equal_shape_prefix((batch["labels"], state.dropout_keys), 1)
         keys = jax.vmap(jax.random.split)(state.dropout_keys)
-
-        def loss_fn(params: Any) -> jax.Array:
-            if len(keys) == 1:
-                # Without the axis of replicas the backward pass takes an eighth less time on a CPU (jax 0.10).
-                alone = jax.tree.map(lambda x: x[0], (batch, keys[:, 0]))
-                sums, counts = jax.tree.map(jnp.atleast_1d, replica_loss(params, *alone))
-            else:
-                sums, counts = jax.vmap(replica_loss, in_axes=(None, 0, 0))(params, batch, keys[:, 0])
-            return reduce_losses(sums, counts, reduction)
-
-        loss, gradients = jax.value_and_grad(loss_fn)(state.params)
+        counts = batch["decoder_attention_mask"].sum(axis=(1, 2)).astype(jnp.float32)
+        replicas = (batch, keys[:, 0], replica_weights(counts, reduction))
+        loss, gradients = _in_turns(jax.value_and_grad(loss_fn), state.params, replicas, replicas_at_once)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         following = TrainState(
             step=state.step + 1,
@@ -113,9 +125,30 @@ def make_train_step(
             opt_state=opt_state,
             dropout_keys=keys[:, 1],
         )
-        return following, {"loss": loss, "learning_rate": jnp.asarray(schedule(state.step))}
+        metrics = {
+            "loss": loss,
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "grad_norm": optax.tree.norm(gradients),
+        }
+        return following, metrics
 
     return train_step
+
+
+def _in_turns(function: Callable[..., Any], params: Any, replicas: Any, at_once: int | None) -> Any:
+    """Add up function(params, *some of the replicas), `at_once` of them [R,...] at a time."""
+    num_replicas = len(jax.tree.leaves(replicas)[0])
+    if at_once in (None, num_replicas):
+        return function(params, *replicas)
+    chex.assert_is_divisible(num_replicas, at_once)
+    # Strided, so that where devices share [R] evenly they share each turn evenly.
+    turns = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(at_once, -1, *x.shape[1:]), 1, 0), replicas)
+
+    def add(total: Any, turn: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(params, *turn)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, params, *replicas))
+    return jax.lax.scan(add, zeros, turns)[0]
 
 
 def make_eval_step(decode_fn: DecodeFn, *, label_smoothing: float = 0.0) -> EvalStep:

@@ -1,0 +1,197 @@
+"""The compiled parts of a run, put together from its flags: training from a state on, and the evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from repro.data.pipeline import Schedule
+from repro.errors import InputError
+from repro.evaluation.evaluator import Evaluator
+from repro.prepare import PreparedRun
+from repro.reporting.writer import log
+from repro.training.checkpoint import abstract
+from repro.training.interrupt import StopSignals
+from repro.training.loop import StepResult, after_step, take_steps
+from repro.training.memory import SHARE, choices, compile_what_fits, device_bytes, step_bytes
+from repro.training.optimizer import create_learning_rate_fn, create_optimizer
+from repro.training.sharding import put, put_rows, replicated, rows_sharding, state_sharding, train_batch_sharding
+from repro.training.state import TrainState, create_train_state
+from repro.training.steps import TrainStep, make_eval_step, make_train_step
+
+SHRINKS_FROM = 32
+"""Rows of an evaluation batch from which on captions that have ended leave it."""
+GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True)
+class Training:
+    """What trains.
+
+    Attributes:
+        step: compiled; takes the buffers of the state that it is given.
+        create: makes the state before the first step.
+        like: the state's shapes, dtypes and shardings.
+        schedule: which rows a step takes.
+        batch_sharding: of a batch [R,b,...].
+        facts: how it was compiled, for `run.json`.
+    """
+
+    prepared: PreparedRun
+    step: TrainStep
+    create: Callable[[], TrainState]
+    like: TrainState
+    schedule: Schedule
+    batch_sharding: NamedSharding
+    facts: dict[str, Any]
+
+    def from_state(self, state: TrainState, step: int) -> Iterator[StepResult]:
+        """Give the step that the state comes from, if it comes from one, and then take the others."""
+        if step:
+            yield after_step(state, step, self.prepared.steps_per_epoch, {})
+        data = self.prepared.splits["train"]
+        yield from take_steps(self.step, state, data, self.schedule, self.batch_sharding, first_step=step)
+
+
+def build_training(prepared: PreparedRun) -> Training:
+    """Compile the training step for as many replicas at once as the flags say or the memory holds."""
+    args, mesh, num_replicas = prepared.args, prepared.mesh, prepared.num_replicas
+    schedule = create_learning_rate_fn(args.learning_rate, num_steps=prepared.num_steps, warmup_steps=args.warmup_steps)
+    optimizer = create_optimizer(
+        schedule,
+        rule=prepared.protocol.decay_mask,
+        weight_decay=args.weight_decay,
+        beta1=args.adam_beta1,
+        beta2=args.adam_beta2,
+        epsilon=args.adam_epsilon,
+        max_grad_norm=args.max_grad_norm,
+    )
+    create = partial(create_train_state, optimizer=optimizer, seed=args.seed, num_replicas=num_replicas)
+    shapes = jax.eval_shape(create, prepared.pretrained.params)
+    shardings = state_sharding(mesh, shapes)
+    like = abstract(shapes, shardings)
+    row = prepared.splits["train"].batch(np.zeros(1, np.int64))
+    leading = (num_replicas, args.per_device_train_batch_size)
+
+    def gather(params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(params, replicated(mesh)) if mesh.shape["fsdp"] > 1 else params
+
+    def compile_step(at_once: int) -> jax.stages.Compiled:
+        step = make_train_step(
+            prepared.pretrained.captioner.logits,
+            optimizer,
+            schedule,
+            reduction=prepared.protocol.loss_reduction,
+            label_smoothing=args.label_smoothing_factor,
+            replicas_at_once=at_once,
+            gather=gather,
+        )
+        sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once)
+        batch = {
+            name: jax.ShapeDtypeStruct((*leading, *array.shape[1:]), array.dtype, sharding=sharding)
+            for name, array in row.items()
+        }
+        compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        return compiled.lower(like, batch).compile()
+
+    at_once, step = compile_what_fits(
+        compile_step, _at_once(prepared), limit=SHARE * device_bytes(mesh.local_devices[0])
+    )
+    facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step)}
+    if at_once < num_replicas:
+        log.info(
+            "%d of %d replicas at once: a step takes %.1f GiB", at_once, num_replicas, facts["step_bytes"] / GIBIBYTE
+        )
+
+    def start() -> TrainState:
+        params = put(prepared.pretrained.params, shardings.params)
+        return jax.jit(create, out_shardings=shardings)(params)
+
+    return Training(
+        prepared=prepared,
+        step=step,
+        create=start,
+        like=like,
+        schedule=Schedule(
+            seed=args.seed,
+            num_epochs=prepared.num_epochs,
+            shuffle=prepared.shuffle,
+            num_replicas=num_replicas,
+            replica_batch=args.per_device_train_batch_size,
+        ),
+        batch_sharding=train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once),
+        facts=facts,
+    )
+
+
+def _at_once(prepared: PreparedRun) -> list[int]:
+    args = prepared.args
+    possible = choices(
+        prepared.mesh, num_replicas=prepared.num_replicas, replica_batch=args.per_device_train_batch_size
+    )
+    if args.replicas_at_once is None:
+        return possible
+    if args.replicas_at_once not in possible:
+        raise InputError(
+            f"--replicas_at_once {args.replicas_at_once}: with {prepared.num_replicas} replicas of"
+            f" {args.per_device_train_batch_size} rows on {prepared.mesh.size} devices it can be"
+            f" {', '.join(map(str, possible))}."
+        )
+    return [args.replicas_at_once]
+
+
+def _smallest_batch(prepared: PreparedRun, batch_size: int) -> int | None:
+    """A quarter of a large batch on one device: the pocket model's captions take 10 to 40 % less time on a CPU.
+
+    A small batch does not repay compiling the search for each size; over several devices rows would have to move.
+    """
+    return batch_size // 4 if prepared.mesh.size == 1 and batch_size >= SHRINKS_FROM else None
+
+
+def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None) -> Evaluator:
+    """Put together what evaluates; a signal ends it between two batches."""
+    args, data_args, captioner = prepared.args, prepared.data_args, prepared.pretrained.captioner
+    batch_size = prepared.num_replicas * args.per_device_eval_batch_size
+    everywhere = replicated(prepared.mesh)
+    generate: Callable[[Any, Any], Any] | None = None
+    if data_args.predict_with_generate:
+        settings = captioner.generation_config
+        generate = jax.jit(
+            lambda params, memory: captioner.generate(
+                params,
+                memory,
+                max_length=data_args.val_max_target_length or data_args.max_target_length,
+                num_beams=data_args.num_beams or settings.num_beams or 1,
+                stop_rule=prepared.protocol.stop_rule,
+                group_size=args.per_device_eval_batch_size,
+                smallest_batch=_smallest_batch(prepared, batch_size),
+            ).tokens[:, 0],
+            out_shardings=everywhere,
+        )
+    encode = jax.jit(captioner.encode)
+
+    def encode_if_not_stopped(params: Any, pixels: Any) -> Any:
+        if signals:
+            signals.raise_if_received()
+        return encode(params, pixels)
+
+    sharding = rows_sharding(prepared.mesh, num_rows=batch_size)
+    return Evaluator(
+        place=lambda load, rows: put_rows(load, sharding, rows),
+        encode=encode_if_not_stopped,
+        row_losses=jax.jit(
+            make_eval_step(captioner.decode, label_smoothing=args.label_smoothing_factor), out_shardings=everywhere
+        ),
+        generate=generate,
+        tokenizer=prepared.pretrained.tokenizer,
+        protocol=prepared.protocol,
+        num_replicas=prepared.num_replicas,
+        replica_batch=args.per_device_eval_batch_size,
+        progress=prepared.progress,
+    )

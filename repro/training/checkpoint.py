@@ -1,0 +1,207 @@
+"""The state of a run on disk: written beside the training, whole or not at all, and checked before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from repro.errors import is_disk_full, stopping_on_full_disk
+from repro.training.processes import is_first
+from repro.training.state import TrainState
+
+CHECKSUMS = "checksums.json"
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+CORRUPT = ".corrupt"
+
+log = logging.getLogger("repro")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A state that can be restored.
+
+    Attributes:
+        folder: of the states.
+        step: after which it was saved.
+        record: what was saved with it.
+        corrupt: the later steps whose files are not as they were written.
+    """
+
+    folder: str
+    step: int
+    record: dict[str, Any]
+    corrupt: list[int]
+
+
+@dataclass(frozen=True)
+class _LastAndBest(PreservationPolicy):
+    last: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.last :], self.best()}
+        return [step in kept for step in steps]
+
+
+class Checkpoints:
+    """The states of one run, in `FOLDER/STEP`, of which some are kept.
+
+    Orbax writes them and renames them when they are whole. Its data are not checksummed (a flipped bit is restored
+    without complaint, orbax 0.12), so the files' SHA-256 are added once they are written.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, best: Callable[[], int | None] = lambda: None) -> None:
+        """Open or make the folder.
+
+        Args:
+            keep: how many of the last states are kept.
+            best: gives the step of one more that is.
+        """
+        self.folder = folder.absolute()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        # It reports what is also raised, each of several threads for itself.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_LastAndBest(keep, best), cleanup_tmp_directories=True
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """List the steps whose states are kept, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, step: int, record: dict[str, Any]) -> None:
+        """Copy the state to the host, and write it in the background.
+
+        Raises:
+            RunStopped: the disk is full; this may be found at the next call.
+        """
+        self.wait()
+        arguments = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
+        with stopping_on_full_disk(f"the state of step {step}"):
+            self._manager.save(step, args=ocp.args.Composite(**arguments), force=True)
+        self._pending = self._background.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        if is_first():
+            write_checksums(self.folder / str(step))
+
+    def wait(self) -> None:
+        """Wait until the last state is on disk.
+
+        Raises:
+            RunStopped: the disk is full; what was written of the state is removed again.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            with stopping_on_full_disk("the state"):
+                pending.result()
+        except BaseException:
+            for unfinished in self.folder.glob(UNFINISHED):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def restore(self, found: Found, like: TrainState) -> TrainState:
+        """Read a state.
+
+        Args:
+            like: shapes, dtypes and shardings of its arrays; these may be others than it was saved with.
+        """
+        manager = self._manager
+        if Path(found.folder) != self.folder:
+            manager = ocp.CheckpointManager(found.folder, options=ocp.CheckpointManagerOptions(read_only=True))
+        restored = manager.restore(found.step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+        return restored["state"]
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            try:
+                self._manager.close()
+            except Exception as error:  # the manager repeats what was raised when the state was written
+                if not is_disk_full(error):
+                    raise
+
+
+def find_newest(folder: Path, *, step: int | None = None) -> Found | None:
+    """Find the newest state in a folder whose files are as they were written, or the one of a step.
+
+    Returns:
+        None if there is none; what is wrong with the others is logged.
+    """
+    steps = sorted((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
+    corrupt: list[int] = []
+    for candidate in steps if step is None else [step]:
+        path = folder / str(candidate)
+        try:
+            check_checksums(path)
+            record = json.loads((path / "record" / "metadata").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            log.warning("%s is corrupt and is not used: %s", path, error)
+            corrupt.append(candidate)
+            continue
+        return Found(str(folder.absolute()), candidate, record, corrupt)
+    return None
+
+
+def set_aside(folder: Path, found: Found) -> None:
+    """Rename the corrupt states, and remove later ones, so that the run can come to their steps again."""
+    for path in [path for path in folder.glob("[0-9]*") if path.name.isdigit()]:
+        if int(path.name) in found.corrupt:
+            aside = path.with_name(path.name + CORRUPT)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        elif int(path.name) > found.step:
+            shutil.rmtree(path)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file in a folder beside them."""
+    sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    partial = folder / (CHECKSUMS + ".partial")
+    partial.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    partial.replace(folder / CHECKSUMS)
+
+
+def check_checksums(folder: Path) -> None:
+    """Check the files of a folder; one that was killed before its checksums were written is trusted.
+
+    Raises:
+        ValueError, OSError: a file differs or is gone.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return
+    for name, expected in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{name} has changed since it was written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def abstract(state: Any, shardings: Any) -> Any:
+    """Describe arrays by shape and dtype, with the sharding that each is to have."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)

@@ -1,0 +1,54 @@
+"""How much memory a compiled step takes, and how many replicas at once fit what a device has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+SHARE = 0.92
+"""Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest."""
+
+
+def step_bytes(compiled: jax.stages.Compiled) -> int:
+    """Sum what a compiled function holds on one device: arguments, results and temporaries, donated buffers once."""
+    analysis = compiled.memory_analysis()
+    assert analysis is not None, "every backend of jax 0.10 tells"
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+
+
+def device_bytes(device: jax.Device) -> int:
+    """Tell the memory of a device; of a CPU, its part of the machine's."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def choices(mesh: Mesh, *, num_replicas: int, replica_batch: int) -> list[int]:
+    """List the numbers of replicas that can be computed at once, most first: the devices share each turn evenly."""
+    divisors = [n for n in range(num_replicas, 0, -1) if num_replicas % n == 0]
+    return [n for n in divisors if n % mesh.size == 0 or replica_batch % mesh.size == 0]
+
+
+def compile_what_fits(
+    compile_step: Callable[[int], jax.stages.Compiled], at_once: list[int], *, limit: float
+) -> tuple[int, Any]:
+    """Compile the step for the most replicas at once that take at most `limit` bytes, or else for the fewest.
+
+    Returns:
+        The number, and the compiled step.
+    """
+    for number in at_once:
+        compiled = compile_step(number)
+        if number == at_once[-1] or step_bytes(compiled) <= limit:
+            return number, compiled
+    raise AssertionError("the caller gives at least one")

@@ -1,0 +1,91 @@
+"""Several processes that compute one run: how they find each other, and how they come to the same decision."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from repro.errors import InputError
+
+Value = TypeVar("Value")
+PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+
+
+def start_processes(
+    *, coordinator: str | None, process_id: int | None, num_processes: int | None, distributed: bool
+) -> None:
+    """Join the other processes of this run, if there are any; before JAX is used for anything else.
+
+    Args:
+        coordinator: host:port that process 0 opens; None to let JAX ask the cluster.
+        distributed: ask the cluster even where its variables do not show several processes (a Cloud TPU pod).
+
+    Raises:
+        InputError: the three values are not all given or do not fit together, or JAX finds no cluster.
+    """
+    explicit = {"--coordinator": coordinator, "--process_id": process_id, "--num_processes": num_processes}
+    missing = [name for name, value in explicit.items() if value is None]
+    if len(missing) == len(explicit):
+        if not (distributed or launched_several(os.environ)):
+            return
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise InputError(
+                f"--distributed: JAX finds no cluster ({error}); give {', '.join(explicit)} instead."
+            ) from error
+        return
+    if missing:
+        raise InputError(f"{', '.join(missing)} missing: the three of {', '.join(explicit)} go together.")
+    assert coordinator is not None
+    assert process_id is not None
+    assert num_processes is not None
+    if not 0 <= process_id < num_processes:
+        raise InputError(f"--process_id {process_id}: must be between 0 and {num_processes - 1}.")
+    if not coordinator.rpartition(":")[2].isdigit():
+        raise InputError(f"--coordinator {coordinator}: must be host:port.")
+    jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method="deactivate")
+
+
+def launched_several(environment: Mapping[str, str]) -> bool:
+    """Tell from the variables of Slurm, Open MPI and TPU pods (GKE) whether there are other processes."""
+    return any(int(environment.get(name) or 1) > 1 for name in PROCESS_COUNTS) or any(
+        "," in environment.get(name, "") for name in TPU_HOSTS
+    )
+
+
+def is_first() -> bool:
+    """Tell whether this process writes the run's files."""
+    return jax.process_index() == 0
+
+
+def decided_by_first(decide: Callable[[], Value]) -> Value:
+    """Let the first process compute a JSON value that all get; its InputError is raised in all of them."""
+    if jax.process_count() == 1:
+        return decide()
+    outcome: dict[str, Any] = {}
+    if is_first():
+        try:
+            outcome = {"value": decide()}
+        except InputError as error:
+            outcome = {"error": str(error)}
+    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    outcome = json.loads(bytes(np.asarray(text)))
+    if "error" in outcome:
+        raise InputError(outcome["error"])
+    return outcome["value"]
+
+
+def wait_for_all(name: str) -> None:
+    """Go on once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
