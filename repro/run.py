@@ -179,7 +179,7 @@ class _Run:
             except Interrupted as error:
                 states.wait()
                 raise Interrupted(error.signum, _how_to_go_on(states)) from error
-        facts |= steps.close()
+            facts |= steps.close()
         return self._whole(state.params)
 
     def _open_states(self) -> Checkpoints:

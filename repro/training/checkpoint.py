@@ -23,6 +23,9 @@ from repro.training.state import TrainState
 CHECKSUMS = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 CORRUPT = ".corrupt"
+SMALLEST_SLICE = 2**22
+"""Bytes from which on devices that hold the same array each write a part of it: a part of every shape is compiled for
+seconds at the first save (orbax 0.12)."""
 
 log = logging.getLogger("repro")
 
@@ -74,6 +77,11 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         # It reports what is also raised, each of several threads for itself.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        ocp.type_handlers.register_type_handler(
+            jax.Array,
+            ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_SLICE),
+            override=True,
+        )
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
