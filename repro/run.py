@@ -27,7 +27,7 @@ from repro.reporting.hub import HubUploader
 from repro.reporting.progress import NonFinite, StepLog
 from repro.reporting.writer import PARTIAL, Recorded, RunWriter, locked, log, models_in, prefixed, write_json
 from repro.resume import STATE, Start, check_same, choose_start, settings
-from repro.training.checkpoint import Checkpoints, Found, set_aside
+from repro.training.checkpoint import CORRUPT, Checkpoints, Found, set_aside
 from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult
 from repro.training.processes import decided_by_first, is_first, wait_for_all
@@ -122,6 +122,8 @@ class _Run:
             facts |= self.training.facts
         if self.start.found:
             facts["resumed"] = {"step": self.start.step, "from": self.start.found.folder}
+            for step in self.start.found.corrupt:
+                log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
             log.info("goes on after step %d of %s", self.start.step, self.start.found.folder)
         self.writer.describe(facts, prepared.dropped)
         for name, counts in facts["data"].items():

@@ -211,6 +211,17 @@ def test_without_pytorch_a_pickle_is_not_read(model, tmp_path, monkeypatch):
         load(tmp_path, model)
 
 
+def test_a_saved_tokenizer_keeps_nothing_of_the_calls_before(golden_inputs, tmp_path):
+    saved = []
+    for number in range(2):
+        loaded = load_model(str(golden_inputs / "model"))
+        if number:
+            loaded.tokenizer(["a long caption"], padding="max_length", max_length=7, truncation=True)
+        save_model(loaded, loaded.params, tmp_path / str(number))
+        saved.append((tmp_path / str(number) / "tokenizer.json").read_bytes())
+    assert saved[0] == saved[1]
+
+
 def test_export_writes_both_formats_and_overwrites_nothing(golden_inputs, model, tmp_path, capsys):
     target = tmp_path / "exported"
     flags = ["export", "--model_name_or_path", str(golden_inputs / "model"), "--output_dir", str(target)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -189,7 +190,11 @@ def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
         captioner.generation_config.save_pretrained(folder)
     else:
         captioner.model.save_pretrained(folder, params=params)
-    pretrained.tokenizer.save_pretrained(folder)
+    tokenizer = copy.deepcopy(pretrained.tokenizer)
+    if tokenizer.is_fast:  # a call's truncation and padding stay in it, and would be saved
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
     pretrained.image_processor.save_pretrained(folder)
 
 

@@ -1,0 +1,343 @@
+"""A run that was ended goes on as if it had not been, or says why it cannot; and two runs do not meet in one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_golden import command_line, read_case
+
+import repro.run
+from repro.__main__ import main
+from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.errors import InputError, Interrupted, RunStopped
+from repro.reporting.progress import StepLog
+from repro.reporting.writer import locked
+from repro.resume import check_same
+from repro.run import RunResult, run
+
+CLASSES = (ModelArguments, DataArguments, TrainingArguments)
+CASE = read_case("current_block0")
+STEPS = 16
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    """Two epochs of eight steps with evaluations, states at steps 3, 6, 8, 9 and so on, and two rows to caption."""
+    case = {**CASE, "devices": 2, "args": [*CASE["args"], "--per_device_train_batch_size", "2"]}
+    return [*command_line(case, folder), "--save_steps", "3", "--save_total_limit", "20", *more]
+
+
+def start(folder: Path, *more: str, num_devices: int = 1) -> RunResult:
+    parsed = parse_arguments(CLASSES, flags(folder, *more), command="train")
+    return run(*parsed, devices=jax.devices()[:num_devices], progress=False)
+
+
+def rows(folder: Path) -> list[str]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in found:
+        row.get("eval", {}).pop("seconds", None)
+    return [json.dumps(row) for row in found]
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    assert rows(folder) == rows(expected)
+    names = sorted(str(path.relative_to(expected)) for path in expected.glob("ckpt_*/*"))
+    assert len(names) > 10
+    assert names == sorted(str(path.relative_to(folder)) for path in folder.glob("ckpt_*/*"))
+    for name in names:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+    assert not list(folder.rglob("*partial*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody ended."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(folder)
+    assert [json.loads(row)["step"] for row in rows(folder) if "loss" in json.loads(row)] == list(range(1, STEPS + 1))
+    return folder
+
+
+def copy_of(whole: Path, tmp_path: Path, *, up_to: int | None = None) -> Path:
+    """A copy of the whole run, or of what it left had it died after the state of a step."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.copytree(whole.parent / "cache", tmp_path / "cache")
+    if up_to is not None:
+        for path in [*folder.glob("state/*"), *folder.glob("ckpt_*")]:
+            if int(path.name.split("_")[-1]) > up_to:
+                shutil.rmtree(path)
+        facts = json.loads((folder / "run.json").read_text())
+        facts.pop("finished")
+        (folder / "run.json").write_text(json.dumps(facts))
+    return folder
+
+
+def at_step(number: int, action: Callable[[], Any]) -> Callable[..., None]:
+    """StepLog.add, and an action after a step."""
+    original = StepLog.add
+
+    def add(self: StepLog, result: Any) -> None:
+        original(self, result)
+        if result.step == number:
+            action()
+
+    return add
+
+
+@pytest.mark.parametrize(("signum", "step"), [(signal.SIGTERM, 5), (signal.SIGINT, 8)], ids=["term", "int"])
+def test_a_signal_saves_the_state_and_the_run_goes_on_from_it(whole, signum, step, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patched:
+        patched.setattr(StepLog, "add", at_step(step, lambda: os.kill(os.getpid(), signum)))
+        with pytest.raises(Interrupted, match=rf"{signum.name}: the state of step {step} is saved|SIGINT") as caught:
+            start(folder)
+    assert caught.value.signum == signum
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert str(step) in {path.name for path in (folder / "state").iterdir()}
+    assert "finished" not in json.loads((folder / "run.json").read_text())
+    result = start(folder, "--resume", "auto")
+    assert result.facts["resumed"]["step"] == step
+    assert_same_run(folder, whole)
+
+
+def test_the_command_line_has_a_status_for_each_end(tmp_path, monkeypatch, capsys):
+    for error, status, said in (
+        (Interrupted(signal.SIGTERM, "saved."), 143, "stopped by SIGTERM: saved."),
+        (Interrupted(signal.SIGINT, "saved."), 130, "stopped by SIGINT: saved."),
+        (RunStopped("the disk is full"), 3, "stopped: the disk is full"),
+        (InputError("--resume: no"), 2, "error: --resume: no"),
+    ):
+
+        def ends(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(repro.run, "run", ends)
+        assert main(["train", *flags(tmp_path / "run")]) == status
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("up_to", [3, 8, 15])
+def test_a_run_goes_on_after_any_of_its_states(whole, up_to, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=up_to)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "lo')  # killed while it was writing
+    (folder / "ckpt_epoch_2_step_16.partial").mkdir()
+    result = start(folder, "--resume", "auto")
+    assert result.facts["resumed"]["step"] == up_to
+    assert_same_run(folder, whole)
+    assert set(result.evaluations) == {"eval"}
+
+
+def test_a_finished_run_is_not_run_again(whole, tmp_path):
+    folder = copy_of(whole, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("ckpt_*/*")}
+    result = start(folder, "--resume", "auto")
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("ckpt_*/*")} == before
+    expected = json.loads((folder / "ckpt_epoch_2_step_16" / "eval_results.json").read_text())
+    assert result.metrics == expected
+    generations = json.loads((folder / "ckpt_epoch_2_step_16" / "eval_generation.json").read_text())
+    assert result.evaluations["eval"].generations == generations
+    assert len(result.evaluations["eval"].image_paths) == len(generations)
+    assert [path.name for path in result.checkpoints] == ["ckpt_epoch_1_step_8", "ckpt_epoch_2_step_16"]
+
+
+def test_an_evaluation_that_was_not_done_is_done_from_the_state(whole, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=8)
+    kept = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "eval" not in line]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+    shutil.rmtree(folder / "ckpt_epoch_1_step_8")
+    start(folder, "--resume", "auto")
+    assert_same_run(folder, whole)
+
+
+def test_a_damaged_state_costs_only_the_steps_since_the_one_before(whole, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=9)
+    largest = max((folder / "state" / "9").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    result = start(folder, "--resume", "auto")
+    assert result.facts["resumed"]["step"] == 8
+    assert (folder / "state" / "9.corrupt").is_dir()
+    assert "state of step 9 is corrupt: set aside as 9.corrupt" in (folder / "log").read_text()
+    shutil.rmtree(folder / "state" / "9.corrupt")
+    assert_same_run(folder, whole)
+
+
+def test_more_devices_go_on_with_the_same_replicas(whole, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=9)
+    text = flags(folder, "--resume", "auto", "--mesh", "data=1,fsdp=2")
+    place = text.index("--num_replicas")
+    parsed = parse_arguments(CLASSES, text[:place] + text[place + 2 :], command="train")
+    result = run(*parsed, devices=jax.devices()[:4], progress=False)
+    assert result.facts["num_replicas"] == 2
+    assert result.facts["mesh"] == {"data": 1, "fsdp": 2}
+    for ours, theirs in zip(rows(folder), rows(whole), strict=True):
+        ours, theirs = json.loads(ours), json.loads(theirs)
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_a_run_may_branch_off_into_another_folder(whole, tmp_path):
+    copied, branch = copy_of(whole, tmp_path), tmp_path / "branch"
+    start(branch, "--resume", str(copied / "state" / "6"))
+    assert_same_run(branch, whole)
+    assert (copied / "state" / "15").is_dir()
+
+
+def test_going_back_in_a_folder_forgets_what_came_after(whole, tmp_path):
+    folder = copy_of(whole, tmp_path)
+    start(folder, "--resume", str(folder / "state" / "12"))
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "difference"),
+    [
+        (["--learning_rate", "0.5"], "learning_rate: 0.003 then, 0.5 now"),
+        (["--seed", "7"], "seed: 42 then, 7 now"),
+        (["--num_train_epochs", "3"], "num_train_epochs: 2.0 then, 3.0 now"),
+        (["--num_replicas", "1"], "num_replicas: 2 then, 1 now"),
+        (["--protocol", "exact"], "protocol name: current then, exact now"),
+        (["--max_train_samples", "34"], "data train kept:"),
+        (["--max_eval_samples", "24"], "data validation kept:"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_another_run_is_not_gone_on_with(whole, more, difference, tmp_path, monkeypatch):
+    folder = copy_of(whole, tmp_path)
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "run.lock")
+    monkeypatch.setattr(repro.run, "build_training", None)  # it must not come so far
+    with pytest.raises(InputError, match=difference):
+        start(folder, "--resume", "auto", *more)
+    after = sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "run.lock")
+    assert before == after
+
+
+def test_other_captions_are_other_data(whole, tmp_path, golden_inputs, monkeypatch):
+    folder = copy_of(whole, tmp_path)
+    inputs = tmp_path / "inputs"
+    shutil.copytree(golden_inputs, inputs)
+    text = (inputs / "train.jsonl").read_text()
+    (inputs / "train.jsonl").write_text(text.replace('caption": "', 'caption": "Another ', 1))
+    monkeypatch.setattr(repro.run, "build_training", None)
+    with pytest.raises(InputError, match=r"data train fingerprint: \w+ then, \w+ now"):
+        start(folder, "--resume", "auto", "--train_file", str(inputs / "train.jsonl"))
+
+
+def test_every_flag_either_may_change_or_is_compared():
+    names = {field.name: field.metadata.get("may_change", False) for c in CLASSES for field in dataclasses.fields(c)}
+    compared = {name for name, may_change in names.items() if not may_change}
+    assert compared == {
+        *("dtype", "model_implementation", "max_target_length", "val_max_target_length", "predict_with_generate"),
+        *("num_beams", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "weight_decay"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "num_train_epochs", "warmup_steps"),
+        *("seed", "protocol", "max_grad_norm"),
+    }
+
+
+def test_every_difference_is_named():
+    saved = {"flags": {"seed": 1, "gone": 2}, "data": {"train": {"kept": 3}}, "num_replicas": 8}
+    now = {"flags": {"seed": 2}, "data": {"train": {"kept": 3}, "test": {"kept": 1}}, "num_replicas": 4}
+    with pytest.raises(InputError) as caught:
+        check_same(saved, now)
+    lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert lines == ["--gone: 2 then, absent now", "--seed: 1 then, 2 now", "num_replicas: 8 then, 4 now"]
+
+
+def test_resume_needs_something_to_go_on_from(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "holiday.jpg").touch()
+    with pytest.raises(InputError, match="holds no state that can be used, but other files"):
+        start(folder, "--resume", "auto")
+    with pytest.raises(InputError, match="holds no state that can be used; give auto, never"):
+        start(tmp_path / "other", "--resume", str(folder))
+    with pytest.raises(InputError, match="contradict each other"):
+        start(folder, "--resume", "auto", "--overwrite_output_dir")
+    with pytest.raises(InputError, match="is not empty; name another folder, or add --resume auto"):
+        start(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["holiday.jpg", "run.lock"]
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_without_states_is_never_started_over_by_resuming(whole, tmp_path):
+    folder = copy_of(whole, tmp_path)
+    shutil.rmtree(folder / "state")
+    with pytest.raises(InputError, match="holds no state that can be used"):
+        start(folder, "--resume", "auto")
+    assert_same_run(folder, whole)
+
+
+def test_a_run_that_died_before_its_first_state_starts_anew(whole, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=0)
+    start(folder, "--resume", "auto")
+    assert_same_run(folder, whole)
+
+
+def test_two_runs_do_not_meet_in_one_folder(tmp_path):
+    folder = tmp_path / "run"
+    with locked(folder):
+        with pytest.raises(InputError, match="another run is at work in it"):
+            start(folder, "--resume", "auto")
+        with pytest.raises(InputError, match="another run is at work in it"):
+            start(folder, "--overwrite_output_dir")
+    assert not folder.exists()
+
+
+def test_a_step_that_is_not_finite_ends_the_run_with_its_rows_and_the_state_before(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    original = repro.run.build_training
+
+    def poisoned(prepared: Any) -> Any:
+        training = original(prepared)
+
+        def step(state: Any, batch: Any) -> Any:
+            following, metrics = training.step(state, batch)
+            if int(following.step) == 8:
+                metrics = {**metrics, "grad_norm": np.float32("inf")}
+            return following, metrics
+
+        return dataclasses.replace(training, step=step)
+
+    monkeypatch.setattr(repro.run, "build_training", poisoned)
+    with pytest.raises(RunStopped, match=r"step 8 is not finite \(.*grad_norm inf.*the state of step 6 is saved"):
+        start(folder, "--log_grad_norm")
+    logged = [json.loads(row) for row in rows(folder)]
+    assert [row["step"] for row in logged] == list(range(1, 8))
+    assert all(row["grad_norm"] > 0 for row in logged)
+    report = json.loads((folder / "non_finite.json").read_text())
+    assert (report["step"], report["metrics"]["grad_norm"]) == (8, "inf")
+    assert len(report["rows"]) == 4
+    # The eighth step of an epoch in the order of the file takes the last rows.
+    assert [row["row"] for row in report["rows"]] == sorted(row["row"] for row in report["rows"])
+    assert all(Path(row["image_path"]).is_file() and row["caption"] for row in report["rows"])
+    assert not list(folder.glob("ckpt_*"))
+    assert sorted(int(path.name) for path in (folder / "state").iterdir()) == [3, 6]
+
+
+def test_save_steps_0_saves_no_state(tmp_path):
+    folder = tmp_path / "run"
+    start(folder, "--save_steps", "0", "--num_train_epochs", "1")
+    assert not list((folder / "state").glob("*"))
+    assert load_file(folder / "ckpt_epoch_1_step_8" / "model.safetensors")
+
+
+def test_the_best_state_by_a_metric_is_kept(tmp_path):
+    folder = tmp_path / "run"
+    result = start(folder, *("--save_total_limit", "1", "--metric_for_best_model", "loss", "--learning_rate", "0"))
+    assert result.metrics
+    # Without learning all losses are the same, and the first of the best is kept.
+    assert sorted(int(path.name) for path in (folder / "state").iterdir()) == [8, 16]
