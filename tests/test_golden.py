@@ -113,18 +113,44 @@ def test_long_runs_stay_with_the_reference_as_far_as_rounding_lets_them(name: st
     assert len({row["pred"] for row in rows}) > 1  # captions have come to differ by image
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 4])
-@pytest.mark.parametrize("name", ["current_8dev", "published_8dev"])
-def test_eight_replicas_give_the_same_numbers_on_any_number_of_devices(
-    name: str, num_devices: int, tmp_path: Path
-) -> None:
-    case, folder = read_case(name), tmp_path / "run"
+WAYS = {
+    "1 device": (1, []),
+    "2 devices": (2, []),
+    "4 devices": (4, []),
+    "2 x 4, cut by 4": (8, ["--mesh", "data=2,fsdp=4"]),
+    "cut by 8": (8, ["--mesh", "fsdp=8"]),
+    "4 at once": (1, ["--replicas_at_once", "4"]),
+    "2 at once": (1, ["--replicas_at_once", "2", "--gradient_checkpointing"]),
+    "1 at once": (1, ["--replicas_at_once", "1"]),
+    "4 at once, 2 x 2, cut by 2": (4, ["--replicas_at_once", "4", "--mesh", "data=2,fsdp=2"]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_eight_replicas_give_the_same_numbers_whatever_computes_them(way: str, tmp_path: Path) -> None:
+    num_devices, more = WAYS[way]
+    case, folder = read_case("published_8dev"), tmp_path / "run"
     arguments = parse_arguments(
-        (ModelArguments, DataArguments, TrainingArguments), command_line(case, folder), command="train"
+        (ModelArguments, DataArguments, TrainingArguments), [*command_line(case, folder), *more], command="train"
     )
     result = run(*arguments, devices=jax.devices()[:num_devices], progress=False)
     assert len(result.facts["devices"]) == num_devices
-    check_steps(folder, case, tolerance=2e-5)
+    if "--replicas_at_once" in more:
+        assert result.facts["replicas_at_once"] == int(more[1])
+    check_steps(folder, case, tolerance=1e-5)
+    for evaluation in case["evals"]:
+        check_evaluation(folder, evaluation)
+        check_parameters(folder, evaluation)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_today_s_protocol_does_not_depend_on_the_devices_either(num_devices: int, tmp_path: Path) -> None:
+    case, folder = read_case("current_8dev"), tmp_path / "run"
+    arguments = parse_arguments(
+        (ModelArguments, DataArguments, TrainingArguments), command_line(case, folder), command="train"
+    )
+    run(*arguments, devices=jax.devices()[:num_devices], progress=False)
+    check_steps(folder, case, tolerance=1e-5)
     for evaluation in case["evals"]:
         check_evaluation(folder, evaluation)
         check_parameters(folder, evaluation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.data.pipeline import CaptionedImages, Schedule, epoch_order
+from repro.errors import InputError
 from repro.models.pretrained import load_model
 from repro.training.loop import take_steps
+from repro.training.memory import choices, compile_what_fits, device_bytes, step_bytes
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, replicated, rows_sharding, train_batch_sharding
 from repro.training.state import create_train_state
@@ -390,3 +394,65 @@ def test_training_lowers_the_loss_of_what_it_sees():
     ]
     assert len(losses) == 30
     assert max(losses[-3:]) < 0.2 * min(losses[:3])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("at_once", [4, 2, 1])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_replicas_in_turns_give_the_loss_and_update_of_all_at_once(reduction, at_once, num_devices):
+    schedule = create_learning_rate_fn(0.01, num_steps=10)
+    optimizer = create_optimizer(schedule, rule="layer_norms")
+    batch = make_batch(0, 4, 2)
+    results = []
+    for number in (None, at_once):
+        step = make_train_step(make_logits(0.2), optimizer, schedule, reduction=reduction, replicas_at_once=number)
+        state = create_train_state(make_params(), optimizer, seed=3, num_replicas=4)
+        mesh = create_mesh(jax.devices()[:num_devices], num_replicas=4, replica_batch=2)
+        sharding = train_batch_sharding(mesh, num_replicas=4, replicas_at_once=number)
+        results.append(jax.device_get(compile_fast(step)(put(state, replicated(mesh)), put(batch, sharding))))
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_s_norm_is_told_before_it_is_clipped():
+    batch, norms, moved = make_batch(0, 1, 8), [], []
+    for most in (None, 0.01):
+        optimizer = create_optimizer(optax.constant_schedule(1.0), rule="layer_norms", max_grad_norm=most)
+        step = make_train_step(make_logits(), optimizer, optax.constant_schedule(1.0), reduction="tokens")
+        state = create_train_state(make_params(), optimizer, seed=3, num_replicas=1)
+        following, metrics = step(state, batch)
+        norms.append(float(metrics["grad_norm"]))
+        first_moment = following.opt_state[-1][0].mu if most else following.opt_state[0].mu
+        moved.append(float(optax.tree.norm(first_moment)) / (1 - 0.9))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert moved == pytest.approx([norms[0], 0.01], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"data": 16}, "needs 16 devices; there are 8"),
+        ({"data": 3}, "its 3 devices divide neither the 8 replicas nor the 4 rows of each"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit_is_refused(shape, message):
+    with pytest.raises(InputError, match=message):
+        create_mesh(jax.devices(), num_replicas=8, replica_batch=4, shape=shape)
+
+
+def test_as_many_replicas_are_computed_at_once_as_fit():
+    class Compiled:
+        def __init__(self, number):
+            self.number = number
+
+        def memory_analysis(self):
+            sizes = {"argument": 10, "output": 10, "temp": 100 * self.number, "alias": 10}
+            return SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+
+    mesh = create_mesh(jax.devices()[:2], num_replicas=8, replica_batch=3)
+    assert choices(mesh, num_replicas=8, replica_batch=3) == [8, 4, 2]
+    assert choices(mesh, num_replicas=8, replica_batch=4) == [8, 4, 2, 1]
+    fits = {1000: 8, 809: 4, 410: 4, 300: 2, 50: 1}
+    assert {limit: compile_what_fits(Compiled, [8, 4, 2, 1], limit=limit)[0] for limit in fits} == fits
+    assert step_bytes(Compiled(3)) == 310
+    assert device_bytes(jax.devices()[0]) > 2**27

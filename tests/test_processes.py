@@ -1,0 +1,134 @@
+"""Several processes compute what one does: the reference's numbers, from the command line, over loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from test_golden import check_evaluation, check_parameters, check_steps, command_line, read_case
+
+from repro.__main__ import main
+from repro.errors import InputError
+from repro.training.processes import launched_several, start_processes
+
+CASE = read_case("published_8dev")
+PATIENCE = 300
+
+
+def start(folder: Path, num_processes: int, devices_each: int, *more: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}"}
+    together = ["--coordinator", address, "--num_processes", str(num_processes), *more]
+    command = [sys.executable, "-m", "repro", "train", *command_line(CASE, folder), *together]
+    return [
+        subprocess.Popen([*command, "--process_id", str(i)], env=environment, stderr=subprocess.PIPE, text=True)
+        for i in range(num_processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """Wait for all; returns what they said."""
+    return [process.communicate(timeout=PATIENCE)[1] for process in processes]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "devices_each", "mesh"), [(2, 1, "data=2"), (4, 1, "data=2,fsdp=2")], ids=["2", "4"]
+)
+def test_processes_together_give_the_numbers_of_the_reference(num_processes, devices_each, mesh, tmp_path, capfd):
+    folder = tmp_path / "run"
+    processes = start(folder, num_processes, devices_each, "--mesh", mesh)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0] * num_processes, said
+    assert capfd.readouterr().out.count("written to") == 1
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["processes"] == num_processes
+    assert len(facts["devices"]) == num_processes * devices_each
+    check_steps(folder, CASE, tolerance=2e-5)
+    for evaluation in CASE["evals"]:
+        check_evaluation(folder, evaluation)
+        check_parameters(folder, evaluation)
+    # One process goes on with what four have saved.
+    assert main(["train", *command_line(CASE, folder), "--resume", "auto"]) == 0
+
+
+def test_a_run_of_which_one_process_was_killed_ends_and_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    processes = start(folder, 2, 1, "--resume", "auto", "--save_steps", "2", "--num_train_epochs", "40")
+    deadline = time.monotonic() + PATIENCE
+    while not list((folder / "state").glob("[0-9]")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes[1].kill()
+    said = finish(processes)
+    assert processes[0].returncode not in (0, None), said
+    # Asked to stop, the two find a step after which both do; then the disk has the state of just this one.
+    processes = start(folder, 2, 1, "--resume", "auto", "--save_steps", "1000", "--num_train_epochs", "40")
+    before = len((folder / "metrics.jsonl").read_bytes().splitlines())
+    while len((folder / "metrics.jsonl").read_bytes().splitlines()) <= before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [143, 143], said
+    steps = [row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    assert steps == list(range(1, len(steps) + 1))
+    assert max(int(path.name) for path in (folder / "state").iterdir()) == steps[-1]
+    assert f"the state of step {steps[-1]} is saved" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
+    ],
+    ids=str,
+)
+def test_clusters_are_recognized_where_there_are_other_processes(environment, several):
+    assert launched_several(environment) is several
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"process_id": 1}, "--coordinator, --num_processes missing: the three of"),
+        ({"coordinator": "here:1", "process_id": 2, "num_processes": 2}, "--process_id 2: must be between 0 and 1"),
+        ({"coordinator": "here", "process_id": 0, "num_processes": 2}, "--coordinator here: must be host:port"),
+    ],
+    ids=str,
+)
+def test_processes_that_cannot_find_each_other_say_what_is_missing(given, message):
+    values = {"coordinator": None, "process_id": None, "num_processes": None, "distributed": False}
+    with pytest.raises(InputError, match=message):
+        start_processes(**{**values, **given})
+
+
+def test_a_cluster_that_jax_does_not_find_is_asked_for_by_flags(monkeypatch):
+    def initialize() -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match=r"--distributed: JAX finds no cluster .*; give --coordinator, --process_id"):
+        start_processes(coordinator=None, process_id=None, num_processes=None, distributed=True)
+
+
+def test_bad_input_ends_all_processes_with_the_same_message(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "holiday.jpg").touch()
+    processes = start(folder, 2, 1)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert all("is not empty; name another folder" in message for message in said)
