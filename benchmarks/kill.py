@@ -16,6 +16,7 @@ while a run is at work on it, and empties it before resuming.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 POLL_SECONDS = 0.005
+BLOCK = 2**16
 PATIENCE_SECONDS = 400
 ENCODER = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 DECODER = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
@@ -254,7 +255,7 @@ def run_with_kills(case: Case, out: Path, kills: int, draw: random.Random, signu
     return [death for death in deaths if death]
 
 
-@contextmanager
+@contextlib.contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
     """Mount a disk of a few MiB."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +263,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def fill_once(case: Case, out: Path, draw: random.Random) -> Kill | None:
@@ -274,9 +275,10 @@ def fill_once(case: Case, out: Path, draw: random.Random) -> Kill | None:
         time.sleep(POLL_SECONDS)
     time.sleep(draw.uniform(0, WITHIN["steps"]))
     filled = time.perf_counter()
-    free = shutil.disk_usage(out).free
-    with filler.open("wb") as file:
-        file.write(bytes(max(free - draw.randrange(2**17), 0)))
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(BLOCK)):
+            pass
+    os.truncate(filler, max(filler.stat().st_size - draw.randrange(4 * BLOCK), 0))
     statuses = finish(processes)
     filler.unlink()
     if statuses == [0]:
