@@ -20,8 +20,9 @@ from repro.data.images import resize_of
 from repro.data.pipeline import number_images
 from repro.data.rows import Rows, column
 from repro.errors import InputError
+from repro.flags import check_values
 from repro.models.pretrained import Pretrained
-from repro.prepare import SPLIT_FLAGS, cache_folder, check_values, load_or_create, read_rows, target_length
+from repro.prepare import SPLIT_FLAGS, cache_folder, load_or_create, read_rows, target_length
 from repro.protocol import protocol_named
 from repro.reporting.writer import write_json
 from repro.training.losses import row_losses

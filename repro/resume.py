@@ -10,7 +10,7 @@ from typing import Any
 from repro.config import ModelArguments, TrainingArguments
 from repro.errors import InputError
 from repro.prepare import PreparedRun
-from repro.reporting.writer import Recorded, check_output_dir, holds_only_a_start, read_recorded
+from repro.reporting.writer import Recorded, check_output_dir, holds_only_a_start, read_facts, read_recorded
 from repro.training.checkpoint import Found, find_newest
 
 STATE = "state"
@@ -24,10 +24,12 @@ class Start:
     Attributes:
         found: the state that it goes on from; None to start anew.
         recorded: steps and evaluations up to there.
+        parts: when, where and with what the earlier parts of the run were computed.
     """
 
     found: Found | None
     recorded: Recorded
+    parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -63,7 +65,7 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
                     " --output_dir, or add --overwrite_output_dir to start anew in it."
                 )
             return ANEW
-        return Start(found, read_recorded(folder, found.step))
+        return _after(found)
     source = Path(args.resume)
     step = int(source.name) if source.name.isdigit() else None
     states = source.parent if step is not None else source if source.name == STATE else source / STATE
@@ -75,7 +77,12 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
         )
     if states.parent.absolute() != folder.absolute():
         check_output_dir(folder, overwrite=args.overwrite_output_dir)
-    return Start(found, read_recorded(states.parent, found.step))
+    return _after(found)
+
+
+def _after(found: Found) -> Start:
+    folder = Path(found.folder).parent
+    return Start(found, read_recorded(folder, found.step), read_facts(folder).get("parts", []))
 
 
 def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any]:

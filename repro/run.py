@@ -20,8 +20,9 @@ from repro.assemble import Training, build_evaluator, build_training
 from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
+from repro.flags import check_flags
 from repro.models.pretrained import save_model
-from repro.prepare import PreparedRun, check_flags, prepare
+from repro.prepare import PreparedRun, prepare
 from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
 from repro.reporting.progress import NonFinite, StepLog
@@ -97,7 +98,7 @@ def run(
 def _decide_start(args: TrainingArguments, folder: Path) -> Start:
     chosen = decided_by_first(lambda: dataclasses.asdict(choose_start(args, folder)))
     found = Found(**chosen["found"]) if chosen["found"] else None
-    return Start(found, Recorded(**chosen["recorded"]))
+    return Start(found, Recorded(**chosen["recorded"]), chosen["parts"])
 
 
 @dataclass
@@ -120,8 +121,9 @@ class _Run:
         prepared, args, facts = self.prepared, self.prepared.args, dict(self.prepared.facts)
         if self.training is not None:
             facts |= self.training.facts
+        part = {name: facts[name] for name in ("started", "devices", "mesh", "processes", "platform", "versions")}
+        facts["parts"] = [*self.start.parts, {"first_step": self.start.step + 1, **part}]
         if self.start.found:
-            facts["resumed"] = {"step": self.start.step, "from": self.start.found.folder}
             for step in self.start.found.corrupt:
                 log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
             log.info("goes on after step %d of %s", self.start.step, self.start.found.folder)

@@ -170,6 +170,16 @@ def output_dir_is_a_file(place: Workplace) -> dict[str, str]:
     return {"output_dir": str(place.folder / "file")}
 
 
+def values(**flags: str) -> Callable[[Workplace], dict[str, str | None]]:
+    """Flags alone, under the name of the last."""
+
+    def spoil(place: Workplace) -> dict[str, str | None]:
+        return dict(flags)
+
+    spoil.__name__ = "=".join(list(flags.items())[-1])
+    return spoil
+
+
 CASES: list[tuple[Callable[[Workplace], dict[str, str | None]], tuple[str, ...]]] = [
     (wrong_column, ("'text'", "'image_path', 'caption'")),
     (missing_file, ("absent.jsonl", "no such file")),
@@ -194,6 +204,17 @@ CASES: list[tuple[Callable[[Workplace], dict[str, str | None]], tuple[str, ...]]
     (too_long, ("--max_target_length 65", "64")),
     (part_of_an_epoch, ("1.5", "whole number")),
     (output_dir_is_a_file, ("file", "name a folder")),
+    (values(mesh="data=2,model=2"), ("--mesh data=2,model=2", "data=4,fsdp=2")),
+    (values(mesh="fsdp=0"), ("--mesh fsdp=0", "from 1 on")),
+    (values(mesh="data=4"), ("--mesh data=4,fsdp=1", "1 replicas", "2 rows", "--num_replicas")),
+    (values(mesh="data=16"), ("needs 16 devices", "there are 8")),
+    (values(num_replicas="4", per_device_train_batch_size="1", replicas_at_once="3"), ("--replicas_at_once 3", "4")),
+    (values(save_total_limit="0"), ("--save_total_limit 0", "at least 1")),
+    (values(save_steps="-1"), ("--save_steps -1", "negative")),
+    (values(metric_for_best_model="bleu"), ("--metric_for_best_model bleu", "loss, rouge1")),
+    (values(max_grad_norm="0"), ("--max_grad_norm 0.0", "above 0")),
+    (values(resume="absent"), ("--resume absent", "auto, never", "state/STEP")),
+    (values(coordinator="here:1"), ("--process_id, --num_processes missing",)),
 ]
 
 

@@ -97,11 +97,15 @@ def test_rows_share_their_image_and_lose_it_together(tokenizer) -> None:
     assert split.have_captions(every)
 
 
-def test_a_fingerprint_tells_tokens_and_shared_images_but_not_where_images_lie(tokenizer) -> None:
+def test_a_fingerprint_tells_tokens_shared_images_and_pixels_but_not_where_images_lie(tokenizer) -> None:
     split = make_split(tokenizer, {})[0][0]
-    moved = dataclasses.replace(split, image_index=split.image_index[[0, 1, 0, 3]] + 7)
+    pixels = split.images[np.arange(max(split.image_index) + 1)]
+    shifted = np.concatenate([np.zeros_like(pixels), pixels])
+    moved = dataclasses.replace(split, image_index=split.image_index + len(pixels), images=shifted)
     assert moved.fingerprint() == split.fingerprint()
-    alone = dataclasses.replace(split, image_index=np.arange(4))
+    other = dataclasses.replace(split, images=pixels + np.uint8(1))
+    assert other.fingerprint() != split.fingerprint()
+    alone = dataclasses.replace(split, image_index=np.arange(4), images=np.resize(pixels, (4, *pixels.shape[1:])))
     fewer = dataclasses.replace(split, kept=split.kept[:3], image_index=split.image_index[:3])
     start = dataclasses.replace(split, kept=split.kept[::-1])
     assert len({each.fingerprint() for each in (split, alone, fewer, start)}) == 4

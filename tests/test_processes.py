@@ -116,7 +116,7 @@ def test_processes_that_cannot_find_each_other_say_what_is_missing(given, messag
 
 
 def test_a_cluster_that_jax_does_not_find_is_asked_for_by_flags(monkeypatch):
-    def initialize() -> None:
+    def initialize(**_: object) -> None:
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -108,7 +108,7 @@ def test_a_signal_saves_the_state_and_the_run_goes_on_from_it(whole, signum, ste
     assert str(step) in {path.name for path in (folder / "state").iterdir()}
     assert "finished" not in json.loads((folder / "run.json").read_text())
     result = start(folder, "--resume", "auto")
-    assert result.facts["resumed"]["step"] == step
+    assert [part["first_step"] for part in result.facts["parts"]] == [1, step + 1]
     assert_same_run(folder, whole)
 
 
@@ -135,7 +135,7 @@ def test_a_run_goes_on_after_any_of_its_states(whole, up_to, tmp_path):
         file.write('{"step": 16, "lo')  # killed while it was writing
     (folder / "ckpt_epoch_2_step_16.partial").mkdir()
     result = start(folder, "--resume", "auto")
-    assert result.facts["resumed"]["step"] == up_to
+    assert result.facts["parts"][-1]["first_step"] == up_to + 1
     assert_same_run(folder, whole)
     assert set(result.evaluations) == {"eval"}
 
@@ -169,7 +169,7 @@ def test_a_damaged_state_costs_only_the_steps_since_the_one_before(whole, tmp_pa
     content[len(content) // 2] ^= 1
     largest.write_bytes(bytes(content))
     result = start(folder, "--resume", "auto")
-    assert result.facts["resumed"]["step"] == 8
+    assert result.facts["parts"][-1]["first_step"] == 9
     assert (folder / "state" / "9.corrupt").is_dir()
     assert "state of step 9 is corrupt: set aside as 9.corrupt" in (folder / "log").read_text()
     shutil.rmtree(folder / "state" / "9.corrupt")

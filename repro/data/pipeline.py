@@ -23,6 +23,8 @@ Item = TypeVar("Item")
 REASONS_SHOWN = 3
 HASHED = 100_000
 """Rows hashed at once."""
+IMAGES_HASHED = 32
+"""All images of COCO would be 18 GB to read at every start."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,14 @@ class CaptionedImages:
         return list(self.dataset[self.kept[rows]]["image_path"])
 
     def fingerprint(self) -> str:
-        """Hash what is learned from: tokens, and which rows share an image."""
+        """Hash what is learned from: tokens, which rows share an image, and the pixels of some images."""
         digest = sha256()
         for start in range(0, len(self), HASHED):
             digest.update(self.captions.records[self.kept[start : start + HASHED]].tobytes())
         _, first, shared = np.unique(self.image_index, return_index=True, return_inverse=True)
         digest.update(np.argsort(np.argsort(first))[shared].astype(np.int64).tobytes())
+        some = np.unique(np.linspace(0, len(first) - 1, IMAGES_HASHED).astype(np.int64))
+        digest.update(self.images[self.image_index[np.sort(first)[some]]].tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -76,7 +76,7 @@ def holds_only_a_start(folder: Path) -> bool:
     """Tell whether a folder is empty, or holds nothing but what a run writes before its first state."""
     known = {path.name for path in _files_of_a_run(folder)}
     states = [path for path in (folder / "state").glob("[0-9]*") if UNFINISHED_STATE not in path.name]
-    finished = "finished" in _read_json(folder / "run.json")
+    finished = "finished" in read_facts(folder)
     return not (models_in(folder) or states or finished) and all(path.name in known for path in _entries(folder))
 
 
@@ -90,9 +90,10 @@ def _entries(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Read `run.json`; empty where there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -15,6 +15,8 @@ from repro.errors import InputError
 
 Value = TypeVar("Value")
 PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+HEARTBEAT_SECONDS = 30
+"""After which silence of one process the others end; JAX's own 100 seconds are paid by all of them."""
 TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 
 
@@ -36,7 +38,7 @@ def start_processes(
         if not (distributed or launched_several(os.environ)):
             return
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         except ValueError as error:
             raise InputError(
                 f"--distributed: JAX finds no cluster ({error}); give {', '.join(explicit)} instead."
@@ -51,7 +53,13 @@ def start_processes(
         raise InputError(f"--process_id {process_id}: must be between 0 and {num_processes - 1}.")
     if not coordinator.rpartition(":")[2].isdigit():
         raise InputError(f"--coordinator {coordinator}: must be host:port.")
-    jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method="deactivate")
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
 
 
 def launched_several(environment: Mapping[str, str]) -> bool:
