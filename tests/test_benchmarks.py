@@ -14,6 +14,7 @@ import transformers
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 generation = importlib.import_module("generation")
 input_pipeline = importlib.import_module("input_pipeline")
+scaling = importlib.import_module("scaling")
 train_step = importlib.import_module("train_step")
 
 SETTINGS = {"batch": 2, "beams": 2, "length": 4, "dtype": "float32", "smoke": True}
@@ -49,3 +50,22 @@ def test_both_ways_of_input_bring_the_same_rows(tmp_path):
         assert epoch(folder, tmp_path / name) == 30
     sizes = {name: input_pipeline.on_disk(tmp_path / name) for name in input_pipeline.PEERS}
     assert sizes["example"] > 19 * sizes["ours"] > 19 * 6 * 224 * 224 * 3
+
+
+def test_collectives_are_counted_with_their_bytes_and_apart_in_loops():
+    hlo = """
+%body.1 (arg: (f32[8])) -> (f32[8]) {
+  %all-reduce.3 = f32[1024,512]{1,0} all-reduce(%x), replica_groups={}
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (f32[8]) while(%t), condition=%cond.1, body=%body.1
+  %all-reduce.1 = (f32[768]{0}, /*index=1*/bf16[3,4]{1,0}) all-reduce(%a, %b), to_apply=%add
+  %all-gather-start.1 = f32[16]{0} all-gather-start(%a), dimensions={0}
+  %use = f32[8] get-tuple-element(%all-reduce.1), index=0
+}
+"""
+    assert scaling.count_collectives(hlo) == {
+        "all-reduce in a loop": {"count": 1, "larger": 1, "bytes": 4 * 1024 * 512},
+        "all-reduce": {"count": 1, "larger": 0, "bytes": 4 * 768 + 2 * 12},
+        "all-gather": {"count": 1, "larger": 0, "bytes": 64},
+    }

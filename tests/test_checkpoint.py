@@ -130,7 +130,11 @@ def test_what_was_killed_while_it_was_written_is_not_found(tmp_path):
 def test_a_state_that_was_killed_before_its_checksums_is_trusted(tmp_path):
     save_steps(tmp_path, 1)
     (tmp_path / "1" / "checksums.json").unlink()
-    assert find_newest(tmp_path).step == 1
+    found = find_newest(tmp_path)
+    assert found.step == 1
+    with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        checkpoints.restore(found, like(state_on(1)))
+    assert (tmp_path / "1" / "checksums.json").exists(), "and has them once it was read"
 
 
 def test_there_is_none_in_an_empty_folder_or_among_damaged_ones(tmp_path):

@@ -57,8 +57,8 @@ def test_processes_together_give_the_numbers_of_the_reference(num_processes, dev
     for evaluation in CASE["evals"]:
         check_evaluation(folder, evaluation)
         check_parameters(folder, evaluation)
-    # One process goes on with what four have saved.
-    assert main(["train", *command_line(CASE, folder), "--resume", "auto"]) == 0
+    if num_processes == 4:  # one process goes on with what they have saved
+        assert main(["train", *command_line(CASE, folder), "--resume", "auto"]) == 0
 
 
 def test_a_run_of_which_one_process_was_killed_ends_and_goes_on(tmp_path):

@@ -1,0 +1,167 @@
+"""What the compiled training step takes of a device's memory, and what the devices send each other in it.
+
+    python benchmarks/scaling.py --output benchmarks/results/cpu-2-cores/scaling.json
+
+At ViT-B/16 + GPT-2 size, a global batch of 256 rows as 8 replicas of 32, captions of 64 tokens, AdamW: the step is
+compiled for each layout and never run, so that no layout has to fit the machine. The devices are eight that XLA makes
+of one CPU. Memory and collectives are those of XLA's compiler for the backend it runs on; a GPU's schedules and fuses
+otherwise. Of a collective the bytes of its result on one device are counted; one inside a loop is listed apart, with
+the times that the loop is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peers import model_config, pixel_table
+
+NUM_DEVICES, REPLICAS, ROWS, TOKENS = 8, 8, 32, 64
+GIBIBYTE = 2**30
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1, "s64": 8, "f64": 8}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the step is computed."""
+
+    name: str
+    data: int = 1
+    fsdp: int = 1
+    at_once: int = REPLICAS
+    remat: bool = False
+
+
+LAYOUTS = (
+    Layout("one device, 8 replicas at once"),
+    Layout("one device, at once, rematerialized", remat=True),
+    Layout("one device, one after another", at_once=1),
+    Layout("one device, one after another, rematerialized", at_once=1, remat=True),
+    Layout("data=8", data=8),
+    Layout("fsdp=8", fsdp=8),
+    Layout("data=2,fsdp=4", data=2, fsdp=4),
+    Layout("data=8, one after another", data=8, at_once=1),
+)
+
+
+def compile_step(layout: Layout, *, dtype: str, smoke: bool) -> tuple[Any, int]:
+    """Compile the step from shapes alone; returns it and the number of parameters."""
+    import jax
+    import jax.numpy as jnp
+    from transformers import GenerationConfig
+
+    from repro.models.captioner import Captioner
+    from repro.training.checkpoint import abstract
+    from repro.training.optimizer import count_parameters, create_learning_rate_fn, create_optimizer
+    from repro.training.sharding import create_mesh, replicated, state_sharding, train_batch_sharding
+    from repro.training.state import create_train_state
+    from repro.training.steps import make_train_step
+
+    config = model_config({"smoke": smoke})
+    captioner = Captioner(config, GenerationConfig(), pixel_table(), dtype=jnp.dtype(dtype), remat=layout.remat)
+    schedule = create_learning_rate_fn(3e-5, num_steps=1000)
+    optimizer = create_optimizer(schedule, rule="layer_norms")
+    params = jax.eval_shape(partial(captioner.init, 0))
+    shapes = jax.eval_shape(partial(create_train_state, optimizer=optimizer, seed=0, num_replicas=REPLICAS), params)
+    mesh = create_mesh(
+        jax.devices(), num_replicas=REPLICAS, replica_batch=ROWS, shape={"data": layout.data, "fsdp": layout.fsdp}
+    )
+    everywhere, shardings = replicated(mesh), state_sharding(mesh, shapes)
+    step = make_train_step(
+        captioner.logits,
+        optimizer,
+        schedule,
+        reduction="tokens",
+        replicas_at_once=layout.at_once,
+        gather=lambda tree: jax.lax.with_sharding_constraint(tree, everywhere) if layout.fsdp > 1 else tree,
+    )
+    sharding = train_batch_sharding(mesh, num_replicas=REPLICAS, replicas_at_once=layout.at_once)
+    side = config.encoder.image_size
+    batch = {
+        name: jax.ShapeDtypeStruct((REPLICAS, ROWS, TOKENS), jnp.int32, sharding=sharding)
+        for name in ("labels", "decoder_input_ids", "decoder_attention_mask")
+    }
+    batch["pixels"] = jax.ShapeDtypeStruct((REPLICAS, ROWS, side, side, 3), jnp.uint8, sharding=sharding)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    return jitted.lower(abstract(shapes, shardings), batch).compile(), count_parameters(params)
+
+
+def count_collectives(hlo: str) -> dict[str, dict[str, float]]:
+    """Count the collectives of an optimized program by kind; those in a loop's body under `kind in a loop`.
+
+    Returns:
+        For each kind the number of operations, `bytes` of their results, and `larger`: how many exceed 1 MiB.
+    """
+    counts: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "larger": 0, "bytes": 0})
+    loops = set(re.findall(r"body=%?([\w.\-]+)", hlo))
+    pattern = re.compile(r" = (.*?) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(")
+    computation = ""
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            computation = header[1]
+        if found := pattern.search(line):
+            size = sum(
+                BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
+                for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+            )
+            entry = counts[found[2] + (" in a loop" if computation in loops else "")]
+            entry["count"] += 1
+            entry["larger"] += size > 2**20
+            entry["bytes"] += size
+    return dict(counts)
+
+
+def measure(layout: Layout, *, dtype: str, smoke: bool) -> dict[str, Any]:
+    """Compile one layout; its memory in bytes on one device, and its collectives."""
+    from repro.training.memory import step_bytes
+
+    started = time.perf_counter()
+    compiled, parameters = compile_step(layout, dtype=dtype, smoke=smoke)
+    analysis = compiled.memory_analysis()
+    return {
+        **asdict(layout),
+        "dtype": dtype,
+        "parameters": parameters,
+        "compile_seconds": round(time.perf_counter() - started, 1),
+        "step_bytes": step_bytes(compiled),
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+        "collectives": count_collectives(compiled.as_text()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--layouts", nargs="+", type=int, default=range(len(LAYOUTS)), help="numbers, from 0")
+    parser.add_argument("--smoke", action="store_true", help="very small models, to see that it runs")
+    parser.add_argument("--output", type=Path, help="written after each layout")
+    args = parser.parse_args()
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+    import jax
+
+    rows = []
+    for number in args.layouts:
+        rows.append(measure(LAYOUTS[number], dtype=args.dtype, smoke=args.smoke))
+        row = rows[-1]
+        print(f"{row['name']}: {row['step_bytes'] / GIBIBYTE:.2f} GiB, {row['compile_seconds']} s", flush=True)
+        for kind, found in row["collectives"].items():
+            print(f"  {kind}: {found['count']} ({found['larger']} large), {found['bytes'] / 1e6:.1f} MB", flush=True)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            result = {"jax": jax.__version__, "device": str(jax.devices()[0]), "smoke": args.smoke, "layouts": rows}
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
