@@ -137,12 +137,9 @@ class Checkpoints:
         if Path(found.folder) != self.folder:
             manager = ocp.CheckpointManager(found.folder, options=ocp.CheckpointManagerOptions(read_only=True))
         restored = manager.restore(found.step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-        if (
-            is_first()
-            and Path(found.folder) == self.folder
-            and not (self.folder / str(found.step) / CHECKSUMS).exists()
-        ):
-            write_checksums(self.folder / str(found.step))
+        path = Path(found.folder) / str(found.step)
+        if is_first() and path.parent == self.folder and not (path / CHECKSUMS).exists():
+            write_checksums(path)
         return restored["state"]
 
     def close(self) -> None:
