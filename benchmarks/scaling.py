@@ -62,8 +62,9 @@ def compile_step(layout: Layout, *, dtype: str, smoke: bool) -> tuple[Any, int]:
 
     from repro.models.captioner import Captioner
     from repro.training.checkpoint import abstract
+    from repro.training.memory import compile_step as compile_train_step
     from repro.training.optimizer import count_parameters, create_learning_rate_fn, create_optimizer
-    from repro.training.sharding import create_mesh, replicated, state_sharding, train_batch_sharding
+    from repro.training.sharding import create_mesh, state_sharding
     from repro.training.state import create_train_state
     from repro.training.steps import make_train_step
 
@@ -76,24 +77,21 @@ def compile_step(layout: Layout, *, dtype: str, smoke: bool) -> tuple[Any, int]:
     mesh = create_mesh(
         jax.devices(), num_replicas=REPLICAS, replica_batch=ROWS, shape={"data": layout.data, "fsdp": layout.fsdp}
     )
-    everywhere, shardings = replicated(mesh), state_sharding(mesh, shapes)
-    step = make_train_step(
-        captioner.logits,
-        optimizer,
-        schedule,
-        reduction="tokens",
-        replicas_at_once=layout.at_once,
-        gather=lambda tree: jax.lax.with_sharding_constraint(tree, everywhere) if layout.fsdp > 1 else tree,
-    )
-    sharding = train_batch_sharding(mesh, num_replicas=REPLICAS, replicas_at_once=layout.at_once)
     side = config.encoder.image_size
-    batch = {
-        name: jax.ShapeDtypeStruct((REPLICAS, ROWS, TOKENS), jnp.int32, sharding=sharding)
-        for name in ("labels", "decoder_input_ids", "decoder_attention_mask")
-    }
-    batch["pixels"] = jax.ShapeDtypeStruct((REPLICAS, ROWS, side, side, 3), jnp.uint8, sharding=sharding)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-    return jitted.lower(abstract(shapes, shardings), batch).compile(), count_parameters(params)
+    row = dict.fromkeys(
+        ("labels", "decoder_input_ids", "decoder_attention_mask"), jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+    )
+    row["pixels"] = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+    compiled = compile_train_step(
+        partial(make_train_step, captioner.logits, optimizer, schedule, reduction="tokens"),
+        abstract(shapes, state_sharding(mesh, shapes)),
+        row,
+        mesh,
+        num_replicas=REPLICAS,
+        replica_batch=ROWS,
+        replicas_at_once=layout.at_once,
+    )
+    return compiled, count_parameters(params)
 
 
 def count_collectives(hlo: str) -> dict[str, dict[str, float]]:

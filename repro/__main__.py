@@ -84,8 +84,9 @@ def _help() -> str:
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
     """Set what XLA needs on a GPU to compute the same bits in every run; before JAX starts."""
-    flags = environment.get("XLA_FLAGS", "")
-    environment["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    from repro.flags import DETERMINISTIC
+
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 
 
 def _start_logging(*, quiet: bool = False) -> None:

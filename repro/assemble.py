@@ -19,7 +19,7 @@ from repro.reporting.writer import log
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult, after_step, take_steps
-from repro.training.memory import SHARE, choices, compile_what_fits, device_bytes, step_bytes
+from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import put, put_rows, replicated, rows_sharding, state_sharding, train_batch_sharding
 from repro.training.state import TrainState, create_train_state
@@ -77,31 +77,19 @@ def build_training(prepared: PreparedRun) -> Training:
     shardings = state_sharding(mesh, shapes)
     like = abstract(shapes, shardings)
     row = prepared.splits["train"].batch(np.zeros(1, np.int64))
-    leading = (num_replicas, args.per_device_train_batch_size)
-
-    def gather(params: Any) -> Any:
-        return jax.lax.with_sharding_constraint(params, replicated(mesh)) if mesh.shape["fsdp"] > 1 else params
-
-    def compile_step(at_once: int) -> jax.stages.Compiled:
-        step = make_train_step(
-            prepared.pretrained.captioner.logits,
-            optimizer,
-            schedule,
-            reduction=prepared.protocol.loss_reduction,
-            label_smoothing=args.label_smoothing_factor,
-            replicas_at_once=at_once,
-            gather=gather,
-        )
-        sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once)
-        batch = {
-            name: jax.ShapeDtypeStruct((*leading, *array.shape[1:]), array.dtype, sharding=sharding)
-            for name, array in row.items()
-        }
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-        return compiled.lower(like, batch).compile()
-
+    make_step = partial(
+        make_train_step,
+        prepared.pretrained.captioner.logits,
+        optimizer,
+        schedule,
+        reduction=prepared.protocol.loss_reduction,
+        label_smoothing=args.label_smoothing_factor,
+    )
+    sizes = {"num_replicas": num_replicas, "replica_batch": args.per_device_train_batch_size}
     at_once, step = compile_what_fits(
-        compile_step, _at_once(prepared), limit=SHARE * device_bytes(mesh.local_devices[0])
+        lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
+        _at_once(prepared),
+        limit=SHARE * device_bytes(mesh.local_devices[0]),
     )
     facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step)}
     if at_once < num_replicas:
@@ -122,8 +110,7 @@ def build_training(prepared: PreparedRun) -> Training:
             seed=args.seed,
             num_epochs=prepared.num_epochs,
             shuffle=prepared.shuffle,
-            num_replicas=num_replicas,
-            replica_batch=args.per_device_train_batch_size,
+            **sizes,
         ),
         batch_sharding=train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once),
         facts=facts,

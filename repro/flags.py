@@ -26,10 +26,8 @@ def check_flags(model_args: ModelArguments, args: TrainingArguments) -> Path:
     check_values(model_args, args)
     if args.output_dir is None:
         raise InputError("--output_dir is missing: name a folder for the run.")
-    if args.metric_for_best_model not in (None, *EVALUATION_METRICS):
-        raise InputError(
-            f"--metric_for_best_model {args.metric_for_best_model}: choose one of {', '.join(EVALUATION_METRICS)}."
-        )
+    if args.resume != "never" and not args.do_train:
+        raise InputError(f"--resume {args.resume}: goes on with training; add --do_train.")
     if args.resume == "auto" and args.overwrite_output_dir:
         raise InputError("--resume auto and --overwrite_output_dir contradict each other: drop one.")
     return Path(args.output_dir)
@@ -64,6 +62,10 @@ def check_values(model_args: ModelArguments, args: TrainingArguments) -> None:
             raise InputError(f"--{name} {value}: must not be negative.")
     if args.max_grad_norm is not None and not args.max_grad_norm > 0:
         raise InputError(f"--max_grad_norm {args.max_grad_norm}: must be above 0; leave it out for no clipping.")
+    if args.metric_for_best_model not in (None, *EVALUATION_METRICS):
+        raise InputError(
+            f"--metric_for_best_model {args.metric_for_best_model}: choose one of {', '.join(EVALUATION_METRICS)}."
+        )
     mesh_shape(args.mesh)
     named = (
         model_args.model_name_or_path,

@@ -10,11 +10,16 @@ from typing import Any
 from repro.config import ModelArguments, TrainingArguments
 from repro.errors import InputError
 from repro.prepare import PreparedRun
-from repro.reporting.writer import Recorded, check_output_dir, holds_only_a_start, read_facts, read_recorded
-from repro.training.checkpoint import Found, find_newest
-
-STATE = "state"
-MODES = ("never", "auto")
+from repro.reporting.writer import (
+    STATE,
+    Recorded,
+    check_output_dir,
+    holds_only_run_files,
+    models_in,
+    read_facts,
+    read_recorded,
+)
+from repro.training.checkpoint import Found, find_newest, whole_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +29,14 @@ class Start:
     Attributes:
         found: the state that it goes on from; None to start anew.
         recorded: steps and evaluations up to there.
+        branches_off: from another run than the one in the output folder.
         parts: when, where and with what the earlier parts of the run were computed.
     """
 
     found: Found | None
     recorded: Recorded
     parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    branches_off: bool = False
 
     @property
     def step(self) -> int:
@@ -59,13 +66,13 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
     if args.resume == "auto":
         found = find_newest(folder / STATE)
         if found is None:
-            if not holds_only_a_start(folder):
+            if not _holds_only_a_start(folder):
                 raise InputError(
                     f"--resume auto: {folder} holds no state that can be used, but other files; name another"
                     " --output_dir, or add --overwrite_output_dir to start anew in it."
                 )
             return ANEW
-        return _after(found)
+        return _after(found, folder)
     source = Path(args.resume)
     step = int(source.name) if source.name.isdigit() else None
     states = source.parent if step is not None else source if source.name == STATE else source / STATE
@@ -75,14 +82,24 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
             f"--resume {args.resume}: holds no state that can be used; give auto, never, the folder of a run, or of one"
             f" of its states ({STATE}/STEP)."
         )
-    if states.parent.absolute() != folder.absolute():
+    start = _after(found, folder)
+    if start.branches_off:
         check_output_dir(folder, overwrite=args.overwrite_output_dir)
-    return _after(found)
+    return start
 
 
-def _after(found: Found) -> Start:
-    folder = Path(found.folder).parent
-    return Start(found, read_recorded(folder, found.step), read_facts(folder).get("parts", []))
+def _holds_only_a_start(folder: Path) -> bool:
+    """Tell whether a folder is empty, or holds nothing but what a run writes before its first state."""
+    later = [*models_in(folder), *whole_states(folder / STATE)]
+    return not later and "finished" not in read_facts(folder) and holds_only_run_files(folder)
+
+
+def _after(found: Found, folder: Path) -> Start:
+    source = Path(found.folder).parent
+    recorded, branches_off = read_recorded(source, found.step), source != folder.absolute()
+    if branches_off:  # the model of this step stays behind, so it is saved and evaluated once more
+        recorded = Recorded([row for row in recorded.rows if "loss" in row or row["step"] < found.step])
+    return Start(found, recorded, read_facts(source).get("parts", []), branches_off)
 
 
 def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any]:
@@ -97,7 +114,7 @@ def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any
         "flags": flags,
         "protocol": dataclasses.asdict(prepared.protocol),
         "num_replicas": prepared.num_replicas,
-        "num_steps": prepared.num_steps,
+        "num_steps": prepared.facts["num_steps"],
         "shuffle": prepared.shuffle,
         "model": prepared.facts["model"]["fingerprint"],
         "data": {

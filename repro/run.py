@@ -26,8 +26,8 @@ from repro.prepare import PreparedRun, prepare
 from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
 from repro.reporting.progress import NonFinite, StepLog
-from repro.reporting.writer import PARTIAL, Recorded, RunWriter, locked, log, models_in, prefixed, write_json
-from repro.resume import STATE, Start, check_same, choose_start, settings
+from repro.reporting.writer import PARTIAL, STATE, Recorded, RunWriter, locked, log, models_in, prefixed, write_json
+from repro.resume import Start, check_same, choose_start, settings
 from repro.training.checkpoint import CORRUPT, Checkpoints, Found, set_aside
 from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult
@@ -86,11 +86,12 @@ def run(
             check_same(start.found.record["settings"], same)
         training = build_training(prepared) if args.do_train else None
         stack.enter_context(stopping_on_full_disk("a file of the run"))
-        if start.found and is_first() and Path(start.found.folder) == (folder / STATE).absolute():
+        if start.found and is_first() and not start.branches_off:
             set_aside(folder / STATE, start.found)
         # The other processes' files are thrown away: what a run writes is the same in all.
         own = folder if is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        writer = stack.enter_context(RunWriter(own, start.recorded if start.found else None))
+        recorded = start.recorded if start.found else None
+        writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off))
         wait_for_all("folder")
         return _Run(prepared, training, writer, folder, start, same, signals).execute()
 
@@ -98,7 +99,7 @@ def run(
 def _decide_start(args: TrainingArguments, folder: Path) -> Start:
     chosen = decided_by_first(lambda: dataclasses.asdict(choose_start(args, folder)))
     found = Found(**chosen["found"]) if chosen["found"] else None
-    return Start(found, Recorded(**chosen["recorded"]), chosen["parts"])
+    return Start(**{**chosen, "found": found, "recorded": Recorded(**chosen["recorded"])})
 
 
 @dataclass
@@ -239,8 +240,6 @@ class _Run:
         states.save(result.state, result.step, record)
 
     def _whole(self, params: Any) -> Any:
-        if self.prepared.mesh.shape["fsdp"] == 1:
-            return params
         return jax.jit(lambda params: params, out_shardings=replicated(self.prepared.mesh))(params)
 
     def _evaluate(self, evaluator: Evaluator, params: Any, split: str, prefix: str, folder: Path) -> None:

@@ -197,6 +197,21 @@ def test_a_run_may_branch_off_into_another_folder(whole, tmp_path):
     assert (copied / "state" / "15").is_dir()
 
 
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_branch_may_replace_another_run_and_evaluates_where_it_begins(whole, step, tmp_path):
+    copied, branch = copy_of(whole, tmp_path), tmp_path / "branch"
+    shutil.copytree(whole, branch)
+    (branch / "ckpt_epoch_9_step_99").mkdir()
+    start(branch, "--resume", str(copied / "state" / str(step)), "--overwrite_output_dir")
+    assert [path.name for path in branch.glob("ckpt_*")] != []
+    assert not (branch / "ckpt_epoch_9_step_99").exists()
+    assert min(int(path.name) for path in (branch / "state").iterdir()) == step  # its own copy
+    assert rows(branch) == rows(whole)
+    for folder in branch.glob("ckpt_*"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"eval_results.json", "eval_generation.json", "model.safetensors"} <= names
+
+
 def test_going_back_in_a_folder_forgets_what_came_after(whole, tmp_path):
     folder = copy_of(whole, tmp_path)
     start(folder, "--resume", str(folder / "state" / "12"))
@@ -255,6 +270,17 @@ def test_every_difference_is_named():
         check_same(saved, now)
     lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
     assert lines == ["--gone: 2 then, absent now", "--seed: 1 then, 2 now", "num_replicas: 8 then, 4 now"]
+
+
+def test_what_trains_nothing_cannot_be_resumed_but_evaluates(golden_inputs, tmp_path):
+    text = flags(tmp_path / "run")
+    text.remove("--do_train")
+    parsed = parse_arguments(CLASSES, text, command="train")
+    result = run(*parsed, devices=jax.devices()[:1], progress=False)
+    assert result.metrics["eval_loss"] > 0
+    assert not (tmp_path / "run" / "state").exists()
+    with pytest.raises(InputError, match="--resume auto: goes on with training; add --do_train"):
+        run(*parse_arguments(CLASSES, [*text, "--resume", "auto"], command="train"), progress=False)
 
 
 def test_resume_needs_something_to_go_on_from(tmp_path):

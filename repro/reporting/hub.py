@@ -7,9 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 
-from repro.reporting.writer import log
+from repro.reporting.writer import LOCK, PARTIAL, STATE, log
 
-LEFT_AT_HOME = ("state/*", "run.lock", "*.partial", "*.partial/*")
+LEFT_AT_HOME = (f"{STATE}/*", LOCK, f"*{PARTIAL}", f"*{PARTIAL}/*")
 
 
 class HubUploader:

@@ -18,13 +18,13 @@ from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
 
 LOCK = "run.lock"
+STATE = "state"
 RUN_FILES = (
-    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", "non_finite.json", "state"),
+    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", "non_finite.json", STATE),
     *("eval_results.json", "eval_generation.json", "test_results.json", "test_generation.json"),
 )
 MODELS = "ckpt_epoch_*_step_*"
 PARTIAL = ".partial"
-UNFINISHED_STATE = ".orbax-checkpoint-tmp"
 RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
 DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "seconds")
@@ -72,12 +72,9 @@ def check_output_dir(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def holds_only_a_start(folder: Path) -> bool:
-    """Tell whether a folder is empty, or holds nothing but what a run writes before its first state."""
-    known = {path.name for path in _files_of_a_run(folder)}
-    states = [path for path in (folder / "state").glob("[0-9]*") if UNFINISHED_STATE not in path.name]
-    finished = "finished" in read_facts(folder)
-    return not (models_in(folder) or states or finished) and all(path.name in known for path in _entries(folder))
+def holds_only_run_files(folder: Path) -> bool:
+    """Tell whether all that lies in a folder has the name of something that a run writes."""
+    return {path.name for path in _entries(folder)} <= {path.name for path in _files_of_a_run(folder)}
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -159,17 +156,19 @@ def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
 class RunWriter:
     """Writes one run's folder."""
 
-    def __init__(self, folder: Path, recorded: Recorded | None = None) -> None:
+    def __init__(self, folder: Path, recorded: Recorded | None = None, *, branches_off: bool = False) -> None:
         """Prepare the folder.
 
         Args:
-            recorded: what stays of the run in it; None to remove that.
+            recorded: steps and evaluations that the run begins with; None to remove what is left of another.
+            branches_off: they are another run's, so what is left in the folder is removed all the same.
         """
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         # A model that was being written when the run was killed is not one; nothing else is removed of a run.
-        for path in _files_of_a_run(folder) if recorded is None else folder.glob(f"*{PARTIAL}"):
+        stays = recorded is not None and not branches_off
+        for path in folder.glob(f"*{PARTIAL}") if stays else _files_of_a_run(folder):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

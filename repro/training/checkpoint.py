@@ -155,15 +155,20 @@ class Checkpoints:
                     raise
 
 
+def whole_states(folder: Path) -> list[int]:
+    """List the steps whose states were written to the end; whether their files are good is another question."""
+    return [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
+
+
 def find_newest(folder: Path, *, step: int | None = None) -> Found | None:
     """Find the newest state in a folder whose files are as they were written, or the one of a step.
 
     Returns:
         None if there is none; what is wrong with the others is logged.
     """
-    steps = sorted((int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()), reverse=True)
+    candidates = whole_states(folder) if step is None else [step]
     corrupt: list[int] = []
-    for candidate in steps if step is None else [step]:
+    for candidate in sorted(candidates, reverse=True):
         path = folder / str(candidate)
         try:
             check_checksums(path)
@@ -178,12 +183,13 @@ def find_newest(folder: Path, *, step: int | None = None) -> Found | None:
 
 def set_aside(folder: Path, found: Found) -> None:
     """Rename the corrupt states, and remove later ones, so that the run can come to their steps again."""
-    for path in [path for path in folder.glob("[0-9]*") if path.name.isdigit()]:
-        if int(path.name) in found.corrupt:
-            aside = path.with_name(path.name + CORRUPT)
+    for step in whole_states(folder):
+        path = folder / str(step)
+        if step in found.corrupt:
+            aside = folder / f"{step}{CORRUPT}"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-        elif int(path.name) > found.step:
+        elif step > found.step:
             shutil.rmtree(path)
 
 

@@ -1,16 +1,49 @@
-"""How much memory a compiled step takes, and how many replicas at once fit what a device has."""
+"""The training step compiled from shapes alone, for as many replicas at once as fit what a device has."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from repro.training.sharding import make_whole, replicated, train_batch_sharding
+from repro.training.state import TrainState
+from repro.training.steps import TrainStep
+
 SHARE = 0.92
 """Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest."""
+
+
+def compile_step(
+    make_step: Callable[..., TrainStep],
+    like: TrainState,
+    row: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    num_replicas: int,
+    replica_batch: int,
+    replicas_at_once: int,
+) -> jax.stages.Compiled:
+    """Compile a step that takes the buffers of its state and gives the next one the same place.
+
+    Args:
+        make_step: `make_train_step` but for `replicas_at_once` and `gather`.
+        like: shapes, dtypes and shardings of the state.
+        row: one row of a batch [1,...], or its shapes.
+    """
+    step = make_step(replicas_at_once=replicas_at_once, gather=partial(make_whole, mesh=mesh))
+    sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=replicas_at_once)
+    batch = {
+        name: jax.ShapeDtypeStruct((num_replicas, replica_batch, *array.shape[1:]), array.dtype, sharding=sharding)
+        for name, array in row.items()
+    }
+    places = jax.tree.map(lambda array: array.sharding, like)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
+    return jitted.lower(like, batch).compile()
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> int:

@@ -85,6 +85,11 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
+def make_whole(tree: Any, *, mesh: Mesh) -> Any:
+    """Inside a compiled function, gather arrays that `fsdp` cuts."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh)) if mesh.shape["fsdp"] > 1 else tree
+
+
 def train_batch_sharding(mesh: Mesh, *, num_replicas: int, replicas_at_once: int | None = None) -> NamedSharding:
     """Split [R,b,...] by replicas where the devices divide those computed at once, else by each replica's rows."""
     by_replica = (replicas_at_once or num_replicas) % mesh.size == 0

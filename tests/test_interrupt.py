@@ -1,0 +1,42 @@
+"""The first signal is obeyed where nothing is lost, the second at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from repro.__main__ import make_deterministic
+from repro.errors import Interrupted
+from repro.flags import DETERMINISTIC
+from repro.training.interrupt import StopSignals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_before_training_a_signal_ends_the_program_where_it_is(signum):
+    with StopSignals(), pytest.raises(Interrupted, match=r"training had not begun") as caught:
+        signal.raise_signal(signum)
+    assert caught.value.signum == signum
+
+
+def test_in_training_a_signal_waits_for_the_end_of_a_step_and_a_second_one_does_not(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopSignals() as signals:
+        signals.defer()
+        assert not signals.requested(1)
+        signals.raise_if_received()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.requested(2)
+        assert ended == []
+        with pytest.raises(Interrupted, match="during an evaluation"):
+            signals.raise_if_received()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [128 + signal.SIGINT]
+
+
+def test_the_switch_for_determinism_keeps_other_flags():
+    environment = {"XLA_FLAGS": "--xla_other=1"}
+    make_deterministic(environment)
+    assert environment["XLA_FLAGS"] == f"--xla_other=1 {DETERMINISTIC}"
