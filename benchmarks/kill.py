@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import write_result
 
 POLL_SECONDS = 0.005
 BLOCK = 2**16
@@ -326,9 +327,7 @@ def main() -> None:
     result["deaths"] = {"total": len(deaths), **by_phase}
     result["identical"] = sum(not run["differences"] for run in result["runs"])
     print(f"{result['deaths']}; {result['identical']} of {args.runs} runs identical to the undisturbed one")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result("kill", result, args.output)
     sys.exit(0 if result["identical"] == args.runs else 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import transformers
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 generation = importlib.import_module("generation")
 input_pipeline = importlib.import_module("input_pipeline")
+saving = importlib.import_module("saving")
 scaling = importlib.import_module("scaling")
 train_step = importlib.import_module("train_step")
 
@@ -69,3 +71,19 @@ ENTRY %main (a: f32[8]) -> f32[8] {
         "all-reduce": {"count": 1, "larger": 0, "bytes": 4 * 768 + 2 * 12},
         "all-gather": {"count": 1, "larger": 0, "bytes": 64},
     }
+
+
+def test_saving_is_timed_beside_the_same_steps_without(tmp_path):
+    settings = {"batch": 2, "length": 4, "smoke": True}
+    saving.STEPS = 3
+    result = saving.measure_saving(settings, tmp_path / "state", pairs=1)
+    assert result["state_megabytes"] > 10
+    assert len(result["seconds_until_on_disk_with_checksums"]) == 1
+    parts = saving.restart(settings, tmp_path / "state", time.time())
+    assert parts["total"] == pytest.approx(sum(parts.values()) - parts["total"])
+
+
+def test_estimates_grow_with_the_machine():
+    small, large = (scaling.estimate(scaling.MACHINES[index], 2048) for index in (0, 2))
+    assert small["minutes_of_training"] > large["minutes_of_training"] > 0
+    assert small["efficiency_without_overlap"] > large["efficiency_without_overlap"] > 0
