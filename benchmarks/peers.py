@@ -124,6 +124,7 @@ def compare(
         results[peer] = {
             "seconds": statistics.median(times),
             "spread": [min(times), max(times)],
+            "seconds_of_turns": times,
             "first_run_seconds": first,
             "peak_memory_mb": connection.recv(),
         }

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from repro import __doc__ as PURPOSE
 from repro import __version__
@@ -21,11 +22,14 @@ SIGNALLED = 128
 
 COMMANDS = {
     "reproduce": "run a recipe offline and check its targets (default: pocket, minutes on a CPU)",
+    "verify": "hold finished runs, one or one for each seed, against a recipe's targets: PASS, FAIL or CANNOT TELL",
     "train": "fine-tune, evaluate and predict with the example's documented flags",
     "create-model": "join a vision encoder and a text decoder into a model folder",
     "export": "write a model in both formats, for Flax and for PyTorch",
     "data": "`repro data coco` downloads COCO 2017, `data pocket` renders scenes, `data check` reads what a run would",
 }
+STATUSES = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
+"""Of verdicts."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -33,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 done; 1 a target was missed; 2 the input cannot be used; 3 training cannot go on; 130 and 143
-        stopped by SIGINT and SIGTERM.
+        The exit status: 0 done; 1 a target was missed; 2 the input cannot be used or tells nothing; 3 training cannot
+        go on; 130 and 143 stopped by SIGINT and SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -45,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     handlers: dict[str, Callable[[list[str]], int]] = {
         "reproduce": _reproduce,
+        "verify": _verify,
         "train": _train,
         "create-model": _create_model,
         "export": _export,
@@ -156,28 +161,78 @@ def _create_model(argv: list[str]) -> int:
 
 
 def _reproduce(argv: list[str]) -> int:
-    parser = _Parser(prog="repro reproduce", description=COMMANDS["reproduce"], allow_abbrev=False)
-    parser.add_argument("recipe", nargs="?", default="pocket", help="default: %(default)s")
+    # The recipe comes first, since among flags of which this parser knows nothing a value would be taken for it.
+    recipe, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("pocket", argv)
+    parser = _Parser(
+        prog="repro reproduce",
+        usage="%(prog)s [RECIPE] [flags]",
+        description=f"{COMMANDS['reproduce']}. Every flag of `repro train` may be added, and wins over the recipe's."
+        " Given again, the command goes on with a run that was ended. RECIPE is pocket (the default), coco2017 or"
+        " coco2017-exact.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--output_dir", type=Path, help="default: ./repro-RECIPE")
-    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    parser.add_argument("--protocol", help="published, current or exact (default: the recipe's)")
+    parser.add_argument("--keep_going", action="store_true", help="finish a run that can no longer meet the targets")
+    parser.add_argument("--dry_run", action="store_true", help="check machine, weights, data and disk, and estimate")
+    args, flags = parser.parse_known_args(argv)
+    if "--deterministic" in flags:
+        make_deterministic(os.environ)
+    _start_logging()
+    from repro.recipes import read_recipe
+    from repro.reproduce import reproduce, start_recipe
+    from repro.verify import table
+
+    folder = args.output_dir or Path(f"repro-{recipe}")
+    if args.dry_run:
+        from repro.dry_run import describe, dry_run
+
+        found = dry_run(*start_recipe(read_recipe(recipe), folder, flags))
+        print(describe(found))
+        return INPUT_ERROR if found.problems else 0
+    done = reproduce(recipe, folder, flags, keep_going=args.keep_going)
+    print("\ncaptions of validation images")
+    for sample in done.samples:
+        print(f"  {Path(sample.image_path).name}  {sample.caption}")
+        if sample.truth:
+            print(f"{'shows:':>18}  {sample.truth}")
+    _print_table("metric", {**done.result.metrics, **_speed(done.result.facts)})
+    return _conclude(done.verification, table(done.verification.outcomes), f"written to {folder}")
+
+
+def _verify(argv: list[str]) -> int:
+    parser = _Parser(prog="repro verify", description=COMMANDS["verify"], allow_abbrev=False)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders of a reproduction or of a run, one for each seed"
+    )
+    parser.add_argument("--recipe", help="default: the one that the first folder was made by")
+    parser.add_argument(
+        "--against", nargs="+", type=Path, default=(), metavar="RUN", help="runs that take the reference's place"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
     args = parser.parse_args(argv)
     _start_logging()
-    from repro.reproduce import reproduce
+    from repro.reporting.writer import write_json
+    from repro.verify import as_json, as_junit, table, verify
 
-    folder = args.output_dir or Path(f"repro-{args.recipe}")
-    result = reproduce(args.recipe, folder, seed=args.seed, protocol=args.protocol)
-    print("\ncaptions of unseen scenes")
-    for sample in result.samples:
-        print(f"  {Path(sample.image_path).name}  {sample.caption}\n{'shows:':>18}  {sample.truth}")
-    _print_table("metric", result.measured)
-    print(f"{'target':24} {'wanted':>22} {'measured':>12}")
-    for verdict in result.verdicts:
-        value = "missing" if verdict.measured is None else f"{verdict.measured:.4f}"
-        word = "PASS" if verdict.passed else "FAIL"
-        print(f"{verdict.metric:24} {verdict.bounds:>22} {value:>12}  {word}")
-    print(f"\n{'PASS' if result.passed else 'FAIL'}: written to {result.folder}")
-    return 0 if result.passed else 1
+    done = verify(args.runs, recipe=args.recipe, reference=args.against)
+    if args.json:
+        write_json(args.json, as_json(done))
+    if args.junit:
+        args.junit.write_bytes(as_junit(done))
+    return _conclude(done, table(done.outcomes), f"{len(done.runs)} run{'s' * (len(done.runs) > 1)} of {done.recipe}")
+
+
+def _conclude(verification: Any, table: str, end: str) -> int:
+    for run in verification.runs:
+        for note in run.notes:
+            print(f"note: {run.folder}: {note}")
+    for problem in verification.problems:
+        print(f"cannot tell: {problem}")
+    if verification.outcomes:
+        print(table)
+    print(f"\n{verification.verdict}: {end}")
+    return STATUSES[verification.verdict]
 
 
 def _export(argv: list[str]) -> int:

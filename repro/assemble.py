@@ -180,5 +180,6 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None) -
         protocol=prepared.protocol,
         num_replicas=prepared.num_replicas,
         replica_batch=args.per_device_eval_batch_size,
+        caption_metrics=prepared.data_args.caption_metrics,
         progress=prepared.progress,
     )

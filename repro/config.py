@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,6 +118,9 @@ class DataArguments:
     max_predict_samples: int | None = _free(None, "Use only the first rows for prediction.")
     preprocessing_num_workers: int | None = _free(None, "Threads that decode images (default: one for each core).")
     predict_with_generate: bool = _flag(False, "Generate captions and compute ROUGE.")
+    caption_metrics: bool = _flag(
+        False, "Further: compute BLEU and CIDEr-D too, of one caption of each image against all that it has."
+    )
     num_beams: int | None = _flag(None, "Beams (default: the model's configuration).")
     overwrite_cache: bool = _free(False, "Read the rows and decode the images again.")
     image_cache: bool = _free(
@@ -154,7 +157,11 @@ class TrainingArguments:
     push_to_hub: bool = _free(False, "Upload the checkpoints to the Hugging Face Hub.")
     hub_model_id: str | None = _free(None, "Repository there (default: output_dir's name).")
     hub_token: str | None = _free(None, "Token with write access there.")
-    protocol: str = _flag("exact", "Further: whose numeric choices to follow: published, current or exact.")
+    protocol: str = _flag(
+        "exact",
+        "Further: whose numeric choices to follow: published, current or exact; with some changed:"
+        " published,stop_rule=exact.",
+    )
     num_replicas: int | None = _free(
         None, "Further: replicas the run is made of, whatever computes them (default: devices)."
     )
@@ -246,7 +253,12 @@ def _read_flags(path: str, known: set[str]) -> list[str]:
     for name in flags:
         if name not in known:
             raise InputError(f"{path}: unknown flag {name!r}.{_suggestion(name, known)}")
-    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return flags_of(flags)
+
+
+def flags_of(values: Mapping[str, Any]) -> list[str]:
+    """Write flags and their values as a command line does."""
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
 def _suggestion(flag: str, known: set[str]) -> str:

@@ -22,6 +22,7 @@ from repro.data.pipeline import CaptionedImages, check_sizes, number_images, pre
 from repro.data.rows import Rows
 from repro.data.sources import load_splits
 from repro.errors import InputError
+from repro.evaluation.caption_metrics import check_installed
 from repro.flags import DETERMINISTIC, is_deterministic, mesh_shape
 from repro.models.beam_search import check_beams
 from repro.models.captioner import Captioner
@@ -135,6 +136,8 @@ def prepare(
     rows = read_rows(model_args, data_args, wanted)
     pretrained = load_or_create(model_args, seed=args.seed)
     _check_lengths(data_args, pretrained)
+    if data_args.caption_metrics:
+        check_installed()
     if data_args.predict_with_generate:
         captioner = pretrained.captioner
         check_beams(
@@ -215,32 +218,40 @@ def _decode(
     progress: bool,
 ) -> tuple[dict[str, CaptionedImages], list[dict[str, Any]]]:
     """Decode the images and tokenize the captions of all splits; the rows that cannot be used are returned too."""
-    places = number_images(split.dataset for split in rows.values())
     folder = cache_folder(model_args)
-    store = load_images(
-        list(places),
-        pretrained.image_processor,
-        convert_to_rgb=protocol.convert_to_rgb,
-        cache_dir=folder / "images" if data_args.image_cache else None,
-        capacity=args.block_size or None,
-        num_workers=data_args.preprocessing_num_workers,
-        overwrite_cache=data_args.overwrite_cache,
-        progress=progress,
-    )
     splits, dropped = {}, []
-    for name, split in rows.items():
-        splits[name], failed = prepare_split(
-            split.dataset,
-            pretrained.tokenizer,
-            places,
-            store,
-            max_length=target_length(data_args, name),
-            decoder_start_token_id=pretrained.captioner.config.decoder_start_token_id,
-            split=name,
-            tokens_dir=folder / "tokens",
+    converted = {name: converts_to_rgb(protocol, name) for name in rows}
+    for convert in sorted(set(converted.values())):
+        together = {name: split for name, split in rows.items() if converted[name] == convert}
+        places = number_images(split.dataset for split in together.values())
+        store = load_images(
+            list(places),
+            pretrained.image_processor,
+            convert_to_rgb=convert,
+            cache_dir=folder / "images" if data_args.image_cache else None,
+            capacity=args.block_size or None,
+            num_workers=data_args.preprocessing_num_workers,
+            overwrite_cache=data_args.overwrite_cache,
+            progress=progress,
         )
-        dropped += [*split.dropped, *failed]
+        for name, split in together.items():
+            splits[name], failed = prepare_split(
+                split.dataset,
+                pretrained.tokenizer,
+                places,
+                store,
+                max_length=target_length(data_args, name),
+                decoder_start_token_id=pretrained.captioner.config.decoder_start_token_id,
+                split=name,
+                tokens_dir=folder / "tokens",
+            )
+            dropped += [*split.dropped, *failed]
     return splits, dropped
+
+
+def converts_to_rgb(protocol: Protocol, split: str) -> bool:
+    """Tell whether images of other modes are converted in a split, or their rows dropped."""
+    return protocol.convert_to_rgb if split == "train" else protocol.convert_evaluated_to_rgb
 
 
 def cache_folder(model_args: ModelArguments) -> Path:

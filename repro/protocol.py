@@ -7,8 +7,8 @@ neighbours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from repro.errors import InputError
 
@@ -23,12 +23,12 @@ class Protocol:
 
     Attributes:
         loss_reduction: `replica_means` averages sum(loss x mask) / sum(mask) over the replicas; `tokens` divides the
-        sum
-            over all replicas by the number of all unmasked tokens.
+            sum over all replicas by the number of all unmasked tokens.
         decay_mask: `2022` decays all but biases and BART's LayerNorm names; `layer_norms` spares every LayerNorm.
         threefry_partitionable: which of JAX's two random streams (`jax_threefry_partitionable`).
         shuffle_without_blocks: whether `--block_size 0` shuffles; the example then trains in file order.
-        convert_to_rgb: convert images of other modes, instead of dropping their rows.
+        convert_to_rgb: convert training images of other modes, instead of dropping their rows.
+        convert_evaluated_to_rgb: likewise those that are evaluated and predicted.
         keep_incomplete_batch: pad and mask the last evaluation batch, instead of dropping it.
         token_eval_loss: the evaluation loss per token, instead of the unweighted mean of the batches' losses.
         stop_rule: when beam search ends (`repro.models.beam_search`).
@@ -42,6 +42,7 @@ class Protocol:
     threefry_partitionable: bool
     shuffle_without_blocks: bool
     convert_to_rgb: bool
+    convert_evaluated_to_rgb: bool
     keep_incomplete_batch: bool
     token_eval_loss: bool
     stop_rule: StopRule
@@ -56,6 +57,7 @@ PUBLISHED = Protocol(
     threefry_partitionable=False,
     shuffle_without_blocks=False,
     convert_to_rgb=False,
+    convert_evaluated_to_rgb=False,
     keep_incomplete_batch=False,
     token_eval_loss=False,
     stop_rule="2022",
@@ -69,6 +71,7 @@ CURRENT = Protocol(
     threefry_partitionable=True,
     shuffle_without_blocks=False,
     convert_to_rgb=False,
+    convert_evaluated_to_rgb=False,
     keep_incomplete_batch=False,
     token_eval_loss=False,
     stop_rule="current",
@@ -82,21 +85,42 @@ EXACT = Protocol(
     threefry_partitionable=True,
     shuffle_without_blocks=True,
     convert_to_rgb=True,
+    convert_evaluated_to_rgb=True,
     keep_incomplete_batch=True,
     token_eval_loss=True,
     stop_rule="exact",
     generate_per_image=True,
     always_evaluate_at_end=True,
 )
+SWITCHES: dict[str, dict[str, Any]] = {
+    "bool": {"false": False, "true": True},
+    **{
+        name: {value: value for value in get_args(values)}
+        for name, values in {"LossReduction": LossReduction, "DecayMask": DecayMask, "StopRule": StopRule}.items()
+    },
+}
+"""What the fields' types can be, by how they are written."""
 PROTOCOLS = {protocol.name: protocol for protocol in (PUBLISHED, CURRENT, EXACT)}
 
 
-def protocol_named(name: str) -> Protocol:
-    """Look a protocol up by the value of `--protocol`.
+def protocol_named(text: str) -> Protocol:
+    """Look a protocol up by the value of `--protocol`: a name, then switches that differ, `published,stop_rule=exact`.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is no such name, switch or value.
     """
+    name, *changes = text.split(",")
     if name not in PROTOCOLS:
         raise InputError(f"--protocol {name!r}: choose one of {', '.join(PROTOCOLS)}.")
-    return PROTOCOLS[name]
+    changed = dict(_switch(change) for change in changes)
+    return replace(PROTOCOLS[name], **changed, name=text) if changed else PROTOCOLS[name]
+
+
+def _switch(change: str) -> tuple[str, Any]:
+    name, _, text = change.partition("=")
+    values = {field.name: SWITCHES[str(field.type)] for field in fields(Protocol) if field.name != "name"}
+    if name not in values:
+        raise InputError(f"--protocol: unknown switch {name!r}; there are {', '.join(values)}.")
+    if text not in values[name]:
+        raise InputError(f"--protocol: {name}={text}: choose one of {', '.join(values[name])}.")
+    return name, values[name][text]

@@ -1,30 +1,30 @@
-"""`repro reproduce`: make a recipe's data and model, run it, and hold the result against its targets."""
+"""`repro reproduce`: make what a recipe needs, run it, and hold the result against its targets."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor
 
-from repro.config import DataArguments, ModelArguments, TrainingArguments
+from repro.config import DataArguments, ModelArguments, TrainingArguments, flags_of, parse_arguments
 from repro.data.pocket import read_scenes, render_pocket
-from repro.data.scenes import Scene
 from repro.errors import InputError
 from repro.evaluation.attributes import attribute_accuracy
-from repro.evaluation.targets import Verdict, check_targets
+from repro.evaluation.evaluator import Evaluation
 from repro.recipes import read_recipe
 from repro.reporting.writer import write_json
 from repro.run import RunResult, run
+from repro.verify import ARGUMENTS, MARKER, RUN, Verification, as_json, stop_if_doomed, verify
 
 END_OF_TEXT = "<|endoftext|>"
-MARKER = "recipe.json"
 SAMPLES = 6
 
 
@@ -42,79 +42,77 @@ class Reproduction:
     """A recipe that was run.
 
     Attributes:
-        measured: every metric, the attribute accuracies and `minutes` of wall time.
+        samples: some captions; none where nothing was generated.
     """
 
     folder: Path
-    measured: dict[str, float]
-    verdicts: list[Verdict]
+    result: RunResult
+    verification: Verification
     samples: list[Sample]
-
-    @property
-    def passed(self) -> bool:
-        return all(verdict.passed for verdict in self.verdicts)
 
 
 def reproduce(
-    name: str, folder: Path, *, seed: int = 42, protocol: str | None = None, progress: bool = True
+    name: str, folder: Path, argv: Sequence[str] = (), *, keep_going: bool = False, progress: bool = True
 ) -> Reproduction:
-    """Run a recipe in a folder of its own.
+    """Run a recipe in a folder of its own; goes on with a run of it that was ended.
 
     Args:
         name: of the recipe.
-        folder: new, empty, or of an earlier reproduction, whose run is replaced.
-        seed: of the weights, the order and dropout; the data are the recipe's.
-        protocol: instead of the recipe's.
+        folder: new, empty, or of the same recipe.
+        argv: flags of `repro train` that are added to the recipe's.
+        keep_going: do not stop a run that can no longer meet the targets.
 
     Raises:
-        InputError: there is no such recipe, or the folder holds something else.
+        InputError: there is no such recipe, a flag cannot be used, or the folder holds something else.
+        RunStopped: the run cannot meet the targets any more, or cannot go on.
     """
     recipe = read_recipe(name)
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+    model_args, data_args, args = start_recipe(recipe, folder, argv)
+    if args.do_train and not args.overwrite_output_dir:
+        args = dataclasses.replace(args, resume="auto")
+    scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
+    watch = None if keep_going else partial(stop_if_doomed, recipe)
+    result = run(model_args, data_args, args, score=scenes, watch=watch, progress=progress)
+    verification = verify([folder], recipe=name)
+    write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
+    return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
+
+
+def start_recipe(
+    recipe: Mapping[str, Any], folder: Path, argv: Sequence[str]
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Make a recipe's folder, with its data and the model's halves if they are its own; returns the run's flags.
+
+    Raises:
+        InputError: a flag cannot be used, or the folder holds something else.
+    """
+    marker = folder / MARKER
+    if folder.exists() and any(folder.iterdir()) and not _is_of(marker, recipe["name"]):
         raise InputError(f"--output_dir {folder}: holds something else; name a new or an empty folder.")
-    started = time.perf_counter()
+    parsed = parse_arguments(ARGUMENTS, [*recipe_flags(recipe, folder), *argv], command="reproduce")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MARKER, {**recipe, "seed": seed})
-    data_dir, model_dir = folder / "data", folder / "model"
-    render_pocket(data_dir, **recipe["data"])
-    make_halves(recipe["model"], data_dir, model_dir)
-    flags = dict(recipe["flags"])
-    if protocol is not None:
-        flags["protocol"] = protocol
-    result = run(
-        ModelArguments(
-            encoder_config_name=str(model_dir / "encoder"),
-            decoder_config_name=str(model_dir / "decoder"),
-            cache_dir=str(folder / "cache"),
-        ),
-        DataArguments(data_dir=str(data_dir), **_fields(DataArguments, flags)),
-        TrainingArguments(
-            output_dir=str(folder / "run"),
-            overwrite_output_dir=True,
-            seed=seed,
-            **_fields(TrainingArguments, flags),
-        ),
-        progress=progress,
-    )
-    captions, scenes, paths = captions_and_scenes(result, data_dir)
-    measured = {
-        **result.metrics,
-        **attribute_accuracy(captions, scenes),
-        "minutes": round((time.perf_counter() - started) / 60, 2),
-    }
-    verdicts = check_targets(recipe["targets"], measured)
-    write_json(
-        folder / "result.json",
-        {
-            "recipe": name,
-            "seed": seed,
-            "measured": measured,
-            "targets": [{**vars(verdict), "passed": verdict.passed} for verdict in verdicts],
-        },
-    )
-    step = max(len(paths) // SAMPLES, 1)
-    samples = [Sample(paths[i], captions[i], scenes[i].in_words()) for i in range(0, len(paths), step)][:SAMPLES]
-    return Reproduction(folder, measured, verdicts, samples)
+    write_json(marker, {"name": recipe["name"], "flags": list(argv)})
+    if "data" in recipe:
+        render_pocket(folder / "data", **recipe["data"])
+        make_halves(recipe["model"], folder / "data", folder / "model")
+    return parsed
+
+
+def recipe_flags(recipe: Mapping[str, Any], folder: Path) -> list[str]:
+    """The flags of a recipe's run in a folder."""
+    own: dict[str, Any] = {"output_dir": folder / RUN}
+    if "data" in recipe:
+        own |= {
+            "data_dir": folder / "data",
+            "cache_dir": folder / "cache",
+            "encoder_config_name": folder / "model" / "encoder",
+            "decoder_config_name": folder / "model" / "decoder",
+        }
+    return flags_of({**recipe["flags"], **own})
+
+
+def _is_of(marker: Path, name: str) -> bool:
+    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("name") == name
 
 
 def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:
@@ -147,19 +145,20 @@ def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:
     ).save_pretrained(decoder)
 
 
-def captions_and_scenes(result: RunResult, data_dir: Path) -> tuple[list[str], list[Scene], list[str]]:
-    """Pair one generated caption with the true scene of each validation image that was evaluated."""
-    evaluation = result.evaluations["eval"]
-    by_path = {path: row["pred"] for path, row in zip(evaluation.image_paths, evaluation.generations, strict=True)}
-    scenes = read_scenes(data_dir, "val")
-    paths = sorted(by_path)
-    return (
-        [by_path[path] for path in paths],
-        [scenes[int(Path(path).stem)] for path in paths],
-        paths,
-    )
+def caption_of_each_image(evaluation: Evaluation) -> dict[str, str]:
+    """Pair the path of each image that was evaluated with one of its generated captions, if there are any."""
+    return {path: row["pred"] for path, row in zip(evaluation.image_paths, evaluation.generations, strict=False)}
 
 
-def _fields(arguments: type[DataArguments] | type[TrainingArguments], flags: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(arguments)}
-    return {name: value for name, value in flags.items() if name in names}
+def _score_scenes(data_dir: Path, evaluation: Evaluation) -> dict[str, float]:
+    if not evaluation.generations:
+        return {}
+    scenes, captions = read_scenes(data_dir, "val"), caption_of_each_image(evaluation)
+    return attribute_accuracy(list(captions.values()), [scenes[int(Path(path).stem)] for path in captions])
+
+
+def _samples(result: RunResult, data_dir: Path | None) -> list[Sample]:
+    captions = caption_of_each_image(result.evaluations["eval"]) if "eval" in result.evaluations else {}
+    scenes = read_scenes(data_dir, "val") if data_dir else {}
+    paths = sorted(captions)[:: max(len(captions) // SAMPLES, 1)][:SAMPLES]
+    return [Sample(path, captions[path], scenes[int(Path(path).stem)].in_words() if scenes else "") for path in paths]

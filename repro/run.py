@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult
 from repro.training.processes import decided_by_first, is_first, wait_for_all
 from repro.training.sharding import put, replicated
+
+Score = Callable[[Evaluation], dict[str, float]]
+Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,24 @@ def run(
     args: TrainingArguments,
     *,
     devices: Sequence[jax.Device] | None = None,
+    score: Score | None = None,
+    watch: Watch | None = None,
     progress: bool = True,
 ) -> RunResult:
     """Do what the flags ask for.
 
     Args:
         devices: that compute; None for all that JAX sees. They change the time, not the numbers.
+        score: further metrics of an evaluation of the validation rows.
+        watch: sees `run.json` and the recorded rows before training and whenever steps are logged, and may raise
+            RunStopped.
 
     Raises:
         InputError: a flag or the data cannot be used; nothing was trained, written or removed.
         RunStopped: a loss or gradient is not finite, or the disk is full.
         Interrupted: by SIGTERM or SIGINT; once training has begun, its state is saved.
     """
-    protocol = protocol_named(args.protocol)
+    began, protocol = time.perf_counter(), protocol_named(args.protocol)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.threefry_partitionable(protocol.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
@@ -93,7 +101,7 @@ def run(
         recorded = start.recorded if start.found else None
         writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off))
         wait_for_all("folder")
-        return _Run(prepared, training, writer, folder, start, same, signals).execute()
+        return _Run(prepared, training, writer, folder, start, same, signals, score, watch, began).execute()
 
 
 def _decide_start(args: TrainingArguments, folder: Path) -> Start:
@@ -113,6 +121,9 @@ class _Run:
     start: Start
     settings: dict[str, Any]
     signals: StopSignals
+    score: Score | None
+    watch: Watch | None
+    began: float
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
@@ -123,6 +134,8 @@ class _Run:
         if self.training is not None:
             facts |= self.training.facts
         part = {name: facts[name] for name in ("started", "devices", "mesh", "processes", "platform", "versions")}
+        facts["shuffle"] = prepared.shuffle
+        facts["startup_seconds"] = round(time.perf_counter() - self.began, 1)
         facts["parts"] = [*self.start.parts, {"first_step": self.start.step + 1, **part}]
         if self.start.found:
             for step in self.start.found.corrupt:
@@ -137,6 +150,7 @@ class _Run:
         if args.push_to_hub and is_first():
             uploader = HubUploader(self.folder, repository=args.hub_model_id, token=args.hub_token)
         evaluator = build_evaluator(prepared, self.signals)
+        self._look(facts)
         if self.training is not None:
             params = self._train(self.training, evaluator, uploader, facts)
         else:
@@ -146,6 +160,8 @@ class _Run:
         if args.do_predict:
             self._evaluate(evaluator, params, "test", "test", self.writer.folder)
         facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        facts["seconds"] = round(time.perf_counter() - self.began, 1)
+        facts["checksums"] = self.writer.checksums()
         self.writer.describe(facts, prepared.dropped)
         if uploader:
             uploader.push("end of the run")
@@ -175,6 +191,8 @@ class _Run:
                     if result.metrics:
                         steps.add(result)
                     self._after(result, steps, states, evaluator, uploader)
+                    if steps.logs(result.step):
+                        self._look(facts)
                     if self.signals.requested(self.step) and self.step < self.prepared.num_steps:
                         self._save_state(result, steps, states)
                         assert self.signals.received is not None
@@ -186,6 +204,10 @@ class _Run:
                 raise Interrupted(error.signum, _how_to_go_on(states)) from error
             facts |= steps.close()
         return self._whole(state.params)
+
+    def _look(self, facts: dict[str, Any]) -> None:
+        if self.watch is not None:
+            self.watch(facts, self.writer.recorded.rows)
 
     def _open_states(self) -> Checkpoints:
         metric = self.prepared.args.metric_for_best_model
@@ -250,6 +272,8 @@ class _Run:
         else:
             started = time.perf_counter()
             evaluation = evaluator.evaluate(params, data, name=prefix)
+            if self.score is not None and prefix == "eval":
+                evaluation = dataclasses.replace(evaluation, metrics={**evaluation.metrics, **self.score(evaluation)})
             seconds = time.perf_counter() - started
             self.writer.evaluation(prefix, evaluation, step=self.step, folder=folder, seconds=seconds)
             log.info("step %d: %s", self.step, describe(prefix, evaluation))

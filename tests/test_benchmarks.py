@@ -13,10 +13,12 @@ import pytest
 import transformers
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+ablation = importlib.import_module("ablation")
 generation = importlib.import_module("generation")
 input_pipeline = importlib.import_module("input_pipeline")
 saving = importlib.import_module("saving")
 scaling = importlib.import_module("scaling")
+suite = importlib.import_module("suite")
 train_step = importlib.import_module("train_step")
 
 SETTINGS = {"batch": 2, "beams": 2, "length": 4, "dtype": "float32", "smoke": True}
@@ -87,3 +89,30 @@ def test_estimates_grow_with_the_machine():
     small, large = (scaling.estimate(scaling.MACHINES[index], 2048) for index in (0, 2))
     assert small["minutes_of_training"] > large["minutes_of_training"] > 0
     assert small["efficiency_without_overlap"] > large["efficiency_without_overlap"] > 0
+
+
+def suite_result(seconds: float, *, device: str = "cpu") -> dict:
+    part = {
+        "device": device,
+        "settings": {"batch": 8},
+        "peers": {"native": {"seconds": seconds, "seconds_of_turns": [seconds + 0.01 * turn for turn in range(7)]}},
+    }
+    return dict.fromkeys(suite.TIMED, part)
+
+
+def test_a_slower_result_is_a_regression_and_another_device_no_comparison():
+    same = suite.compare(suite_result(1.0), suite_result(1.0))
+    slower = suite.compare(suite_result(1.0), suite_result(1.2))
+    faster = suite.compare(suite_result(1.0), suite_result(0.8))
+    assert [row["regression"] for row in (*same, *slower, *faster)] == [False] * 3 + [True] * 3 + [False] * 3
+    assert slower[0]["ratio"] == pytest.approx(1.2)
+    with pytest.raises(SystemExit, match="device differ: cpu and gpu"):
+        suite.compare(suite_result(1.0), suite_result(1.0, device="gpu"))
+
+
+def test_an_effect_comes_with_its_interval():
+    paired = ablation.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0], paired=True)
+    assert paired == {"difference": 1.0, "half_width": 0.0}
+    apart = ablation.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0], paired=False)
+    # By hand: both variances 1, error sqrt(2 / 3), 4 degrees of freedom, t = 2.776.
+    assert apart["half_width"] == pytest.approx(2.776 * (2 / 3) ** 0.5, abs=1e-3)

@@ -73,6 +73,7 @@ FURTHER_FLAGS = [
     ("gradient_checkpointing", False, "true", True),
     ("image_cache", True, "False", False),
     ("allow_image_urls", False, "True", True),
+    ("caption_metrics", False, "True", True),
     ("replicas_at_once", None, "4", 4),
     ("mesh", None, "data=4,fsdp=2", "data=4,fsdp=2"),
     ("max_grad_norm", None, "1", 1.0),

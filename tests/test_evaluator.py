@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, mean_of_batch_losses
-from repro.evaluation.targets import Verdict, check_targets
 from repro.models.beam_search import Captions
 from repro.prepare import check_fills_a_batch
 from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
@@ -273,43 +271,3 @@ def test_captions_that_have_ended_leave_large_batches_on_one_device(devices, row
         "group_size": rows,
         "smallest_batch": smallest,
     }
-
-
-def verdict(low, high, measured) -> Verdict:
-    return Verdict(metric="loss", low=low, high=high, measured=measured, source="a test")
-
-
-@given(st.floats(allow_nan=False), st.floats(allow_nan=False), st.floats(allow_nan=False))
-def test_a_target_passes_from_its_low_to_its_high_bound_both_included(low, high, measured):
-    assert verdict(low, high, measured).passed == (low <= measured <= high)
-    assert verdict(low, None, measured).passed == (low <= measured)
-    assert verdict(None, high, measured).passed == (measured <= high)
-    assert verdict(low, None, low).passed
-    assert verdict(None, high, high).passed
-
-
-@pytest.mark.parametrize("measured", [None, math.nan], ids=["missing", "nan"])
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, None), (None, 1.0)])
-def test_a_metric_that_is_missing_or_not_a_number_never_passes(measured, low, high):
-    assert not verdict(low, high, measured).passed
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "words"), [(1.5, None, "at least 1.5"), (None, 2.0, "at most 2"), (1.5, 2.0, "1.5 to 2")]
-)
-def test_bounds_are_said_in_words(low, high, words):
-    assert verdict(low, high, 0.0).bounds == words
-
-
-def test_targets_are_held_against_the_metric_of_their_name():
-    targets = [
-        {"metric": "loss", "low": 1.0, "high": 2.0, "source": "a"},
-        {"metric": "rouge2", "low": 10.0, "source": "b"},
-        {"metric": "gen_len", "high": 9.0, "source": "c"},
-    ]
-    verdicts = check_targets(targets, {"loss": 1.5, "rouge2": 9.99, "other": 1.0})
-    assert [(v.metric, v.measured, v.passed, v.source) for v in verdicts] == [
-        ("loss", 1.5, True, "a"),
-        ("rouge2", 9.99, False, "b"),
-        ("gen_len", None, False, "c"),
-    ]

@@ -132,7 +132,7 @@ def relative(ours, theirs) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@hypothesis_settings(max_examples=12)
+@hypothesis_settings(max_examples=8)
 @given(configs(), st.integers(0, 2**31 - 1))
 def test_logits_dropout_and_gradients_are_those_of_the_flax_class(config, seed):
     native, flax_class, params = both(config, seed)
@@ -149,7 +149,7 @@ def test_logits_dropout_and_gradients_are_those_of_the_flax_class(config, seed):
         jax.tree.map(compare, gradients, expected_gradients)
 
 
-@hypothesis_settings(max_examples=8)
+@hypothesis_settings(max_examples=5)
 @given(configs(), st.integers(0, 2**31 - 1))
 def test_bfloat16_is_as_far_from_float32_as_the_flax_class_is(config, seed):
     # 8 bits of mantissa: one rounding is at most 2**-9 relative. Some forty of them between pixels and logits, each

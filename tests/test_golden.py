@@ -101,6 +101,7 @@ def test_short_runs_equal_the_reference_step_by_step_and_caption_by_caption(name
             check_parameters(folder, evaluation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_long_runs_stay_with_the_reference_as_far_as_rounding_lets_them(name: str, tmp_path: Path) -> None:
     case, folder = read_case(name), tmp_path / "run"

@@ -42,7 +42,9 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "devices_each", "mesh"), [(2, 1, "data=2"), (4, 1, "data=2,fsdp=2")], ids=["2", "4"]
+    ("num_processes", "devices_each", "mesh"),
+    [(2, 1, "data=2"), pytest.param(4, 1, "data=2,fsdp=2", marks=pytest.mark.slow)],
+    ids=["2", "4"],
 )
 def test_processes_together_give_the_numbers_of_the_reference(num_processes, devices_each, mesh, tmp_path, capfd):
     folder = tmp_path / "run"
@@ -61,6 +63,7 @@ def test_processes_together_give_the_numbers_of_the_reference(num_processes, dev
         assert main(["train", *command_line(CASE, folder), "--resume", "auto"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_of_which_one_process_was_killed_ends_and_goes_on(tmp_path):
     folder = tmp_path / "run"
     processes = start(folder, 2, 1, "--resume", "auto", "--save_steps", "2", "--num_train_epochs", "40")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_documented_command import documented_command
 
+import repro.dry_run
+import repro.recipes
 import repro.reproduce
+import repro.verify
 from repro.__main__ import main
+from repro.config import flags_of, parse_arguments
+from repro.evaluation.targets import Target, read_targets
 from repro.recipes import read_recipe, recipe_names
+from repro.verify import ARGUMENTS
 
 MIN_SEEDS = 5
 
@@ -21,9 +30,11 @@ def small_recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The pocket recipe with too little data to learn from."""
     recipe = read_recipe("pocket")
     recipe["data"] |= {"num_train": 24, "num_val": 7}
-    recipe["flags"] |= {"num_train_epochs": 1, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 8}
+    recipe["flags"] |= {"num_train_epochs": 1, "num_replicas": 2, "block_size": 0}
     recipe["targets"] = [{"metric": "eval_loss", "low": 0.5, "high": 50.0, "source": "any loss"}]
-    monkeypatch.setattr(repro.reproduce, "read_recipe", lambda name: recipe)
+    for module in (repro.reproduce, repro.verify):
+        monkeypatch.setattr(module, "read_recipe", lambda name: recipe)
+    monkeypatch.setattr(repro.recipes, "read_recipe", lambda name: recipe)
     return recipe
 
 
@@ -36,8 +47,8 @@ def test_reproduce_passes_or_fails_by_its_targets(
     assert "PASS" in printed
     assert printed.count("shows:") == 6
     result = json.loads((folder / "result.json").read_text())
-    assert result["targets"][0]["passed"] is True
-    assert 0.0 <= result["measured"]["attribute_accuracy"] <= 1.0
+    assert result["targets"][0]["verdict"] == "PASS"
+    assert 0.0 <= result["metrics"]["eval_attribute_accuracy"] <= 1.0
     rows = json.loads(next(folder.glob("run/ckpt_*/eval_generation.json")).read_text())
     assert len(rows) == 7 * 5
     facts = json.loads((folder / "run" / "run.json").read_text())
@@ -47,25 +58,80 @@ def test_reproduce_passes_or_fails_by_its_targets(
     }
 
     small_recipe["targets"][0]["high"] = 0.6
-    assert main(["reproduce", "--output_dir", str(folder)]) == 1
+    steps = (folder / "run" / "metrics.jsonl").read_bytes()
+    assert main(["reproduce", "--output_dir", str(folder)]) == 1, "the run goes on from its end, and is judged anew"
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == steps
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_dry_run_projects_and_trains_nothing(
+    small_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pocket"
+    assert main(["reproduce", "--dry_run", "--output_dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 120 rows of 24 images" in printed
+    assert "for 7 steps and 1 evaluations" in printed
+    assert not (folder / "run").exists()
+    monkeypatch.setattr(repro.dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main(["reproduce", "--dry_run", "--output_dir", str(folder)]) == 2
+    assert "make room, name another --output_dir" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_left_alone(small_recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("draft")
+    assert main(["reproduce", "--output_dir", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_pocket_targets_come_from_the_seeds_that_it_lists() -> None:
     recipe = read_recipe("pocket")
     assert len({run["seed"] for run in recipe["seeds"]}) >= MIN_SEEDS
     for target in recipe["targets"]:
-        values = [run[target["metric"]] for run in recipe["seeds"]]
-        assert target["mean"] == pytest.approx(statistics.fmean(values), abs=1e-3)
-        assert target["standard_deviation"] == pytest.approx(statistics.stdev(values), abs=1e-3)
-        assert all(target["low"] <= value <= (target["high"] or value) for value in values)
+        if "margin" in target:
+            values = [run[target["metric"]] for run in recipe["seeds"]]
+            assert target["runs"] == len(values)
+            assert target["value"] == pytest.approx(statistics.fmean(values), abs=1e-3)
+            assert target["standard_deviation"] == pytest.approx(statistics.stdev(values), abs=1e-3)
 
 
 def test_pocket_promises_that_nine_of_ten_attributes_are_true() -> None:
-    lows = {target["metric"]: target["low"] for target in read_recipe("pocket")["targets"]}
-    for metric in ("attribute_accuracy", "colour_accuracy", "shape_accuracy"):
+    lows = {target["metric"]: target.get("low") for target in read_recipe("pocket")["targets"]}
+    for metric in ("eval_attribute_accuracy", "eval_colour_accuracy", "eval_shape_accuracy"):
         assert lows[metric] >= 0.9
 
 
-def test_recipes_are_found() -> None:
-    assert "pocket" in recipe_names()
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_read_by_what_runs_and_judges_it(name: str) -> None:
+    recipe = read_recipe(name)
+    assert recipe["name"] == name
+    parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="reproduce")
+    assert all(target.source for target in read_targets(recipe["targets"]))
+    assert all(set(row) <= set(Target.__dataclass_fields__) for row in recipe["targets"])
+
+
+@pytest.mark.parametrize("name", ["coco2017", "coco2017-exact"])
+def test_the_documented_run_is_the_documented_command(name: str) -> None:
+    documented = parse_arguments(ARGUMENTS, documented_command()[1:], command="train")
+    recipe = parse_arguments(ARGUMENTS, flags_of(read_recipe(name)["flags"]), command="train")
+    different = {
+        field.name
+        for ours, theirs in zip(recipe, documented, strict=True)
+        for field in dataclasses.fields(ours)
+        if getattr(ours, field.name) != getattr(theirs, field.name)
+    }
+    elsewhere = {"output_dir", "data_dir", "dataset_name", "overwrite_output_dir", "push_to_hub"}
+    unseen = {"preprocessing_num_workers", "num_replicas", "protocol", "caption_metrics"}
+    assert different <= elsewhere | unseen
+
+
+def test_the_documented_runs_own_numbers_are_its_targets() -> None:
+    targets = {t.name: t for t in read_targets(read_recipe("coco2017")["targets"])}
+    assert targets["eval_loss at 2000"].value == 2.0153
+    assert targets["eval_rouge2 at 2000"].value == 14.64
+    rates = targets["learning_rate"].values
+    assert rates is not None
+    assert rates["2000"] == pytest.approx(3e-5 * (1 - 1999 / 2307))
+    published = targets["loss"].values
+    assert published is not None
+    assert len(published) == 12

@@ -130,6 +130,14 @@ class CaptionedImages:
         """Name the images of rows int[B]."""
         return list(self.dataset[self.kept[rows]]["image_path"])
 
+    def captions_of_images(self, rows: np.ndarray) -> dict[str, list[str]]:
+        """Collect the captions of rows int[B] by image, as they were read."""
+        found: dict[str, list[str]] = {}
+        chosen = self.dataset[self.kept[rows]]
+        for path, caption in zip(chosen["image_path"], chosen["caption"], strict=True):
+            found.setdefault(path, []).append(caption)
+        return found
+
     def fingerprint(self) -> str:
         """Hash what is learned from: tokens, which rows share an image, and the pixels of some images."""
         digest = sha256()

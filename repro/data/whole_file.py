@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all, whoever else writes them at the same time."""
+"""Files that are there whole or not at all, whoever else writes them at the same time; and what is in them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,3 +34,9 @@ def whole_file(file: Path, content: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a file's bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from repro.data.pipeline import CaptionedImages, prefetch
+from repro.evaluation.caption_metrics import caption_scores
 from repro.evaluation.rouge import rouge_scores
 from repro.protocol import LossReduction, Protocol
 
@@ -48,6 +49,7 @@ class Evaluator:
         row_losses: (params, encoded images, a caption [B,T] of each) to the captions' loss (sums, counts), float32[B].
         generate: (params, encoded images) to captions int32[B,L]; None to compute the loss alone.
         num_replicas, replica_batch: their product is B; under the example's protocols a batch's loss depends on both.
+        caption_metrics: compute BLEU and CIDEr-D too.
         progress: whether to draw progress bars.
     """
 
@@ -59,6 +61,7 @@ class Evaluator:
     protocol: Protocol
     num_replicas: int
     replica_batch: int
+    caption_metrics: bool = False
     progress: bool = True
 
     @property
@@ -90,11 +93,17 @@ class Evaluator:
             metrics.update(scores.means)
             details["rouge_intervals"] = scores.intervals
             details["sentence_splitter"] = scores.sentence_splitter
+        paths = data.image_paths(rows)
+        if generations and has_captions and self.caption_metrics:
+            of_image = {path: row["pred"] for path, row in zip(reversed(paths), reversed(generations), strict=True)}
+            found = caption_scores(of_image, data.captions_of_images(rows))
+            metrics.update(found.means)
+            details["caption_tokenizer"] = found.tokenizer
         return Evaluation(
             metrics=metrics,
             details=details,
             generations=generations,
-            image_paths=data.image_paths(rows),
+            image_paths=paths,
         )
 
     def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:

@@ -68,11 +68,15 @@ class StepLog:
     def add(self, result: StepResult) -> None:
         """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""
         self._pending.append((result.step, result.metrics))
-        if self._logging_steps > 0 and result.step % self._logging_steps == 0:
+        if self.logs(result.step):
             self.flush()
         elif time.perf_counter() - self._refreshed > REFRESH_SECONDS:
             self._write(self._pending[:-IN_FLIGHT])
             self._pending = self._pending[-IN_FLIGHT:]
+
+    def logs(self, step: int) -> bool:
+        """Tell whether a step is one of those that are logged, and written at once."""
+        return self._logging_steps > 0 and step % self._logging_steps == 0
 
     def flush(self) -> None:
         """Wait for all steps so far and write them.
@@ -120,7 +124,7 @@ class StepLog:
             rows.append({"step": step, **values})
         self._writer.train_steps(rows)
         for row in rows:
-            if self._logging_steps > 0 and row["step"] % self._logging_steps == 0:
+            if self.logs(row["step"]):
                 seconds = time.perf_counter() - self._started
                 self._writer.train_scalars(row["step"], row, seconds)
                 log.info(

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from repro.data.whole_file import sha256_of
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
 
@@ -25,9 +26,17 @@ RUN_FILES = (
 )
 MODELS = "ckpt_epoch_*_step_*"
 PARTIAL = ".partial"
+CHECKED = (
+    "metrics.jsonl",
+    "*_results.json",
+    "*_generation.json",
+    f"{MODELS}/*_results.json",
+    f"{MODELS}/*_generation.json",
+)
+"""What a run's figures are read from."""
 RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
-DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "seconds")
+DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "caption_tokenizer", "seconds")
 """What `metrics.jsonl` says of an evaluation besides its metrics."""
 
 log = logging.getLogger("repro")
@@ -194,6 +203,15 @@ class RunWriter:
         self._tensorboard.close()
         log.removeHandler(self._handler)
         self._handler.close()
+
+    def checksums(self) -> dict[str, str]:
+        """Hash `metrics.jsonl` and every evaluation's results and captions, SHA-256 by path."""
+        self._metrics.flush()
+        return {
+            path.relative_to(self.folder).as_posix(): sha256_of(path)
+            for pattern in CHECKED
+            for path in sorted(self.folder.glob(pattern))
+        }
 
     def describe(self, facts: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
         """Write `run.json`, and `dropped.jsonl` with one row that was left out on each line."""

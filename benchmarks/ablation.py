@@ -1,0 +1,246 @@
+"""What moves the numbers: the pocket recipe with one switch changed at a time, and under every protocol and model.
+
+    python benchmarks/ablation.py --folder DIR --output benchmarks/results/cpu-2-cores/ablation.json
+
+Rules, fixed before any run. Every variant is trained under the same seeds (five) on the recipe's data; nothing else
+differs from the recipe than what the table says. Switches that only touch the evaluation are evaluated on the weights
+of the recipe's own runs, so they are compared seed by seed (paired t); variants that train anew are compared as groups
+(Welch's t), because rounding alone makes two runs of one seed part. Reported are the mean difference from the recipe
+and its 95 % interval, and where two groups shall agree (native and transformers under each protocol) the equivalence
+test of `repro verify --against` with the recipe's margins. Runs that are in the folder already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import write_result
+from scipy.stats import t as students_t
+
+METRICS = ("eval_loss", "eval_rouge2", "eval_gen_len", "eval_attribute_accuracy")
+SEEDS = (42, 1, 2, 3, 4)
+BASE = "exact, native"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The recipe with other flags.
+
+    Attributes:
+        evaluates: the weights of the recipe's own runs, and trains nothing.
+        like: another variant to which it shall be equivalent.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    evaluates: bool = False
+    like: str | None = None
+
+
+FILE_ORDER = ("--protocol", "exact,shuffle_without_blocks=false", "--block_size", "0")
+VARIANTS = (
+    Variant(BASE),
+    Variant("current, native", ("--protocol", "current")),
+    Variant("published, native", ("--protocol", "published")),
+    Variant("loss: mean of 8 replicas' means", ("--protocol", "exact,loss_reduction=replica_means")),
+    Variant("random stream of 2021", ("--protocol", "exact,threefry_partitionable=false")),
+    Variant("rows in file order", FILE_ORDER),
+    Variant("bfloat16", ("--dtype", "bfloat16")),
+    Variant("evaluation loss: mean of batches", ("--protocol", "exact,token_eval_loss=false"), evaluates=True),
+    Variant("incomplete batch dropped", ("--protocol", "exact,keep_incomplete_batch=false"), evaluates=True),
+    Variant(
+        "beams stop as today, by batch",
+        ("--protocol", "exact,stop_rule=current,generate_per_image=false"),
+        evaluates=True,
+    ),
+    Variant(
+        "beams stop as in 2022, by batch",
+        ("--protocol", "exact,stop_rule=2022,generate_per_image=false"),
+        evaluates=True,
+    ),
+    Variant("evaluated in bfloat16", ("--dtype", "bfloat16"), evaluates=True),
+    Variant("exact, transformers", ("--model_implementation", "transformers"), like=BASE),
+    Variant(
+        "current, transformers",
+        ("--protocol", "current", "--model_implementation", "transformers"),
+        like="current, native",
+    ),
+    Variant(
+        "published, transformers",
+        ("--protocol", "published", "--model_implementation", "transformers"),
+        like="published, native",
+    ),
+)
+
+
+def folder_of(root: Path, variant: Variant, seed: int) -> Path:
+    return root / variant.name.replace(",", "").replace(" ", "-").replace(":", "").replace("'", "") / f"seed-{seed}"
+
+
+def run(root: Path, variant: Variant, seed: int, cores: Sequence[int]) -> None:
+    """Run a variant under a seed on some cores, unless its metrics are there."""
+    folder = folder_of(root, variant, seed)
+    if (folder / "metrics.json").exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "repro", "reproduce", "pocket", "--keep_going", "--seed", str(seed)]
+    if variant.evaluates:
+        base = folder_of(root, VARIANTS[0], seed)
+        model = max((base / "run").glob("ckpt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+        # Everything but the training: the recipe's data, and its weights instead of its two halves.
+        command += ["--do_train", "False", "--model_name_or_path", str(model)]
+    with (folder.parent / f"seed-{seed}.log").open("w") as log:
+        command += ["--output_dir", str(folder), *variant.flags]
+        status = subprocess.run(
+            command, stdout=log, stderr=log, check=False, preexec_fn=lambda: os.sched_setaffinity(0, cores)
+        ).returncode
+    # 1 and 2 are verdicts about another protocol than the recipe's.
+    result = folder / "result.json"
+    if status not in (0, 1, 2) or not result.exists():
+        raise SystemExit(f"{variant.name}, seed {seed}: status {status}, see {log.name}")
+    (folder / "metrics.json").write_text(json.dumps(json.loads(result.read_text())["metrics"]))
+    print(f"{variant.name}, seed {seed}: done", flush=True)
+
+
+def run_all(root: Path, variants: Sequence[Variant], seeds: Sequence[int], workers: int) -> None:
+    """Run everything, each worker on its share of the cores; trained variants first, which others evaluate."""
+    cores = sorted(os.sched_getaffinity(0))
+    free: queue.Queue[list[int]] = queue.Queue()
+    for worker in range(workers):
+        free.put(cores[worker::workers])
+
+    def job(variant: Variant, seed: int) -> None:
+        share = free.get()
+        try:
+            run(root, variant, seed, share)
+        finally:
+            free.put(share)
+
+    for evaluates in (False, True):
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(job, v, seed) for v in variants if v.evaluates is evaluates for seed in seeds]
+            for done in jobs:
+                done.result()
+
+
+def difference(values: Sequence[float], base: Sequence[float], *, paired: bool) -> dict[str, float]:
+    """The mean difference and half the width of its 95 % interval."""
+    if paired:
+        each = [value - other for value, other in zip(values, base, strict=True)]
+        error, freedom = statistics.stdev(each) / len(each) ** 0.5, len(each) - 1.0
+    else:
+        parts = [statistics.variance(group) / len(group) for group in (values, base)]
+        error = sum(parts) ** 0.5
+        freedom = (
+            sum(parts) ** 2 / sum(p**2 / (len(g) - 1) for p, g in zip(parts, (values, base), strict=True))
+            if error
+            else 1.0
+        )
+    return {
+        "difference": statistics.fmean(values) - statistics.fmean(base),
+        "half_width": float(students_t.ppf(0.975, freedom)) * error,
+    }
+
+
+def bootstrap_noise(generations: Path, *, repetitions: int, resamples: int) -> dict[str, float]:
+    """The spread of ROUGE-2 that rouge_score's unseeded BootstrapAggregator gives to one and the same captions."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.scoring import BootstrapAggregator
+
+    rows = json.loads(generations.read_text())
+    scorer = RougeScorer(["rouge2"], use_stemmer=True)
+    scores = [scorer.score(row["label"], row["pred"]) for row in rows]
+    values = []
+    for seed in range(repetitions):
+        np.random.seed(seed)
+        aggregator = BootstrapAggregator(n_samples=resamples)
+        for score in scores:
+            aggregator.add_scores(score)
+        values.append(100 * aggregator.aggregate()["rouge2"].mid.fmeasure)
+    mean = 100 * statistics.fmean(score["rouge2"].fmeasure for score in scores)
+    return {
+        "rows": len(rows),
+        "repetitions": repetitions,
+        "plain_mean": mean,
+        "mean": statistics.fmean(values),
+        "standard_deviation": statistics.stdev(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def summarize(root: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, Any]:
+    """Put what is in the folder into tables."""
+    from repro.evaluation.targets import against, judge_values, read_targets
+    from repro.recipes import read_recipe
+
+    measured = {
+        variant.name: [json.loads((folder_of(root, variant, s) / "metrics.json").read_text()) for s in seeds]
+        for variant in variants
+        if all((folder_of(root, variant, seed) / "metrics.json").exists() for seed in seeds)
+    }
+    targets = [t for t in read_targets(read_recipe("pocket")["targets"]) if t.is_statistical and t.values is None]
+    rows = []
+    for variant in variants:
+        if variant.name not in measured:
+            continue
+        runs = measured[variant.name]
+        row: dict[str, Any] = {"variant": variant.name, "flags": list(variant.flags), "paired": variant.evaluates}
+        for metric in METRICS:
+            values = [run[metric] for run in runs]
+            base = [run[metric] for run in measured[BASE]]
+            row[metric] = {"mean": statistics.fmean(values), "standard_deviation": statistics.stdev(values)}
+            row[metric] |= difference(values, base, paired=variant.evaluates)
+        if variant.like in measured:
+            other = {t.name: [run[t.metric] for run in measured[variant.like]] for t in targets}
+            outcomes = [
+                judge_values(target, [run[target.metric] for run in runs], 0.01) for target in against(targets, other)
+            ]
+            row["equivalent_to"] = variant.like
+            row["equivalence"] = {
+                outcome.target.name: {
+                    "margin": outcome.target.margin,
+                    "difference": outcome.difference,
+                    "interval": outcome.interval,
+                    "verdict": outcome.verdict,
+                }
+                for outcome in outcomes
+            }
+        rows.append(row)
+    base = folder_of(root, VARIANTS[0], seeds[0])
+    generations = max((base / "run").glob("ckpt_*/eval_generation.json"), key=lambda path: path.stat().st_mtime)
+    return {
+        "seeds": list(seeds),
+        "variants": rows,
+        "bootstrap": bootstrap_noise(generations, repetitions=20, resamples=1000),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the runs go, and are found again")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--variants", type=int, nargs="+", default=range(len(VARIANTS)), help="numbers, from 0")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, each on its share of the cores")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    variants = [VARIANTS[number] for number in args.variants]
+    run_all(args.folder, variants, args.seeds, args.workers)
+    if VARIANTS[0] in variants:
+        write_result("ablation", summarize(args.folder, variants, args.seeds), args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""`repro reproduce --dry_run`: whether a run can start and end on this machine, and how long it would take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from repro.assemble import build_evaluator, build_training
+from repro.config import DataArguments, ModelArguments, TrainingArguments
+from repro.data.image_cache import cores
+from repro.data.image_store import load_images
+from repro.data.images import resize_of
+from repro.data.pipeline import number_images
+from repro.data.rows import Rows
+from repro.flags import check_values
+from repro.prepare import PreparedRun, cache_folder, prepare, read_rows
+from repro.protocol import Protocol, protocol_named
+from repro.training.memory import device_bytes
+from repro.training.optimizer import count_parameters
+
+STEPS, WARM_UPS = 3, 1
+TIMED_IMAGES = 500
+BATCHES = 2
+"""Evaluation batches that are timed, once to compile and once for the clock."""
+BYTES_OF_MODEL, BYTES_OF_STATE = 2 * 4, 3 * 4
+"""A parameter in a model's folder, for Flax and for PyTorch, and in a state, with AdamW's two moments."""
+GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was found.
+
+    Attributes:
+        problems: what would end the run before its end.
+        facts: counts, bytes and seconds, measured and projected.
+    """
+
+    problems: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+def dry_run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> DryRun:
+    """Read all rows and some images, load the weights, compile and time a few steps and two evaluation batches.
+
+    The steps and batches are real ones of the first rows, computed as many replicas at a time as there are devices;
+    the run's time is projected from them.
+
+    Raises:
+        InputError: a flag, the weights or the data cannot be used at all.
+    """
+    check_values(model_args, args)
+    protocol = protocol_named(args.protocol)
+    with jax.threefry_partitionable(protocol.threefry_partitionable):
+        started = time.perf_counter()
+        rows = read_rows(model_args, data_args, ["train", "validation"])
+        reading = time.perf_counter() - started
+        small, decoding = _prepare_small(model_args, data_args, args, protocol, rows)
+        timed = {**_time_steps(small), **_time_evaluation(small)}
+    images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
+    global_batch = (args.num_replicas or jax.device_count()) * args.per_device_train_batch_size
+    steps = len(rows["train"].dataset) // global_batch * int(args.num_train_epochs)
+    evaluations = _evaluations(args, protocol, steps)
+    evaluated = images["validation"] if protocol.generate_per_image else len(rows["validation"].dataset)
+    seconds = {
+        "rows": reading,
+        "images": decoding * sum(images.values()),
+        "compiling": timed["compile_seconds"],
+        "training": steps * global_batch / timed["train_rows_per_second"],
+        "evaluations": evaluations * evaluated / timed["evaluation_rows_per_second"],
+    }
+    needs = _needs(model_args, data_args, args, small, images, evaluations)
+    facts = {
+        "devices": [str(device) for device in jax.devices()],
+        "device_bytes": device_bytes(jax.devices()[0]),
+        "host_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "threads": data_args.preprocessing_num_workers or cores(),
+        "model_notes": list(small.pretrained.notes),
+        "rows": {name: len(split.dataset) for name, split in rows.items()},
+        "images": images,
+        "rows_dropped_of_those_tried": [row["reason"] for row in small.dropped],
+        "steps": steps,
+        "evaluations": evaluations,
+        **timed,
+        "bytes_needed": needs,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    return DryRun(tuple(_problems(facts, model_args, args)), facts)
+
+
+def _prepare_small(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    protocol: Protocol,
+    rows: dict[str, Rows],
+) -> tuple[PreparedRun, float]:
+    """Prepare a run of the first rows with one replica for each device; and the seconds that an image takes."""
+    devices = jax.devices()
+    replicas = min(args.num_replicas or len(devices), len(devices))
+    wanted: dict[str, Any] = {
+        "max_train_samples": 2 * (STEPS + WARM_UPS) * replicas * args.per_device_train_batch_size,
+        "max_eval_samples": 2 * BATCHES * replicas * args.per_device_eval_batch_size,
+    }
+    small_args = dataclasses.replace(
+        args, do_train=True, do_eval=True, do_predict=False, num_replicas=replicas, block_size=0, num_train_epochs=1
+    )
+    small_data = dataclasses.replace(data_args, image_cache=False, **wanted)
+    prepared = prepare(model_args, small_data, small_args, protocol, devices[:replicas], progress=False)
+    some = list(number_images([rows["train"].dataset.select(range(min(TIMED_IMAGES, len(rows["train"].dataset))))]))
+    started = time.perf_counter()
+    load_images(
+        some,
+        prepared.pretrained.image_processor,
+        convert_to_rgb=True,
+        cache_dir=None,
+        num_workers=data_args.preprocessing_num_workers,
+        progress=False,
+    )
+    return prepared, (time.perf_counter() - started) / len(some)
+
+
+def _time_steps(prepared: PreparedRun) -> dict[str, Any]:
+    started = time.perf_counter()
+    training = build_training(prepared)
+    compiled = time.perf_counter() - started
+    times = []
+    steps = training.from_state(training.create(), 0)
+    for _ in range(min(WARM_UPS + STEPS, prepared.num_steps)):
+        started = time.perf_counter()
+        jax.block_until_ready(next(steps).state)
+        times.append(time.perf_counter() - started)
+    steps.close()  # type: ignore[attr-defined]
+    return {
+        "compile_seconds": round(compiled, 1),
+        "step_bytes": training.facts["step_bytes"],
+        "train_rows_per_second": round(prepared.train_batch / float(np.median(times[WARM_UPS:] or times)), 2),
+    }
+
+
+def _time_evaluation(prepared: PreparedRun) -> dict[str, Any]:
+    evaluator, data = build_evaluator(prepared), prepared.splits["validation"]
+    size = BATCHES * evaluator.batch_size
+    data = dataclasses.replace(data, kept=data.kept[:size], image_index=data.image_index[:size])
+    for _ in range(2):
+        started = time.perf_counter()
+        evaluation = dataclasses.replace(evaluator, progress=False).evaluate(prepared.pretrained.params, data)
+        seconds = time.perf_counter() - started
+    units = len(set(evaluation.image_paths)) if prepared.protocol.generate_per_image else evaluation.details["rows"]
+    return {"evaluation_rows_per_second": round(units / seconds, 2)}
+
+
+def _evaluations(args: TrainingArguments, protocol: Protocol, steps: int) -> int:
+    if not args.do_eval:
+        return 0
+    every = args.eval_steps if args.eval_steps is not None and args.eval_steps > 0 else None
+    if every is None:
+        return int(args.num_train_epochs)
+    return steps // every + (protocol.always_evaluate_at_end and steps % every > 0)
+
+
+def _needs(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    prepared: PreparedRun,
+    images: dict[str, int],
+    evaluations: int,
+) -> dict[str, int]:
+    parameters = count_parameters(prepared.pretrained.params)
+    side = int(np.prod(resize_of(prepared.pretrained.image_processor).shape))
+    states = 0 if args.save_steps == 0 else args.save_total_limit + 1
+    return {
+        "image_cache": sum(images.values()) * side if data_args.image_cache else 0,
+        "models": max(evaluations, 1) * parameters * BYTES_OF_MODEL,
+        "states": states * parameters * BYTES_OF_STATE,
+    }
+
+
+def _problems(facts: dict[str, Any], model_args: ModelArguments, args: TrainingArguments) -> list[str]:
+    problems = []
+    needs = facts["bytes_needed"]
+    output, cache = _existing(Path(args.output_dir or ".")), _existing(cache_folder(model_args))
+    wanted: dict[Path, int] = {}
+    for folder, size in ((output, needs["models"] + needs["states"]), (cache, needs["image_cache"])):
+        device = os.stat(folder).st_dev
+        place = next((other for other in wanted if os.stat(other).st_dev == device), folder)
+        wanted[place] = wanted.get(place, 0) + size
+    for folder, size in wanted.items():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            problems.append(
+                f"{folder}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; make room, name another"
+                " --output_dir or --cache_dir, or add --no_image_cache"
+            )
+    if facts["step_bytes"] > facts["device_bytes"]:
+        problems.append(
+            f"one replica's step takes {facts['step_bytes'] / GIBIBYTE:.1f} GiB and a device has"
+            f" {facts['device_bytes'] / GIBIBYTE:.1f}; add --gradient_checkpointing or --mesh fsdp=N"
+        )
+    if facts["steps"] == 0:
+        problems.append("the rows do not fill one batch")
+    return problems
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
+def describe(found: DryRun) -> str:
+    """Put it into words."""
+    facts = found.facts
+    needs, seconds = facts["bytes_needed"], facts["seconds"]
+    lines = [
+        f"machine: {len(facts['devices'])} x {facts['devices'][0]} with {facts['device_bytes'] / GIBIBYTE:.1f} GiB,"
+        f" {facts['host_bytes'] / GIBIBYTE:.1f} GiB of memory, {facts['threads']} threads",
+        *(f"weights: {note}" for note in facts["model_notes"]),
+        *(f"{name}: {count} rows of {facts['images'][name]} images" for name, count in facts["rows"].items()),
+        *(f"dropped among the first rows: {reason}" for reason in facts["rows_dropped_of_those_tried"][:3]),
+        f"disk: {needs['image_cache'] / 1e9:.1f} GB for images, {needs['models'] / 1e9:.1f} GB for models,"
+        f" {needs['states'] / 1e9:.1f} GB for states",
+        f"step: {facts['step_bytes'] / GIBIBYTE:.1f} GiB with one replica on each device,"
+        f" {facts['train_rows_per_second']:.0f} rows/s",
+        f"time: {_duration(sum(seconds.values()))} for {facts['steps']} steps and {facts['evaluations']} evaluations ("
+        + ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+        + "), before rows are dropped",
+        *(f"problem: {problem}" for problem in found.problems),
+    ]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,105 @@
+"""BLEU and CIDEr-D of one caption of each image against all of its references, by pycocoevalcap's scorers.
+
+The scorers compare words, and which words there are depends on the tokenizer. The public evaluation uses Stanford's
+Penn Treebank tokenizer, a Java program; where there is no Java, `split_words` takes its place, and the result says so.
+
+Source: K. Papineni et al., BLEU: a method for automatic evaluation of machine translation (2002); R. Vedantam et al.,
+CIDEr: consensus-based image description evaluation (2015); both as in github.com/tylin/coco-caption.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from repro.errors import InputError
+
+NGRAMS = 4
+IGNORED = frozenset(["''", "'", "``", "`", "-lrb-", "-rrb-", "-lcb-", "-rcb-", *'.?!,:-;"(){}', "--", "..."])
+"""Tokens that the public evaluation leaves out: pycocoevalcap's list, and what its tokenizer turns into them."""
+SPLIT = (
+    (re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b"), lambda m: " ".join(filter(None, m.groups()))),
+    (re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b"), r" \1"),
+)
+WORD = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|(?:[a-z]\.){2,}|\d+(?:[.,:/]\d+)+|\w+(?:[-'&@/]\w+)*|\.\.\.|--|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of a set of captions.
+
+    Attributes:
+        means: `bleu1` to `bleu4`, 0 to 1, of the whole set, and `cider`, CIDEr-D, 0 to 10.
+        cider_of: CIDEr-D of each image.
+        tokenizer: `ptb` or `split_words`.
+    """
+
+    means: dict[str, float]
+    cider_of: dict[str, float]
+    tokenizer: str
+
+
+def split_words(caption: str) -> list[str]:
+    """Cut a caption into lower-case words much as the Penn Treebank tokenizer does, without punctuation."""
+    text = caption.lower().replace("’", "'")
+    for pattern, replacement in SPLIT:
+        text = pattern.sub(replacement, text)
+    return [word for word in WORD.findall(text) if word not in IGNORED]
+
+
+def caption_scores(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], *, tokenizer: str | None = None
+) -> CaptionScores:
+    """Score captions.
+
+    Args:
+        captions: one for each image.
+        references: at least one for each of the same images.
+        tokenizer: `ptb` or `split_words`; None for the former where there is Java.
+
+    Raises:
+        InputError: pycocoevalcap is not installed.
+    """
+    check_installed()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    assert captions.keys() == references.keys()
+    tokenizer = tokenizer or ("ptb" if shutil.which("java") else "split_words")
+    tokenize = _by_treebank if tokenizer == "ptb" else _by_words
+    generated = tokenize({image: [caption] for image, caption in captions.items()})
+    wanted = tokenize(references)
+    bleu, _ = Bleu(NGRAMS).compute_score(wanted, generated, verbose=0)
+    cider, of_each = Cider().compute_score(wanted, generated)
+    means = {f"bleu{n}": float(value) for n, value in enumerate(bleu, 1)} | {"cider": float(cider)}
+    return CaptionScores(means, dict(zip(wanted, map(float, of_each), strict=True)), tokenizer)
+
+
+def check_installed() -> None:
+    """Check that the scorers are there.
+
+    Raises:
+        InputError: they are not.
+    """
+    try:
+        import pycocoevalcap.cider.cider  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "--caption_metrics: BLEU and CIDEr-D come from pycocoevalcap, which is not installed; `pip install"
+            " 'pycocoevalcap>=1.2,<2'` (100 MB), or drop the flag."
+        ) from error
+
+
+def _by_words(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {image: [" ".join(split_words(text)) for text in texts] for image, texts in captions.items()}
+
+
+def _by_treebank(captions: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    # It splits at line breaks of every kind, and then loses count of which caption is whose.
+    lines = {image: [{"caption": " ".join(text.split())} for text in texts] for image, texts in captions.items()}
+    return PTBTokenizer().tokenize(lines)

@@ -1,0 +1,79 @@
+"""BLEU and CIDEr-D: by hand where that can be done, and from pycocoevalcap's own words."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from repro.errors import InputError
+from repro.evaluation.caption_metrics import caption_scores, check_installed, split_words
+
+REFERENCES = {
+    "a.jpg": ["A dog runs over the green grass.", "a brown dog is running on grass"],
+    "b.jpg": ["Two people ride their bikes down a street", "people on bikes"],
+    "c.jpg": ["A bowl of soup, with bread!", "soup in a white bowl"],
+}
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A dog doesn't bark.", "a dog does n't bark"),
+        ("The man's t-shirt (red) isn't his!", "the man 's t-shirt red is n't his"),
+        ('a sign that says "stop" -- now...', "a sign that says stop now"),
+        ("He cannot go; 1,000 of 3.5 and 1/2", "he can not go 1,000 of 3.5 and 1/2"),
+        ("black & white, U.S. flag", "black & white u.s. flag"),
+        ("  \n ", ""),
+    ],
+)
+def test_captions_are_cut_as_the_treebank_does(caption: str, words: str) -> None:
+    assert split_words(caption) == words.split()
+
+
+def test_bleu_is_what_it_is_by_hand() -> None:
+    references = {"x": ["the cat sat on the mat"], "y": ["a dog ran far away"]}
+    scores = caption_scores(
+        {"x": "the cat sat on mat", "y": "a dog ran far away"}, references, tokenizer="split_words"
+    ).means
+    # Ten words, all of them in the references, against eleven: the brevity penalty alone.
+    assert scores["bleu1"] == pytest.approx(math.exp(1 - 11 / 10), rel=1e-6)
+    # Of 4 + 4 pairs one, "on mat", is in no reference.
+    assert scores["bleu2"] == pytest.approx(math.exp(1 - 11 / 10) * math.sqrt(7 / 8), rel=1e-6)
+
+
+def test_a_reference_itself_scores_best_and_another_images_scores_nothing() -> None:
+    own = caption_scores({image: texts[0] for image, texts in REFERENCES.items()}, REFERENCES, tokenizer="split_words")
+    others = dict(
+        zip(REFERENCES, [REFERENCES["b.jpg"][0], REFERENCES["c.jpg"][0], REFERENCES["a.jpg"][0]], strict=True)
+    )
+    wrong = caption_scores(others, REFERENCES, tokenizer="split_words")
+    assert own.means["bleu4"] == pytest.approx(1.0, abs=1e-6)
+    assert own.means["cider"] > 3 > 0.2 > wrong.means["cider"]
+    assert own.tokenizer == "split_words"
+    assert own.cider_of.keys() == REFERENCES.keys()
+
+
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=4))
+def test_no_text_breaks_the_scores(texts: list[str]) -> None:
+    captions = {str(i): text for i, text in enumerate(texts)}
+    scores = caption_scores(captions, {i: [text, "a dog"] for i, text in captions.items()}, tokenizer="split_words")
+    assert all(math.isfinite(value) for value in scores.means.values())
+
+
+def test_without_the_scorers_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed()
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **more: Any) -> Any:
+        if name.startswith("pycocoevalcap"):
+            raise ImportError(name)
+        return real(name, *args, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match="pip install 'pycocoevalcap"):
+        check_installed()

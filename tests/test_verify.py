@@ -1,0 +1,263 @@
+"""`repro verify` on real runs of a very small recipe: right ones pass, and no planted fault does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import repro.assemble
+import repro.data.pipeline
+import repro.reproduce
+import repro.training.steps
+import repro.verify
+from repro.__main__ import main
+from repro.data.pocket import render_pocket
+from repro.recipes import read_recipe
+from repro.verify import verify
+
+SEEDS = (1, 2, 3, 4)
+OWN = 42
+FIRST = ("1", "2", "3")
+
+
+def small_recipe() -> dict[str, Any]:
+    recipe = read_recipe("pocket")
+    recipe["data"] |= {"num_train": 24, "num_val": 8}
+    recipe["model"]["encoder"]["num_hidden_layers"] = recipe["model"]["decoder"]["n_layer"] = 1
+    recipe["flags"] |= {
+        **{"num_train_epochs": 2, "num_replicas": 2, "per_device_train_batch_size": 6, "warmup_steps": 3},
+        **{"per_device_eval_batch_size": 10, "block_size": 60, "logging_steps": 2, "eval_steps": 20},
+        **{"predict_with_generate": False, "learning_rate": 3e-3, "save_steps": 0},
+    }
+    recipe["targets"] = []
+    return recipe
+
+
+def targets_from(folders: list[Path], own: Path) -> list[dict[str, Any]]:
+    """What a recipe's author would write down after some runs."""
+    rows = [[json.loads(line) for line in (f / "run" / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    final = [run[-1]["eval"]["loss"] for run in rows]
+    mine = [json.loads(line) for line in (own / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = {str(row["step"]): row["learning_rate"] for row in mine if "loss" in row}
+    losses = {str(row["step"]): row["loss"] for row in mine if "loss" in row}
+    return [
+        {"metric": "train_rows", "value": 120, "tolerance": 0, "source": "24 scenes of five captions"},
+        {"metric": "num_steps", "low": 20, "high": 20, "source": "120 rows in twelves, twice"},
+        {"metric": "learning_rate", "values": rates, "tolerance": 1e-9, "source": "the schedule"},
+        {
+            "metric": "loss",
+            "seeds": {str(OWN): {step: losses[step] for step in FIRST}},
+            "tolerance": 1e-3,
+            "source": "a run",
+        },
+        {
+            "metric": "eval_loss",
+            "step": 20,
+            "value": statistics.fmean(final),
+            "standard_deviation": statistics.stdev(final),
+            "runs": len(final),
+            "margin": 0.5,
+            "source": "the other seeds",
+        },
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Gives folders of finished reproductions by seed; the recipe of that name is the small one meanwhile."""
+    root, recipe = tmp_path_factory.mktemp("seeds"), small_recipe()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (repro.reproduce, repro.verify):
+            patch.setattr(module, "read_recipe", lambda name: recipe)
+
+        def folder(seed: int, name: str = "", *flags: str) -> Path:
+            path = root / f"{seed}{name}"
+            if not (path / "result.json").exists():
+                main(["reproduce", "--output_dir", str(path), "--seed", str(seed), *flags])
+            return path
+
+        recipe["targets"] += targets_from([folder(seed) for seed in SEEDS], folder(OWN))
+        yield folder
+
+
+@pytest.fixture
+def copied(runs: Callable[..., Path], tmp_path: Path) -> Path:
+    """A finished reproduction to spoil."""
+    return Path(shutil.copytree(runs(OWN), tmp_path / "copy"))
+
+
+def test_one_run_passes_by_the_band_of_the_recipes_seeds(runs, capsys):
+    assert main(["verify", str(runs(OWN))]) == 0
+    printed = capsys.readouterr().out
+    assert "PASS: 1 run of pocket" in printed
+    assert "eval_loss at 20" in printed
+    assert "band of 4 seeds" in printed
+
+
+def test_several_runs_pass_by_equivalence_and_say_so_to_machines(runs, tmp_path, capsys):
+    report, junit = tmp_path / "verdict.json", tmp_path / "verdict.xml"
+    files = ["--json", str(report), "--junit", str(junit)]
+    assert main(["verify", *(str(runs(seed)) for seed in (OWN, *SEEDS)), *files]) == 0
+    found = json.loads(report.read_text())
+    assert found["verdict"] == "PASS"
+    assert [run["seed"] for run in found["runs"]] == [OWN, *SEEDS]
+    (loss,) = (row for row in found["targets"] if row["target"] == "eval_loss at 20")
+    assert loss["interval"][0] < loss["difference"] < loss["interval"][1]
+    suite = ET.parse(junit).getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("5", "0", "0")
+
+
+def test_runs_can_be_held_against_other_runs(runs):
+    assert verify([runs(1), runs(2)], reference=[runs(3), runs(4)]).verdict != "FAIL"
+    one = verify([runs(1), runs(2), runs(3)], reference=[runs(3), runs(4)])
+    assert [outcome.target.name for outcome in one.outcomes] == ["eval_loss at 20"]
+
+
+# The faults that a change of this code, or of a library below it, could plant.
+
+
+def wrong_order(patch: pytest.MonkeyPatch) -> None:
+    order = repro.data.pipeline.epoch_order
+    patch.setattr(repro.data.pipeline, "epoch_order", lambda *args: order(*args)[::-1].copy())
+
+
+def wrong_rate(patch: pytest.MonkeyPatch) -> None:
+    create = repro.assemble.create_learning_rate_fn
+    patch.setattr(repro.assemble, "create_learning_rate_fn", lambda rate, **more: create(1.1 * rate, **more))
+
+
+def shifted_labels(patch: pytest.MonkeyPatch) -> None:
+    losses = repro.training.steps.row_losses
+    patch.setattr(
+        repro.training.steps,
+        "row_losses",
+        lambda logits, labels, mask, **more: losses(logits, jnp.roll(labels, 1, axis=-1), mask, **more),
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "target"), [(wrong_order, "loss"), (wrong_rate, "learning_rate"), (shifted_labels, "loss")]
+)
+def test_a_planted_fault_fails(fault, target, runs, tmp_path, monkeypatch):
+    fault(monkeypatch)
+    folder = tmp_path / "faulty"
+    assert main(["reproduce", "--output_dir", str(folder), "--keep_going", "--seed", str(OWN)]) == 1
+    found = verify([folder])
+    assert target in {outcome.target.metric for outcome in found.outcomes if outcome.verdict == "FAIL"}
+
+
+def test_a_doomed_run_is_stopped(runs, tmp_path, monkeypatch, capsys):
+    wrong_rate(monkeypatch)
+    folder = tmp_path / "faulty"
+    assert main(["reproduce", "--output_dir", str(folder)]) == 3
+    assert "cannot reproduce pocket any more: learning_rate" in capsys.readouterr().err
+    steps = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < len(steps) < 10
+    assert main(["verify", str(folder)]) == 2
+
+
+def test_dropped_rows_fail(runs, tmp_path):
+    folder = tmp_path / "dropped"
+    folder.mkdir()
+    (folder / "recipe.json").write_text('{"name": "pocket"}')
+    render_pocket(folder / "data", **small_recipe()["data"])
+    image = sorted((folder / "data" / "train2017").iterdir())[0]
+    image.write_bytes(image.read_bytes()[:200])
+    assert main(["reproduce", "--output_dir", str(folder), "--keep_going"]) == 1
+    failed = {outcome.target.metric for outcome in verify([folder]).outcomes if outcome.verdict == "FAIL"}
+    assert "train_rows" in failed
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--protocol", "published"], "--protocol published, the recipe has exact"),
+        (["--learning_rate", "3.3e-3"], "--learning_rate 0.0033, the recipe has 0.003"),
+        (["--max_train_samples", "108"], "--max_train_samples 108, the recipe has None"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16, the recipe has float32"),
+        (["--eval_steps", "7"], "--eval_steps 7, the recipe has 20"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_other_flags_than_the_recipes_tell_nothing(flags, named, runs, capsys):
+    folder = runs(OWN, flags[0], *flags)
+    capsys.readouterr()
+    assert main(["verify", str(folder)]) == 2
+    printed = capsys.readouterr().out
+    assert named in printed
+    assert "CANNOT TELL: 1 run" in printed
+
+
+def edited_metrics(run: Path) -> None:
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"step": 20', '"step": 20 '))
+
+
+def unfinished(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    facts.pop("finished")
+    (run / "run.json").write_text(json.dumps(facts))
+
+
+def without_evaluation(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"eval"' not in line))
+    facts = json.loads((run / "run.json").read_text())
+    facts["checksums"]["metrics.jsonl"] = repro.verify.sha256_of(run / "metrics.jsonl")
+    (run / "run.json").write_text(json.dumps(facts))
+
+
+def crashed(run: Path) -> None:
+    (run / "run.json").unlink()
+
+
+def without_checksums(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    facts.pop("checksums")
+    (run / "run.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (edited_metrics, "metrics.jsonl is not as the run left it"),
+        (unfinished, "the run is not finished"),
+        (without_evaluation, "not measured"),
+        (crashed, "there is no run.json"),
+        (without_checksums, "no checksums"),
+    ],
+)
+def test_a_run_that_cannot_be_relied_on_tells_nothing(spoil, reason, runs, copied, capsys):
+    spoil(copied / "run")
+    assert main(["verify", str(copied)]) == 2
+    assert reason in capsys.readouterr().out
+
+
+def test_one_seed_twice_is_not_two_runs(runs, copied, capsys):
+    assert main(["verify", str(runs(OWN)), str(copied)]) == 2
+    assert f"seed {OWN} is there 2 times" in capsys.readouterr().out
+
+
+def test_a_run_that_was_trained_by_hand_needs_the_recipes_name(runs, copied, tmp_path, capsys):
+    run = Path(shutil.copytree(copied / "run", tmp_path / "mine" / "output"))
+    assert main(["verify", str(run)]) == 2
+    assert "does not say which recipe it is of; add --recipe NAME" in capsys.readouterr().err
+    assert main(["verify", str(run), "--recipe", "pocket"]) == 0
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_junit_counts_what_cannot_be_told_as_an_error(runs, copied, tmp_path):
+    without_evaluation(copied / "run")
+    junit = tmp_path / "verdict.xml"
+    assert main(["verify", str(copied), "--junit", str(junit)]) == 2
+    suite = ET.parse(junit).getroot()
+    assert (suite.get("failures"), suite.get("errors")) == ("0", "1")
