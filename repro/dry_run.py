@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from repro.assemble import build_evaluator, build_training
+from repro.check import BYTES_OF_WEIGHT, existing
 from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.data.image_cache import cores
 from repro.data.image_store import load_images
@@ -30,8 +31,8 @@ STEPS, WARM_UPS = 3, 1
 TIMED_IMAGES = 500
 BATCHES = 2
 """Evaluation batches that are timed, once to compile and once for the clock."""
-BYTES_OF_MODEL, BYTES_OF_STATE = 2 * 4, 3 * 4
-"""A parameter in a model's folder, for Flax and for PyTorch, and in a state, with AdamW's two moments."""
+BYTES_OF_STATE = 3 * 4
+"""A parameter in a state, with AdamW's two moments."""
 GIBIBYTE = 2**30
 
 
@@ -180,7 +181,7 @@ def _needs(
     states = 0 if args.save_steps == 0 else args.save_total_limit + 1
     return {
         "image_cache": sum(images.values()) * side if data_args.image_cache else 0,
-        "models": max(evaluations, 1) * parameters * BYTES_OF_MODEL,
+        "models": max(evaluations, 1) * parameters * BYTES_OF_WEIGHT,
         "states": states * parameters * BYTES_OF_STATE,
     }
 
@@ -188,7 +189,7 @@ def _needs(
 def _problems(facts: dict[str, Any], model_args: ModelArguments, args: TrainingArguments) -> list[str]:
     problems = []
     needs = facts["bytes_needed"]
-    output, cache = _existing(Path(args.output_dir or ".")), _existing(cache_folder(model_args))
+    output, cache = existing(Path(args.output_dir or ".")), existing(cache_folder(model_args))
     wanted: dict[Path, int] = {}
     for folder, size in ((output, needs["models"] + needs["states"]), (cache, needs["image_cache"])):
         device = os.stat(folder).st_dev
@@ -209,10 +210,6 @@ def _problems(facts: dict[str, Any], model_args: ModelArguments, args: TrainingA
     if facts["steps"] == 0:
         problems.append("the rows do not fill one batch")
     return problems
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
 def describe(found: DryRun) -> str:

@@ -18,11 +18,11 @@ from repro.config import DataArguments, ModelArguments, TrainingArguments, flags
 from repro.data.pocket import read_scenes, render_pocket
 from repro.errors import InputError
 from repro.evaluation.attributes import attribute_accuracy
-from repro.evaluation.evaluator import Evaluation
+from repro.evaluation.evaluator import Evaluation, caption_of_each_image
 from repro.recipes import read_recipe
 from repro.reporting.writer import write_json
 from repro.run import RunResult, run
-from repro.verify import ARGUMENTS, MARKER, RUN, Verification, as_json, stop_if_doomed, verify
+from repro.verify import ARGUMENTS, MARKER, RUN, Verification, Watcher, as_json, verify
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLES = 6
@@ -71,7 +71,7 @@ def reproduce(
     if args.do_train and not args.overwrite_output_dir:
         args = dataclasses.replace(args, resume="auto")
     scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
-    watch = None if keep_going else partial(stop_if_doomed, recipe)
+    watch = None if keep_going else Watcher(recipe)
     result = run(model_args, data_args, args, score=scenes, watch=watch, progress=progress)
     verification = verify([folder], recipe=name)
     write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
@@ -145,20 +145,17 @@ def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:
     ).save_pretrained(decoder)
 
 
-def caption_of_each_image(evaluation: Evaluation) -> dict[str, str]:
-    """Pair the path of each image that was evaluated with one of its generated captions, if there are any."""
-    return {path: row["pred"] for path, row in zip(evaluation.image_paths, evaluation.generations, strict=False)}
-
-
 def _score_scenes(data_dir: Path, evaluation: Evaluation) -> dict[str, float]:
-    if not evaluation.generations:
+    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
+    if not captions:
         return {}
-    scenes, captions = read_scenes(data_dir, "val"), caption_of_each_image(evaluation)
+    scenes = read_scenes(data_dir, "val")
     return attribute_accuracy(list(captions.values()), [scenes[int(Path(path).stem)] for path in captions])
 
 
 def _samples(result: RunResult, data_dir: Path | None) -> list[Sample]:
-    captions = caption_of_each_image(result.evaluations["eval"]) if "eval" in result.evaluations else {}
+    evaluation = result.evaluations.get("eval")
+    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations) if evaluation else {}
     scenes = read_scenes(data_dir, "val") if data_dir else {}
     paths = sorted(captions)[:: max(len(captions) // SAMPLES, 1)][:SAMPLES]
     return [Sample(path, captions[path], scenes[int(Path(path).stem)].in_words() if scenes else "") for path in paths]

@@ -160,7 +160,6 @@ class _Run:
         if args.do_predict:
             self._evaluate(evaluator, params, "test", "test", self.writer.folder)
         facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        facts["seconds"] = round(time.perf_counter() - self.began, 1)
         facts["checksums"] = self.writer.checksums()
         self.writer.describe(facts, prepared.dropped)
         if uploader:

@@ -116,25 +116,35 @@ def judge_all(targets: Sequence[Target], runs: Sequence[Any]) -> list[Outcome]:
     return [outcome for outcome in found if outcome is not None]
 
 
-def stop_if_doomed(recipe: Mapping[str, Any], facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Stop a run of which it is plain before its end that it misses its recipe's targets.
+class Watcher:
+    """Stops a run of which it is plain before its end that it misses its recipe's targets.
 
-    One that was given other flags than the recipe's is none of the recipe's, and goes on.
-
-    Raises:
-        RunStopped: a count, a learning rate or the losses so far fail.
+    A run that was given other flags than the recipe's is none of the recipe's, and is left to go on.
     """
-    if _flags_that_differ(facts, recipe)[0]:
-        return
-    targets = [target for target in read_targets(recipe["targets"]) if target.metric in EARLY]
-    seed = int(facts["flags"]["seed"])
-    outcomes = judge_all(targets, [lambda target: Measured(seed, values_of(target, facts, rows))])
-    failed = [outcome for outcome in outcomes if outcome.verdict is Verdict.FAIL]
-    if failed:
-        raise RunStopped(
-            f"the run cannot reproduce {recipe['name']} any more: {'; '.join(map(describe, failed))}. Mend what"
-            " differs, or add --keep_going to have it finished all the same."
-        )
+
+    def __init__(self, recipe: Mapping[str, Any]) -> None:
+        self._recipe = recipe
+        self._targets = [target for target in read_targets(recipe["targets"]) if target.metric in EARLY]
+        self._is_of_recipe: bool | None = None
+
+    def __call__(self, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Look at a run, given what will be its `run.json`, and its rows so far.
+
+        Raises:
+            RunStopped: a count, a learning rate or the losses so far fail.
+        """
+        if self._is_of_recipe is None:
+            self._is_of_recipe = not _flags_that_differ(facts, self._recipe)[0]
+        if not self._is_of_recipe:
+            return
+        seed = int(facts["flags"]["seed"])
+        outcomes = judge_all(self._targets, [lambda target: Measured(seed, values_of(target, facts, rows))])
+        failed = [outcome for outcome in outcomes if outcome.verdict is Verdict.FAIL]
+        if failed:
+            raise RunStopped(
+                f"the run cannot reproduce {self._recipe['name']} any more: {'; '.join(map(describe, failed))}. Mend"
+                " what differs, or add --keep_going to have it finished all the same."
+            )
 
 
 def read_run(folder: Path, recipe: Mapping[str, Any]) -> RunRecord:
@@ -156,7 +166,9 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> RunRecord:
 def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Find a metric among a run's facts and rows: by step, or at "" ."""
     if target.metric in BY_STEP:
-        return {str(row["step"]): row[target.metric] for row in rows if target.metric in row}
+        return {
+            str(row["step"]): row[target.metric] for row in rows if row["step"] in target.steps and target.metric in row
+        }
     evaluations = {row["step"]: row["eval"] for row in rows if "eval" in row}
     train = facts.get("data", {}).get("train", {})
     values: dict[str, Any] = {
@@ -184,12 +196,15 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    parsed = parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify")
+    parsed, may_vary = (
+        parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify"),
+        recipe.get("may_vary", ()),
+    )
     wanted = {
         field.name: getattr(arguments, field.name)
         for arguments in parsed
         for field in dataclasses.fields(arguments)
-        if not field.metadata.get("may_change") or field.name in ALSO_COMPARED
+        if not field.metadata.get("may_change") or field.name in (*ALSO_COMPARED, *may_vary)
     }
     flags = facts["flags"]
     problems: list[str] = []
@@ -198,7 +213,7 @@ def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> t
         if name in NOT_COMPARED or flags.get(name) == value:
             continue
         text = f"--{name} {flags.get(name)}, the recipe has {value}"
-        (notes if name in recipe.get("may_vary", ()) else problems).append(text)
+        (notes if name in may_vary else problems).append(text)
     shuffles = parsed[-1].block_size > 0 or protocol_named(parsed[-1].protocol).shuffle_without_blocks
     if facts.get("shuffle", shuffles) != shuffles:
         problems.append(

@@ -271,3 +271,9 @@ def test_captions_that_have_ended_leave_large_batches_on_one_device(devices, row
         "group_size": rows,
         "smallest_batch": smallest,
     }
+
+
+def test_an_incomplete_batch_counts_as_a_batch_of_the_rows_that_it_has():
+    sums, counts = np.array([[4.0, 2.0], [6.0, 0.0]]), np.array([[2.0, 2.0], [2.0, 0.0]])
+    assert mean_of_batch_losses(sums, counts, "tokens", num_replicas=2) == pytest.approx((6 / 4 + 6 / 2) / 2)
+    assert mean_of_batch_losses(sums, counts, "replica_means", num_replicas=2) == pytest.approx(((2 + 1) / 2 + 3) / 2)

@@ -19,6 +19,7 @@ import repro.reproduce
 import repro.training.steps
 import repro.verify
 from repro.__main__ import main
+from repro.config import flags_of, parse_arguments
 from repro.data.pocket import render_pocket
 from repro.recipes import read_recipe
 from repro.verify import verify
@@ -253,6 +254,16 @@ def test_a_run_that_was_trained_by_hand_needs_the_recipes_name(runs, copied, tmp
     assert main(["verify", str(run), "--recipe", "pocket"]) == 0
     assert main(["verify", str(tmp_path / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_what_a_recipe_lets_vary_is_noted_and_nothing_else():
+    recipe = read_recipe("coco2017")
+    flags = [*flags_of(recipe["flags"]), "--encoder_model_name_or_path", "vit-folder", "--dtype", "bfloat16"]
+    given = parse_arguments(repro.verify.ARGUMENTS, [*flags, "--num_beams", "4"], command="train")
+    facts = {"flags": {name: value for arguments in given for name, value in vars(arguments).items()}}
+    problems, notes = repro.verify._flags_that_differ(facts, recipe)
+    assert problems == ["--num_beams 4, the recipe has 8"]
+    assert [note.split()[0] for note in notes] == ["--encoder_model_name_or_path", "--dtype"]
 
 
 def test_junit_counts_what_cannot_be_told_as_an_error(runs, copied, tmp_path):

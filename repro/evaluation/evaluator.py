@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,7 @@ class Evaluator:
             details["sentence_splitter"] = scores.sentence_splitter
         paths = data.image_paths(rows)
         if generations and has_captions and self.caption_metrics:
-            of_image = {path: row["pred"] for path, row in zip(reversed(paths), reversed(generations), strict=True)}
-            found = caption_scores(of_image, data.captions_of_images(rows))
+            found = caption_scores(caption_of_each_image(paths, generations), data.captions_of_images(rows))
             metrics.update(found.means)
             details["caption_tokenizer"] = found.tokenizer
         return Evaluation(
@@ -109,7 +108,8 @@ class Evaluator:
     def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:
         if self.protocol.token_eval_loss:
             return float(sums.sum() / counts.sum())
-        sums, counts = (values.reshape(-1, self.batch_size) for values in (sums, counts))
+        missing = -len(sums) % self.batch_size
+        sums, counts = (np.pad(values, (0, missing)).reshape(-1, self.batch_size) for values in (sums, counts))
         return mean_of_batch_losses(sums, counts, self.protocol.loss_reduction, num_replicas=self.num_replicas)
 
     def _by_image(
@@ -185,16 +185,25 @@ class Evaluator:
         ]
 
 
+def caption_of_each_image(image_paths: Sequence[str], generations: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Pair each image that was evaluated with the first caption that was generated for it; empty if there is none."""
+    found: dict[str, str] = {}
+    for path, row in zip(image_paths, generations, strict=False):
+        found.setdefault(path, row["pred"])
+    return found
+
+
 def mean_of_batch_losses(sums: np.ndarray, counts: np.ndarray, reduction: LossReduction, *, num_replicas: int) -> float:
     """Average the batches' losses without weights, as the example reports them.
 
     Args:
-        sums, counts: float64[batches,B], the rows' losses.
+        sums, counts: float64[batches,B], the rows' losses; both 0 where the last batch has no row.
         reduction: how the loss of one batch comes from its rows, as in training.
     """
     by_replica = (len(sums), num_replicas, -1)
     total = sums.reshape(by_replica).sum(axis=2)
     count = counts.reshape(by_replica).sum(axis=2)
     if reduction == "replica_means":
-        return float((total / count).mean())
+        means = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+        return float((means.sum(axis=1) / (count > 0).sum(axis=1)).mean())
     return float((total.sum(axis=1) / count.sum(axis=1)).mean())

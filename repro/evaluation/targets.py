@@ -89,6 +89,11 @@ class Target:
         return self.metric if self.step is None else f"{self.metric} at {self.step}"
 
     @property
+    def steps(self) -> set[int]:
+        """The steps whose own values are asked for."""
+        return {int(step) for values in (self.values or {}, *(self.seeds or {}).values()) for step in values}
+
+    @property
     def is_statistical(self) -> bool:
         return self.margin is not None
 
