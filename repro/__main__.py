@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
@@ -323,5 +324,21 @@ def _print_table(title: str, values: dict[str, float]) -> None:
     print()
 
 
+def program() -> None:
+    """Run a command and end the process.
+
+    Where a signal stopped it, this is done at once: threads of XLA or Arrow that are still at work crash an interpreter
+    that is taken down around them, and the status would be SIGSEGV's. All that is to be kept is on disk by then.
+    """
+    status = main()
+    jax = sys.modules.get("jax")
+    # The other processes of a run wait for a proper end.
+    if status in (INTERRUPTED, SIGNALLED + signal.SIGTERM) and not (jax and jax.distributed.is_initialized()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

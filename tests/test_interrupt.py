@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -40,3 +42,17 @@ def test_the_switch_for_determinism_keeps_other_flags():
     environment = {"XLA_FLAGS": "--xla_other=1"}
     make_deterministic(environment)
     assert environment["XLA_FLAGS"] == f"--xla_other=1 {DETERMINISTIC}"
+
+
+@pytest.mark.parametrize(("status", "ends_at_once"), [(143, True), (130, True), (0, False), (3, False)])
+def test_a_process_that_a_signal_stopped_is_not_taken_down_around_its_threads(status, ends_at_once):
+    # A run that got SIGTERM while it compiled once ended with SIGSEGV's status, after it had said that it stops.
+    code = (
+        "import atexit, repro.__main__ as command\n"
+        "atexit.register(print, 'taken down')\n"
+        f"command.main = lambda: print('said') or {status}\n"
+        "command.program()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines() == ["said", *["taken down"] * (not ends_at_once)]
