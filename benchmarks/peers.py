@@ -65,11 +65,11 @@ def jax_captioner(peer: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     import jax
     from transformers import GenerationConfig
 
-    from repro.models.captioner import Captioner
+    from repro.models.captioner import NativeCaptioner
 
     config, dtype = model_config(settings), jax.numpy.dtype(settings["dtype"])
     if peer == "native":
-        captioner = Captioner(config, GenerationConfig(), pixel_table(), dtype=dtype)
+        captioner = NativeCaptioner(config, GenerationConfig(), pixel_table(), dtype=dtype)
         return captioner, captioner.init(0)
     from transformers import FlaxVisionEncoderDecoderModel
 

@@ -33,7 +33,7 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     import jax
     from transformers import GenerationConfig
 
-    from repro.models.captioner import Captioner
+    from repro.models.captioner import NativeCaptioner
     from repro.training.checkpoint import abstract
     from repro.training.memory import compile_step
     from repro.training.optimizer import create_learning_rate_fn, create_optimizer
@@ -46,7 +46,7 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
         half = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2048}
         config.encoder.update(half)
         config.decoder.update({"n_embd": 512, "n_layer": 8, "n_head": 8})
-    captioner = Captioner(config, GenerationConfig(), pixel_table())
+    captioner = NativeCaptioner(config, GenerationConfig(), pixel_table())
     schedule = create_learning_rate_fn(3e-5, num_steps=10_000)
     optimizer = create_optimizer(schedule, rule="layer_norms")
     sizes = {"num_replicas": 1, "replica_batch": settings["batch"]}

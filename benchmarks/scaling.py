@@ -106,7 +106,7 @@ def compile_step(layout: Layout, *, dtype: str, smoke: bool) -> tuple[Any, int]:
     import jax.numpy as jnp
     from transformers import GenerationConfig
 
-    from repro.models.captioner import Captioner
+    from repro.models.captioner import NativeCaptioner
     from repro.training.checkpoint import abstract
     from repro.training.memory import compile_step as compile_train_step
     from repro.training.optimizer import count_parameters, create_learning_rate_fn, create_optimizer
@@ -115,7 +115,7 @@ def compile_step(layout: Layout, *, dtype: str, smoke: bool) -> tuple[Any, int]:
     from repro.training.steps import make_train_step
 
     config = model_config({"smoke": smoke})
-    captioner = Captioner(config, GenerationConfig(), pixel_table(), dtype=jnp.dtype(dtype), remat=layout.remat)
+    captioner = NativeCaptioner(config, GenerationConfig(), pixel_table(), dtype=jnp.dtype(dtype), remat=layout.remat)
     schedule = create_learning_rate_fn(3e-5, num_steps=1000)
     optimizer = create_optimizer(schedule, rule="layer_norms")
     params = jax.eval_shape(partial(captioner.init, 0))

@@ -25,7 +25,7 @@ from repro.errors import InputError
 from repro.evaluation.caption_metrics import check_installed
 from repro.flags import DETERMINISTIC, is_deterministic, mesh_shape
 from repro.models.beam_search import check_beams
-from repro.models.captioner import Captioner
+from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.protocol import Protocol
 from repro.training.optimizer import count_parameters
@@ -281,6 +281,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         for name, split in rows.items()
     }
     steps = prepared.args.do_train
+    is_native = isinstance(prepared.pretrained.captioner, NativeCaptioner)
     return {
         "flags": flags,
         "protocol": dataclasses.asdict(prepared.protocol),
@@ -292,7 +293,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         "platform": f"{jax.default_backend()}, {platform.platform()}, Python {sys.version.split()[0]}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "model": {
-            "implementation": "native" if isinstance(prepared.pretrained.captioner, Captioner) else "transformers",
+            "implementation": "native" if is_native else "transformers",
             "parameters": count_parameters(prepared.pretrained.params),
             "fingerprint": prepared.pretrained.fingerprint(),
             "notes": list(prepared.pretrained.notes),

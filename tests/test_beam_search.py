@@ -51,7 +51,7 @@ CHEAP = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_le
 
 
 def compiled(model, num_beams: int, max_length: int, stop_rule: str, group_size: int, **settings):
-    """`Captioner.generate` with these settings, from pixels."""
+    """`NativeCaptioner.generate` with these settings, from pixels."""
 
     @partial(jax.jit, compiler_options=CHEAP)
     def captions(params, pixels):

@@ -36,7 +36,7 @@ from transformers.models.vision_encoder_decoder.modeling_flax_vision_encoder_dec
 )
 
 from repro.errors import InputError
-from repro.models.captioner import Captioner
+from repro.models.captioner import NativeCaptioner
 from repro.models.layers import ACTIVATIONS
 from repro.models.pretrained import Options, Source, create_model, load_model, save_model
 from repro.models.transformers_flax import FlaxClassCaptioner
@@ -89,7 +89,7 @@ def configs(draw) -> VisionEncoderDecoderConfig:
 
 def both(config: VisionEncoderDecoderConfig, seed: int, dtype: str = "float32"):
     """The two implementations of a configuration, with the weights of a seed, spread so that nothing is near 0."""
-    native = Captioner(config, GenerationConfig(), TABLE, dtype=jnp.dtype(dtype))
+    native = NativeCaptioner(config, GenerationConfig(), TABLE, dtype=jnp.dtype(dtype))
     # The class itself would draw weights of its own, one compilation for each shape.
     module = FlaxVisionEncoderDecoderModule(config, dtype=jnp.dtype(dtype))
     model = SimpleNamespace(module=module, dtype=jnp.dtype(dtype), config=config)
@@ -168,7 +168,7 @@ def test_bfloat16_is_as_far_from_float32_as_the_flax_class_is(config, seed):
 def test_the_same_seed_draws_the_same_weights(golden_inputs, tied):
     config = VisionEncoderDecoderConfig.from_pretrained(golden_inputs / "model")
     config.decoder.tie_word_embeddings = tied
-    ours = Captioner(config, GenerationConfig(), TABLE).init(7)
+    ours = NativeCaptioner(config, GenerationConfig(), TABLE).init(7)
     theirs = FlaxVisionEncoderDecoderModel(config, seed=7).params
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     # Compiled or not, the same bits become normal numbers by arithmetic that is rounded a little differently.

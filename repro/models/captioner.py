@@ -122,7 +122,7 @@ class VisionEncoderDecoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Captioner:
+class NativeCaptioner:
     """A captioning model as pure functions of its parameters.
 
     Attributes:

@@ -28,7 +28,7 @@ from transformers import __version__ as transformers_version
 
 from repro.data.images import pixel_table, resize_of
 from repro.errors import InputError
-from repro.models.captioner import Captioner, Params, check_config, is_supported
+from repro.models.captioner import NativeCaptioner, Params, check_config, is_supported
 from repro.models.weights import DECODER, ENCODER, WHOLE, load_weights, save_weights
 
 Implementation = Literal["native", "transformers"]
@@ -43,7 +43,7 @@ class Pretrained:
     """A model and what belongs to it.
 
     Attributes:
-        captioner: a `Captioner`, or a `FlaxClassCaptioner`.
+        captioner: a `NativeCaptioner`, or a `FlaxClassCaptioner`.
         params: float32 parameter tree of `captioner`.
         notes: what was initialized at random instead of loaded, for the log.
     """
@@ -183,7 +183,7 @@ def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
     A native model's weights are written twice, for Flax and for PyTorch; another pair's for Flax alone.
     """
     captioner = pretrained.captioner
-    if isinstance(captioner, Captioner):
+    if isinstance(captioner, NativeCaptioner):
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(params, folder)
         captioner.config.save_pretrained(folder)
@@ -219,8 +219,8 @@ def _transformers_flax() -> Any:
         ) from error
 
 
-def _native(config: Any, generation_config: Any, processor: Any, options: Options) -> Captioner:
-    return Captioner(
+def _native(config: Any, generation_config: Any, processor: Any, options: Options) -> NativeCaptioner:
+    return NativeCaptioner(
         config,
         generation_config,
         pixel_table(processor),

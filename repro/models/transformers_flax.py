@@ -1,4 +1,4 @@
-"""transformers' `FlaxVisionEncoderDecoderModel` behind the interface of `Captioner`, for any pair that it supports.
+"""transformers' `FlaxVisionEncoderDecoderModel` behind `NativeCaptioner`'s interface, for any pair that it supports.
 
 transformers 5 has no Flax classes; nothing but this module needs one.
 """
@@ -19,7 +19,7 @@ from repro.models.captioner import Params, normalize, search
 
 @dataclass(frozen=True)
 class FlaxClassCaptioner:
-    """`Captioner` for a model of transformers; its own parameters are not used.
+    """`NativeCaptioner` for a model of transformers; its own parameters are not used.
 
     Attributes:
         pixel_table: float32[256,3], the normalized value of each byte in each channel.
@@ -45,7 +45,7 @@ class FlaxClassCaptioner:
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """See `Captioner.logits`."""
+        """See `NativeCaptioner.logits`."""
         length = decoder_input_ids.shape[-1]
         outputs: Any = self.model.module.apply(
             {"params": params},
@@ -59,14 +59,14 @@ class FlaxClassCaptioner:
         return outputs.logits
 
     def encode(self, params: Params, pixels: jax.Array) -> jax.Array:
-        """See `Captioner.encode`: the encoder's states, [B,N,D]."""
+        """See `NativeCaptioner.encode`: the encoder's states, [B,N,D]."""
         images = jnp.moveaxis(normalize(pixels, self.pixel_table, self.model.dtype), -1, 1)
         return self.model.encode(images, params=params).last_hidden_state
 
     def decode(
         self, params: Params, memory: jax.Array, decoder_input_ids: jax.Array, decoder_attention_mask: jax.Array
     ) -> jax.Array:
-        """See `Captioner.decode`."""
+        """See `NativeCaptioner.decode`."""
         length = decoder_input_ids.shape[-1]
         outputs: Any = self.model.module.apply(
             {"params": params},
@@ -81,7 +81,7 @@ class FlaxClassCaptioner:
     def generate(
         self, params: Params, memory: jax.Array, *, max_length: int, num_beams: int, **settings: Any
     ) -> Captions:
-        """See `Captioner.generate`; here each beam has a copy of its image's states, as transformers has it."""
+        """See `NativeCaptioner.generate`; here each beam has a copy of its image's states, as transformers has it."""
         states = jnp.repeat(memory, num_beams, axis=0)
         past = self.model.init_cache(len(states), max_length, (states,))
 

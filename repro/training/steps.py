@@ -20,13 +20,13 @@ from repro.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 DecodeFn = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
-"""`Captioner.decode`: (params, encoded images, inputs [B,T], mask [B,T]) to logits [B,T,V]."""
+"""`NativeCaptioner.decode`: (params, encoded images, inputs [B,T], mask [B,T]) to logits [B,T,V]."""
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 class LogitsFn(Protocol):
-    """`Captioner.logits`: next-token logits [B,T,V], with dropout where a key is given."""
+    """`NativeCaptioner.logits`: next-token logits [B,T,V], with dropout where a key is given."""
 
     def __call__(
         self,
