@@ -7,7 +7,8 @@ differs from the recipe than what the table says. Switches that only touch the e
 of the recipe's own runs, so they are compared seed by seed (paired t); variants that train anew are compared as groups
 (Welch's t), because rounding alone makes two runs of one seed part. Reported are the mean difference from the recipe
 and its 95 % interval, and where two groups shall agree (native and transformers under each protocol) the equivalence
-test of `repro verify --against` with the recipe's margins. Runs that are in the folder already are not repeated.
+test of `repro verify --against` with the recipe's margins. Runs that are in the folder already are not repeated; the
+result has the metrics of each, and with `--known RESULT.json` the runs of an earlier result count as done.
 """
 
 from __future__ import annotations
@@ -114,6 +115,16 @@ def run(root: Path, variant: Variant, seed: int, cores: Sequence[int]) -> None:
     print(f"{variant.name}, seed {seed}: done", flush=True)
 
 
+def take_over(root: Path, known: dict[str, Any]) -> None:
+    """Put the metrics of an earlier result's runs into the folder, as if they had been run there."""
+    for variant in VARIANTS:
+        for seed, metrics in known["runs"].get(variant.name, {}).items():
+            file = folder_of(root, variant, int(seed)) / "metrics.json"
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(metrics))
+
+
 def run_all(root: Path, variants: Sequence[Variant], seeds: Sequence[int], workers: int) -> None:
     """Run everything, each worker on its share of the cores; trained variants first, which others evaluate."""
     cores = sorted(os.sched_getaffinity(0))
@@ -181,8 +192,10 @@ def bootstrap_noise(generations: Path, *, repetitions: int, resamples: int) -> d
     }
 
 
-def summarize(root: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, Any]:
-    """Put what is in the folder into tables."""
+def summarize(
+    root: Path, variants: Sequence[Variant], seeds: Sequence[int], known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Put what is in the folder into tables; the bootstrap, which needs captions, may be an earlier result's."""
     from repro.evaluation.targets import against, judge_values, read_targets
     from repro.recipes import read_recipe
 
@@ -220,11 +233,16 @@ def summarize(root: Path, variants: Sequence[Variant], seeds: Sequence[int]) -> 
             }
         rows.append(row)
     base = folder_of(root, VARIANTS[0], seeds[0])
-    generations = max((base / "run").glob("ckpt_*/eval_generation.json"), key=lambda path: path.stat().st_mtime)
+    generations = max(base.glob("run/ckpt_*/eval_generation.json"), key=lambda path: path.stat().st_mtime, default=None)
+    if generations is not None:
+        bootstrap = bootstrap_noise(generations, repetitions=20, resamples=1000)
+    else:
+        bootstrap = known["bootstrap"] if known else None
     return {
         "seeds": list(seeds),
         "variants": rows,
-        "bootstrap": bootstrap_noise(generations, repetitions=20, resamples=1000),
+        "bootstrap": bootstrap,
+        "runs": {name: dict(zip(map(str, seeds), runs, strict=True)) for name, runs in measured.items()},
     }
 
 
@@ -234,12 +252,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--variants", type=int, nargs="+", default=range(len(VARIANTS)), help="numbers, from 0")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, each on its share of the cores")
+    parser.add_argument("--known", type=Path, metavar="RESULT", help="an earlier result, whose runs count as done")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     variants = [VARIANTS[number] for number in args.variants]
+    known = json.loads(args.known.read_text()) if args.known else None
+    if known:
+        take_over(args.folder, known)
     run_all(args.folder, variants, args.seeds, args.workers)
     if VARIANTS[0] in variants:
-        write_result("ablation", summarize(args.folder, variants, args.seeds), args.output)
+        write_result("ablation", summarize(args.folder, variants, args.seeds, known), args.output)
 
 
 if __name__ == "__main__":

@@ -116,3 +116,12 @@ def test_an_effect_comes_with_its_interval():
     apart = ablation.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0], paired=False)
     # By hand: both variances 1, error sqrt(2 / 3), 4 degrees of freedom, t = 2.776.
     assert apart["half_width"] == pytest.approx(2.776 * (2 / 3) ** 0.5, abs=1e-3)
+
+
+def test_runs_of_an_earlier_result_of_the_ablation_count_as_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation.subprocess, "run", None)
+    known = {"runs": {variant.name: {"1": {"eval_loss": 0.5}} for variant in ablation.VARIANTS[:2]}}
+    ablation.take_over(tmp_path, known)
+    ablation.run_all(tmp_path, ablation.VARIANTS[:2], [1], workers=1)
+    found = ablation.folder_of(tmp_path, ablation.VARIANTS[1], 1) / "metrics.json"
+    assert found.read_text() == '{"eval_loss": 0.5}'
