@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ REFERENCES = {
         ('a sign that says "stop" -- now...', "a sign that says stop now"),
         ("He cannot go; 1,000 of 3.5 and 1/2", "he can not go 1,000 of 3.5 and 1/2"),
         ("black & white, U.S. flag", "black & white u.s. flag"),
+        ("on Main St. on the ground.A dog, made in the U.S.A", "on main st. on the ground.a dog made in the u.s.a"),
         ("  \n ", ""),
     ],
 )
@@ -77,3 +80,18 @@ def test_without_the_scorers_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match="pip install 'pycocoevalcap"):
         check_installed()
+
+
+def test_without_java_the_scores_of_val2017_are_those_of_the_treebank_tokenizer(real_data: Path) -> None:
+    """One caption of each image against its others; the expected figures come from pycocoevalcap with PTBTokenizer."""
+    rows = json.loads((real_data / "captions_val2017_full.json").read_bytes())["annotations"]
+    of_image: dict[str, list[str]] = {}
+    for row in rows:
+        of_image.setdefault(str(row["image_id"]), []).append(row["caption"])
+    scores = caption_scores(
+        {image: first for image, (first, *_) in of_image.items()},
+        {image: others for image, (_, *others) in of_image.items()},
+        tokenizer="split_words",
+    )
+    by_treebank = {"bleu1": 0.63447, "bleu2": 0.43738, "bleu3": 0.29413, "bleu4": 0.19554, "cider": 0.88654}
+    assert scores.means == pytest.approx(by_treebank, abs=5e-5)

@@ -24,7 +24,10 @@ SPLIT = (
     (re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b"), lambda m: " ".join(filter(None, m.groups()))),
     (re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b"), r" \1"),
 )
-WORD = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|(?:[a-z]\.){2,}|\d+(?:[.,:/]\d+)+|\w+(?:[-'&@/]\w+)*|\.\.\.|--|[^\w\s]")
+WORD = re.compile(
+    r"n't\b|'(?:s|m|d|re|ve|ll)\b|(?:[a-z]\.){2,}(?!\w)|(?:st|ave|blvd|rd|ft)\.(?!\w)|\d+(?:[.,:/]\d+)+"
+    r"|\w+(?:[-'&@/.]\w+)*|\.\.\.|--|[^\w\s]"
+)
 
 
 @dataclass(frozen=True)
