@@ -238,7 +238,9 @@ def parse_arguments(classes: Sequence[type[Arguments]], argv: Sequence[str], *, 
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
     if remaining:
-        raise InputError(f"unknown argument {remaining[0]!r}.{_suggestion(remaining[0], known)}")
+        # Without its value, which may be a token.
+        name = remaining[0].partition("=")[0]
+        raise InputError(f"unknown argument {name!r}.{_suggestion(name, known)}")
     return tuple(parsed)
 
 
@@ -262,5 +264,5 @@ def flags_of(values: Mapping[str, Any]) -> list[str]:
 
 
 def _suggestion(flag: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(flag.lstrip("-").split("=")[0], known, n=1)
+    near = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
     return f" Did you mean --{near[0]}?" if near else ""

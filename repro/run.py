@@ -25,6 +25,7 @@ from repro.models.pretrained import save_model
 from repro.prepare import PreparedRun, prepare
 from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
+from repro.reporting.model_card import Trained, write_card
 from repro.reporting.progress import NonFinite, StepLog
 from repro.reporting.writer import PARTIAL, STATE, Recorded, RunWriter, locked, log, models_in, prefixed, write_json
 from repro.resume import Start, check_same, choose_start, settings
@@ -34,6 +35,12 @@ from repro.training.loop import StepResult
 from repro.training.processes import decided_by_first, is_first, wait_for_all
 from repro.training.sharding import put, replicated
 
+DEFAULTS = {
+    flag.name: flag.default
+    for arguments in (ModelArguments, DataArguments, TrainingArguments)
+    for flag in dataclasses.fields(arguments)
+}
+"""Of all flags."""
 Score = Callable[[Evaluation], dict[str, float]]
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 
@@ -100,8 +107,11 @@ def run(
         own = folder if is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         recorded = start.recorded if start.found else None
         writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off))
+        uploader = None
+        if args.push_to_hub and is_first():
+            uploader = stack.enter_context(HubUploader(folder, repository=args.hub_model_id, token=args.hub_token))
         wait_for_all("folder")
-        return _Run(prepared, training, writer, folder, start, same, signals, score, watch, began).execute()
+        return _Run(prepared, training, writer, uploader, folder, start, same, signals, score, watch, began).execute()
 
 
 def _decide_start(args: TrainingArguments, folder: Path) -> Start:
@@ -117,6 +127,7 @@ class _Run:
     prepared: PreparedRun
     training: Training | None
     writer: RunWriter
+    uploader: HubUploader | None
     folder: Path
     start: Start
     settings: dict[str, Any]
@@ -146,13 +157,10 @@ class _Run:
             log.info("%s: %d rows read, %d kept, %d dropped, %d images", name, *list(counts.values())[:4])
         for note in prepared.pretrained.notes:
             log.info("model: %s", note)
-        uploader = None
-        if args.push_to_hub and is_first():
-            uploader = HubUploader(self.folder, repository=args.hub_model_id, token=args.hub_token)
         evaluator = build_evaluator(prepared, self.signals)
         self._look(facts)
         if self.training is not None:
-            params = self._train(self.training, evaluator, uploader, facts)
+            params = self._train(self.training, evaluator, facts)
         else:
             params = put(prepared.pretrained.params, replicated(prepared.mesh))
             if args.do_eval:
@@ -162,14 +170,12 @@ class _Run:
         facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         facts["checksums"] = self.writer.checksums()
         self.writer.describe(facts, prepared.dropped)
-        if uploader:
-            uploader.push("end of the run")
-            uploader.wait()
+        self.writer.close_tensorboard()
+        if self.uploader:
+            self.uploader.finish("end of the run", stopped=lambda: self.signals.received is not None)
         return RunResult(self.folder, self.metrics, self.evaluations, facts, tuple(models_in(self.folder)))
 
-    def _train(
-        self, training: Training, evaluator: Evaluator, uploader: HubUploader | None, facts: dict[str, Any]
-    ) -> Any:
+    def _train(self, training: Training, evaluator: Evaluator, facts: dict[str, Any]) -> Any:
         """Train to the end; returns the parameters, whole on every device."""
         steps = StepLog(
             self.writer,
@@ -189,7 +195,7 @@ class _Run:
                     state, self.step = result.state, result.step
                     if result.metrics:
                         steps.add(result)
-                    self._after(result, steps, states, evaluator, uploader)
+                    self._after(result, steps, states, evaluator)
                     if steps.logs(result.step):
                         self._look(facts)
                     if self.signals.requested(self.step) and self.step < self.prepared.num_steps:
@@ -216,14 +222,7 @@ class _Run:
             best=lambda: self.writer.recorded.best_step(metric) if metric else None,
         )
 
-    def _after(
-        self,
-        result: StepResult,
-        steps: StepLog,
-        states: Checkpoints,
-        evaluator: Evaluator,
-        uploader: HubUploader | None,
-    ) -> None:
+    def _after(self, result: StepResult, steps: StepLog, states: Checkpoints, evaluator: Evaluator) -> None:
         """Save and evaluate what is due after a step and was not done before the run was resumed."""
         evaluates = _evaluates_at(self.prepared, result)
         every = self.prepared.args.save_steps
@@ -240,9 +239,22 @@ class _Run:
             save_whole_model(self.prepared, params, folder)
         if evaluates:
             self._evaluate(evaluator, params, "validation", "eval", folder)
-        if uploader:
-            uploader.push(f"epoch {result.epoch}, step {result.step}")
+        if is_first():
+            write_card(folder, self._trained(result, evaluated=evaluates))
+        if self.uploader:
+            self.uploader.push(f"epoch {result.epoch}, step {result.step}")
         steps.resume()
+
+    def _trained(self, result: StepResult, *, evaluated: bool) -> Trained:
+        devices = list(self.prepared.mesh.devices.flat)
+        return Trained(
+            epoch=result.epoch,
+            step=result.step,
+            facts=self.prepared.facts,
+            flags={name: value for name, value in self.settings["flags"].items() if value != DEFAULTS[name]},
+            device=f"{len(devices)} x {devices[0].device_kind}",
+            evaluation=self.evaluations["eval"] if evaluated else None,
+        )
 
     def _save_state(self, result: StepResult, steps: StepLog, states: Checkpoints) -> None:
         """Save a state to go on from, once it is known to be finite and everything before it is written."""
@@ -265,9 +277,13 @@ class _Run:
 
     def _evaluate(self, evaluator: Evaluator, params: Any, split: str, prefix: str, folder: Path) -> None:
         data = self.prepared.splits[split]
+        rows = np.arange(len(data))
+        paths, ids = data.image_paths(rows), data.image_ids(rows)
+        self.writer.images(prefix, paths, ids)
         if self.writer.recorded.evaluation(prefix, self.step):
-            paths = data.image_paths(np.arange(len(data)))
-            evaluation = self.writer.read_evaluation(prefix, step=self.step, folder=folder, image_paths=paths)
+            evaluation = self.writer.read_evaluation(
+                prefix, step=self.step, folder=folder, image_paths=paths, image_ids=ids
+            )
         else:
             started = time.perf_counter()
             evaluation = evaluator.evaluate(params, data, name=prefix)

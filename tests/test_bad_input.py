@@ -274,3 +274,29 @@ def test_commands_and_recipes_are_looked_up(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "mine").write_text("mine")
     assert main(["reproduce", "--output_dir", str(tmp_path)]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("caption model a.jpg --num_beam 3", "unknown argument '--num_beam'. Did you mean --num_beams?"),
+        ("caption model --num-beams=3", "unknown argument '--num-beams'. Did you mean --num_beams?"),
+        ("caption model a.jpg --colour", "unknown argument '--colour'. `repro caption --help` lists the flags."),
+        ("caption model a.jpg --dtype float23", "argument --dtype: invalid choice: 'float23'"),
+        ("caption model a.jpg --batch_size many", "argument --batch_size: invalid int value: 'many'"),
+        ("caption model", "the following arguments are required: IMAGE"),
+        ("verify --recpie pocket run", "unknown argument '--recpie'. Did you mean --recipe?"),
+        ("reproduce --hub_tokn=secret", "unknown argument '--hub_tokn'. Did you mean --hub_token?"),
+        ("train --hub_tokn=secret", "unknown argument '--hub_tokn'. Did you mean --hub_token?"),
+        ("reproduce --dry_rnu", "unknown argument '--dry_rnu'. Did you mean --dry_run?"),
+        ("reproduce --learning_rat 1", "unknown argument '--learning_rat'. Did you mean --learning_rate?"),
+        ("data coco --data_dri here", "unknown argument '--data_dri'. Did you mean --data_dir?"),
+        ("data pocket --num_trian 3", "unknown argument '--num_trian'. Did you mean --num_train?"),
+        ("export --model_name model", "unknown argument '--model_name'. Did you mean --model_name_or_path?"),
+    ],
+)
+def test_a_misspelt_flag_is_answered_with_the_nearest(
+    command: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    assert f"error: {wanted}" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -181,4 +182,12 @@ def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(golden_inputs, tmp_p
         lambda content: content["decoder"].update(vocab_size=vocab_size),
     )
     with pytest.raises(InputError, match=f"340 tokens.*vocabulary {vocab_size}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"encoder": []}', '{"model_type": 1}'])
+def test_a_configuration_of_another_form_is_named(golden_inputs, tmp_path, content):
+    path = edited(golden_inputs, tmp_path / "model", "config.json", lambda content: None)
+    Path(path, "config.json").write_text(content)
+    with pytest.raises(InputError, match=re.escape(str(path))):
         load_model(path)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import repro.__main__ as repro_main
-from repro.__main__ import SPLITS, main
+import repro.commands.data as data_command
+from repro.__main__ import main
+from repro.commands.data import SPLITS
 from repro.data import download as module
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.data.download import FILES, RemoteFile, download, download_coco
@@ -174,7 +175,7 @@ def test_what_is_not_a_web_address_is_refused(tmp_path: Path, base: str) -> None
 def test_the_command_line_knows_the_splits_and_the_server() -> None:
     # Written twice, so that help needs no import of what reads data.
     assert SPLITS == tuple(SPLIT_NAMES) == tuple(FILES)
-    assert f"default: {DOWNLOADS})" in Path(repro_main.__file__).read_text()
+    assert f"default: {DOWNLOADS})" in Path(data_command.__file__).read_text()
 
 
 def test_corrupt_bytes_are_found_and_removed(server: Server, tmp_path: Path) -> None:

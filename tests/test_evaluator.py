@@ -63,7 +63,7 @@ def make_data(num_rows: int, *, captions: bool = True, seed: int = 0, images=Non
     images = np.arange(num_rows) // ROWS_PER_IMAGE if images is None else np.asarray(images)
     numbers = np.arange(images.max() + 1, dtype=np.uint8)
     return CaptionedImages(
-        dataset=Dataset.from_dict({"image_path": [f"{image}.png" for image in images]}),
+        dataset=Dataset.from_dict({"image_path": [f"{i}.png" for i in images], "image_id": [str(i) for i in images]}),
         kept=np.arange(num_rows),
         captions=TokenizedCaptions(pack_tokens(labels * mask, mask if captions else 0 * mask), 0),
         image_index=images,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from repro.data.images import ImageError, decode_image, pixel_table, resize_of
+from repro.data.images import ImageError, decode_image, pixel_table, read_image, resize_of
 from repro.errors import InputError
 
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "YCbCr")
@@ -172,3 +172,21 @@ def test_real_photographs_give_the_references_pixels(real_data: Path, image_proc
         else:
             np.testing.assert_array_equal(pixels, reference(Image.open(path), image_processor))
     assert refused == ["L"]
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    picture = tmp_path / "photo.jpg"
+    Image.new("RGB", (8, 8)).save(picture, "EPS")
+    with pytest.raises(ImageError, match="PostScript"):
+        read_image(str(picture))
+
+
+def test_whatever_pillow_raises_on_a_broken_image_is_about_the_image(tmp_path: Path, monkeypatch) -> None:
+    def broken(self: Image.Image) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'seek'")
+
+    picture = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", broken)
+    with pytest.raises(ImageError, match="has no attribute"):
+        read_image(str(picture))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from repro.__main__ import make_deterministic
+from repro.commands.terminal import make_deterministic
 from repro.errors import Interrupted
 from repro.flags import DETERMINISTIC
 from repro.training.interrupt import StopSignals

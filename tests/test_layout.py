@@ -23,11 +23,13 @@ LAYERS = {
     "reporting": {"foundation", "data", "models", "training", "evaluation", "reporting"},
     "recipes": {"foundation", "recipes"},
 }
-FOUNDATION = {"errors", "protocol", "__init__", "__version__", "__doc__"}
+FOUNDATION = {"errors", "progress_bar", "protocol", "__init__", "__version__", "__doc__"}
 COMMANDS = {
     "__main__",
     "assemble",
+    "caption",
     "check",
+    "commands",
     "config",
     "dry_run",
     "flags",
@@ -42,7 +44,7 @@ TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "READM
 # 280 download COCO; 1,400 read people's own data, keep decoded images and tell what a data set holds; 1,400 lay a run
 # out over devices and processes, save its state, watch it and go on with it; 1,050 say what runs prove, and before they
 # start what they need.
-MAX_LINES, MAX_TOTAL_LINES = 350, 10_050
+MAX_LINES, MAX_TOTAL_LINES = 350, 13_000
 
 
 def layer(parts: tuple[str, ...]) -> str:

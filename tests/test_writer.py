@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import logging
 import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from repro.errors import InputError
@@ -24,8 +28,9 @@ from repro.training.loop import StepResult
 any_text = st.text(st.characters(exclude_categories=()))
 
 
-def evaluation(generations=(), **metrics) -> Evaluation:
-    return Evaluation(metrics=metrics, details={"rows": 2}, generations=list(generations), image_paths=[])
+def evaluation(generations=(), images=(), **metrics) -> Evaluation:
+    paths, ids = ([path for path, _ in images], [image_id for _, image_id in images])
+    return Evaluation(metrics, {"rows": 2}, generations=list(generations), image_paths=paths, image_ids=ids)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -36,17 +41,23 @@ def read_lines(path: Path) -> list:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's records: length uint64, crc uint32, an Event, crc uint32."""
-    scalars: dict[str, list[tuple[int, float]]] = {}
+def read_events(folder: Path) -> Iterator[Event]:
+    """TensorBoard's records: length uint64, crc uint32, an Event, crc uint32; those with a summary."""
     for path in folder.glob("events.out.tfevents.*"):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12 : at + 12 + length])
             at += length + 16
-            for value in event.summary.value:
-                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+            if event.summary.value:
+                yield event
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    for event in read_events(folder):
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
     return scalars
 
 
@@ -138,6 +149,44 @@ def test_results_have_the_examples_names_and_six_decimals(tmp_path):
     assert not (tmp_path / "ckpt_epoch_1_step_7" / "eval_generation.json").exists()
 
 
+def test_captions_are_also_written_as_cocos_servers_take_them(tmp_path):
+    rows = [{"label": "a", "pred": "x"}, {"label": "b", "pred": "x"}, {"label": "c", "pred": "y"}]
+    images = [("val/9.jpg", "9"), ("val/9.jpg", "9"), ("val/3.jpg", "3")]
+    with RunWriter(tmp_path) as writer:
+        writer.evaluation("test", evaluation(rows, images), step=7, folder=tmp_path, seconds=1.5)
+    written = json.loads((tmp_path / "test_captions.json").read_text())
+    assert written == [{"image_id": 9, "caption": "x"}, {"image_id": 3, "caption": "y"}]
+
+
+def test_images_without_numbers_have_no_file_for_cocos_servers(tmp_path):
+    rows, images = [{"label": "a", "pred": "x"}] * 2, [("a.jpg", "1"), ("b.jpg", "b.jpg")]
+    with RunWriter(tmp_path) as writer:
+        writer.evaluation("eval", evaluation(rows, images), step=7, folder=tmp_path, seconds=1.5)
+    assert not (tmp_path / "eval_captions.json").exists()
+
+
+def test_a_split_names_its_images_once(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.images("eval", ["a.jpg", "a.jpg", "b\n.jpg"], ["1", "1", "2"])
+        written = (tmp_path / "eval_images.json").stat()
+        writer.images("eval", ["a.jpg", "a.jpg", "b\n.jpg"], ["1", "1", "2"])
+    assert (tmp_path / "eval_images.json").stat().st_mtime_ns == written.st_mtime_ns
+    content = json.loads((tmp_path / "eval_images.json").read_text())
+    assert content == {"image_path": ["a.jpg", "a.jpg", "b\n.jpg"], "image_id": ["1", "1", "2"]}
+
+
+def test_tensorboard_has_images_with_captions(tmp_path, golden_inputs):
+    paths = [str(path) for path in sorted((golden_inputs / "images" / "val").iterdir())]
+    images = [(path, path) for path in (*paths, str(tmp_path / "gone.jpg")) for _ in range(2)]
+    rows = [{"label": "a", "pred": f"{path[-7:]} \0\u202e熊 " * 99} for path, _ in images]
+    with RunWriter(tmp_path) as writer:
+        writer.evaluation("eval", evaluation(rows, images), step=7, folder=tmp_path, seconds=1.5)
+    (event,) = [event for event in read_events(tmp_path) if event.summary.value[0].tag == "eval_captions"]
+    sheet = Image.open(io.BytesIO(event.summary.value[0].image.encoded_image_string))
+    assert event.step == 7
+    assert sheet.width > sheet.height > 300
+
+
 def test_metrics_have_one_line_for_each_step_and_evaluation(tmp_path):
     steps = [{"step": step, "loss": 1 / step, "learning_rate": 3e-5} for step in (1, 2, 3)]
     with RunWriter(tmp_path) as writer:
@@ -189,7 +238,7 @@ def test_every_step_is_in_the_metrics_and_every_logging_step_in_tensorboard(tmp_
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert lines == [{"step": step, "loss": 0.5 * step, "learning_rate": 0.25} for step in range(1, 8)]
     assert read_scalars(tmp_path).get("train_loss", []) == [(step, 0.5 * step) for step in logged]
-    assert set(times) == {"train_seconds", "train_rows_per_second"}
+    assert set(times) == {"train_seconds", "train_rows_per_second", "waiting_for_input_seconds"}
     assert times["train_rows_per_second"] > 0
 
 
@@ -206,4 +255,18 @@ def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
         now[0] += 3.0
         steps.add(step_result(2))
         times = steps.close()
-    assert times == {"train_seconds": 5.0, "train_rows_per_second": 4.0}
+    assert times == {"train_seconds": 5.0, "train_rows_per_second": 4.0, "waiting_for_input_seconds": 0.0}
+
+
+def test_the_log_tells_rate_and_time_left(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "repro")
+    now = [100.0]
+    monkeypatch.setattr("repro.reporting.progress.time.perf_counter", lambda: now[0])
+    with RunWriter(tmp_path) as writer:
+        steps = StepLog(writer, num_steps=200, batch_size=10, logging_steps=1, progress=False)
+        now[0] += 2.0
+        steps.add(dataclasses.replace(step_result(1), waited=0.5))
+        times = steps.close()
+    line = "step 1 of 200: loss 0.5000, learning rate 2.500e-01, 5 rows/s, 0:06:38 left"
+    assert line in (tmp_path / "log").read_text()
+    assert times["waiting_for_input_seconds"] == 0.5

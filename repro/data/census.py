@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from repro.data.image_cache import CHUNK, in_parallel
 from repro.data.images import ImageError, Resize, read_image, resize_image
+from repro.progress_bar import progress_bar
 
 SHEET_COLUMNS = 4
 PICTURE_SIDE = 240
@@ -56,9 +56,7 @@ def inspect_images(
     sizes = np.zeros((len(references), 2), np.int32)
     failures: dict[str, str] = {}
     chunks = (range(start, min(start + CHUNK, len(references))) for start in range(0, len(references), CHUNK))
-    with tqdm(
-        total=len(references), desc="images", unit="image", leave=False, disable=None if progress else True
-    ) as bar:
+    with progress_bar(progress=progress, total=len(references), desc="images", unit="image", leave=False) as bar:
         for places, facts in in_parallel(lambda places: [inspect(references[p]) for p in places], chunks, num_workers):
             for place, (mode, size, failure) in zip(places, facts, strict=True):
                 sizes[place] = size

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from tqdm import tqdm
 
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.errors import InputError
+from repro.progress_bar import progress_bar
 
 YEAR = "2017"
 CHUNK = 1 << 20
@@ -243,8 +243,8 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
     with ThreadPoolExecutor(PARALLEL_IMAGES) as pool:
         try:
             arriving = pool.map(fetch, missing)
-            for _ in tqdm(
-                arriving, total=len(missing), desc=part, unit="image", leave=False, disable=_hidden(progress)
+            for _ in progress_bar(
+                arriving, progress=progress, total=len(missing), desc=part, unit="image", leave=False
             ):
                 pass
         except BaseException:
@@ -263,20 +263,9 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
 
 
 def _bar(description: str, progress: bool, **settings: Any) -> Any:
-    return tqdm(
-        desc=description,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        leave=False,
-        disable=_hidden(progress),
-        **settings,
+    return progress_bar(
+        progress=progress, desc=description, unit="B", unit_scale=True, unit_divisor=1024, leave=False, **settings
     )
-
-
-def _hidden(progress: bool) -> bool | None:
-    """tqdm's None hides a bar where there is no terminal."""
-    return None if progress else True
 
 
 def _size(path: Path) -> int:

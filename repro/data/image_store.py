@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from repro.data.image_cache import CHUNK, GIGABYTE, Decoded, ImageCache, cores
 from repro.data.images import ImageError, Resize, decode_image, resize_of
 from repro.errors import InputError
+from repro.progress_bar import progress_bar
 
 log = logging.getLogger("repro")
 
@@ -120,9 +120,7 @@ def load_images(
     resize = resize_of(image_processor)
     decode = partial(_try_to_decode, resize=resize, convert_to_rgb=convert_to_rgb)
     num_workers = num_workers or cores()
-    bar = tqdm(
-        total=len(references), desc="images", unit="image", disable=None if progress else True, leave=False, smoothing=0
-    )
+    bar = progress_bar(progress=progress, total=len(references), desc="images", unit="image", leave=False, smoothing=0)
     with bar:
         if cache_dir is None:
             return _load_into_memory(references, decode, resize, capacity, num_workers, bar)

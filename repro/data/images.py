@@ -92,6 +92,8 @@ def read_image(reference: str) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(_read_bytes(reference)))
+        if image.format == "EPS":
+            raise ImageError("PostScript, a program that would have to be run; save the image in another format")
         image.load()
     except UnidentifiedImageError as error:  # whose message has the address of a buffer
         raise ImageError("not in a format that Pillow knows") from error
@@ -100,8 +102,8 @@ def read_image(reference: str) -> Image.Image:
         passing = error.errno is not None or hasattr(error, "response")
         raise ImageError(_reason(error), passing=passing) from error
     except (
-        *(ValueError, TypeError, SyntaxError, LookupError, EOFError, OverflowError, MemoryError, struct.error),
-        *(zipfile.BadZipFile, NotImplementedError, RuntimeError, Image.DecompressionBombError),
+        *(ValueError, TypeError, AttributeError, SyntaxError, LookupError, EOFError, OverflowError, MemoryError),
+        *(struct.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, Image.DecompressionBombError),
     ) as error:
         raise ImageError(_reason(error)) from error
     return image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -130,6 +130,10 @@ class CaptionedImages:
         """Name the images of rows int[B]."""
         return list(self.dataset[self.kept[rows]]["image_path"])
 
+    def image_ids(self, rows: np.ndarray) -> list[str]:
+        """Name the images of rows int[B] as their source does: COCO's by number."""
+        return list(self.dataset[self.kept[rows]]["image_id"])
+
     def captions_of_images(self, rows: np.ndarray) -> dict[str, list[str]]:
         """Collect the captions of rows int[B] by image, as they were read."""
         found: dict[str, list[str]] = {}
@@ -214,7 +218,7 @@ def _captions_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def prefetch(items: Iterable[Item], size: int = 2) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], size: int = 2) -> Generator[Item]:
     """Compute up to `size` items ahead in a thread.
 
     The thread ends with its consumer, and its exceptions are raised where the items are used.

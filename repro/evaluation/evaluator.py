@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from repro.data.pipeline import CaptionedImages, prefetch
 from repro.evaluation.caption_metrics import caption_scores
 from repro.evaluation.rouge import rouge_scores
+from repro.progress_bar import progress_bar
 from repro.protocol import LossReduction, Protocol
 
 Load = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -30,13 +30,14 @@ class Evaluation:
             where there are reference captions.
         details: how the metrics came about: rows, bootstrap intervals, sentence splitter.
         generations: {"label", "pred"} of each evaluated row, in order.
-        image_paths: of the same rows.
+        image_paths, image_ids: of the same rows.
     """
 
     metrics: dict[str, float]
     details: dict[str, Any]
     generations: list[dict[str, str]]
     image_paths: list[str]
+    image_ids: list[str]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Evaluator:
             details=details,
             generations=generations,
             image_paths=paths,
+            image_ids=data.image_ids(rows),
         )
 
     def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:
@@ -163,16 +165,12 @@ class Evaluator:
                 places = np.arange(start, min(start + self.batch_size, len(images)))
                 yield places, self.place(load, images[np.resize(places, self.batch_size)])["pixels"]
 
-        bar = tqdm(
-            prefetch(loaded()),
-            total=len(starts),
-            desc=description,
-            unit="batch",
-            leave=False,
-            disable=None if self.progress else True,
-        )
-        for places, pixels in bar:
-            yield places, self.encode(params, pixels)
+        with progress_bar(
+            progress=self.progress, total=len(images), desc=description, unit="image", leave=False
+        ) as bar:
+            for places, pixels in prefetch(loaded()):
+                yield places, self.encode(params, pixels)
+                bar.update(len(places))
 
     def _texts(self, tokens: np.ndarray, labels: np.ndarray) -> list[dict[str, str]]:
         def decode(ids: np.ndarray) -> list[str]:
@@ -185,12 +183,28 @@ class Evaluator:
         ]
 
 
-def caption_of_each_image(image_paths: Sequence[str], generations: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Pair each image that was evaluated with the first caption that was generated for it; empty if there is none."""
+def caption_of_each_image(images: Sequence[str], generations: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Pair each image that was evaluated with the first caption that was generated for it; empty if there is none.
+
+    Args:
+        images: what names the image of each row, its path or its id.
+    """
     found: dict[str, str] = {}
-    for path, row in zip(image_paths, generations, strict=False):
-        found.setdefault(path, row["pred"])
+    for image, row in zip(images, generations, strict=False):
+        found.setdefault(image, row["pred"])
     return found
+
+
+def coco_results(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Give the first caption of each image as COCO's evaluation servers take it: {"image_id": number, "caption"}.
+
+    Returns:
+        Nothing where captions were not generated, or where the data do not name their images by numbers.
+    """
+    if not all(image_id.isdecimal() for image_id in evaluation.image_ids):
+        return []
+    captions = caption_of_each_image(evaluation.image_ids, evaluation.generations)
+    return [{"image_id": int(image_id), "caption": caption} for image_id, caption in captions.items()]
 
 
 def mean_of_batch_losses(sums: np.ndarray, counts: np.ndarray, reduction: LossReduction, *, num_replicas: int) -> float:

@@ -327,7 +327,7 @@ def _read(path: str, what: str, load: Callable[[], Loaded]) -> Loaded:
         return load()
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two of JSON of another form
         raise InputError(
             f"{path}: {what} cannot be loaded. Give a folder that holds it, or a Hub id where there"
             f" is a network. ({type(error).__name__}: {str(error).strip().splitlines()[0]})"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import timedelta
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
+from repro.progress_bar import progress_bar
 from repro.reporting.writer import RunWriter, log
 from repro.training.loop import StepResult
 
@@ -61,13 +62,22 @@ class StepLog:
         self._training_seconds = seconds_before
         self._resumed = self._started
         self._written = first_step
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, desc="train", unit="step", disable=None if progress else True
+        self._num_steps = num_steps
+        self._waited = 0.0
+        # Without a terminal the logged steps are the lines.
+        self._bar = progress_bar(
+            progress=progress,
+            lines=logging_steps == 0,
+            total=num_steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
         )
 
     def add(self, result: StepResult) -> None:
         """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""
         self._pending.append((result.step, result.metrics))
+        self._waited += result.waited
         if self.logs(result.step):
             self.flush()
         elif time.perf_counter() - self._refreshed > REFRESH_SECONDS:
@@ -102,13 +112,19 @@ class StepLog:
         return round(self._training_seconds + time.perf_counter() - self._resumed, 3)
 
     def close(self) -> dict[str, float]:
-        """End the bar; returns `train_seconds`, without evaluations, and `train_rows_per_second`."""
+        """End the bar.
+
+        Returns:
+            `train_seconds`, without evaluations, `train_rows_per_second`, and `waiting_for_input_seconds`, those of
+            the steps since the run was last started.
+        """
         self.pause()
         self._bar.close()
         rows = self._written * self._batch_size
         return {
             "train_seconds": round(self._training_seconds, 3),
             "train_rows_per_second": round(rows / max(self._training_seconds, 1e-9), 2),
+            "waiting_for_input_seconds": round(self._waited, 3),
         }
 
     def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
@@ -123,22 +139,25 @@ class StepLog:
                 values.pop("grad_norm", None)
             rows.append({"step": step, **values})
         self._writer.train_steps(rows)
+        self._written += len(rows)
+        steps_per_second = self._written / max(self.training_seconds, 1e-3)
+        rate = f"{steps_per_second * self._batch_size:.0f} rows/s"
         for row in rows:
             if self.logs(row["step"]):
                 seconds = time.perf_counter() - self._started
                 self._writer.train_scalars(row["step"], row, seconds)
                 log.info(
-                    "step %d: loss %.4f, learning rate %.3e",
+                    "step %d of %d: loss %.4f, learning rate %.3e, %s, %s left",
                     row["step"],
+                    self._num_steps,
                     row["loss"],
                     row["learning_rate"],
+                    rate,
+                    timedelta(seconds=round((self._num_steps - row["step"]) / steps_per_second)),
                 )
         self._refreshed = time.perf_counter()
         if rows:
-            self._written += len(rows)
-            seconds = self._training_seconds + self._refreshed - self._resumed
-            rate = self._written * self._batch_size / max(seconds, 1e-9)
             self._bar.update(len(rows))
-            self._bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate:.0f} rows/s")
+            self._bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate}")
         if broken:
             raise broken

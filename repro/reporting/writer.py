@@ -12,17 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
+from repro.data.census import picture_sheet
 from repro.data.whole_file import sha256_of
 from repro.errors import InputError
-from repro.evaluation.evaluator import Evaluation
+from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_results
 
 LOCK = "run.lock"
 STATE = "state"
 RUN_FILES = (
     *("log", "metrics.jsonl", "run.json", "dropped.jsonl", "non_finite.json", STATE),
-    *("eval_results.json", "eval_generation.json", "test_results.json", "test_generation.json"),
+    *("eval_results.json", "eval_generation.json", "eval_captions.json", "eval_images.json"),
+    *("test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
 )
 MODELS = "ckpt_epoch_*_step_*"
 PARTIAL = ".partial"
@@ -30,12 +33,16 @@ CHECKED = (
     "metrics.jsonl",
     "*_results.json",
     "*_generation.json",
+    "*_captions.json",
     f"{MODELS}/*_results.json",
     f"{MODELS}/*_generation.json",
+    f"{MODELS}/*_captions.json",
 )
 """What a run's figures are read from."""
 RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
+PICTURES = 8
+"""Drawn for TensorBoard at each evaluation."""
 DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "caption_tokenizer", "seconds")
 """What `metrics.jsonl` says of an evaluation besides its metrics."""
 
@@ -142,12 +149,12 @@ def read_recorded(folder: Path, step: int) -> Recorded:
     return Recorded([row for row in rows if row["step"] <= step])
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON, whole or not at all; any text round-trips, lone surrogates too (they stay escaped)."""
+def write_json(path: Path, value: Any, *, indent: int | None = 4) -> None:
+    """Write JSON, whole or not at all; any text round-trips, lone surrogates too (they stay escaped)."""
     try:
-        data = json.dumps(value, indent=4, ensure_ascii=False).encode("utf-8")
+        data = json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        data = json.dumps(value, indent=4).encode("utf-8")
+        data = json.dumps(value, indent=indent).encode("utf-8")
     _write_whole(path, data)
 
 
@@ -199,10 +206,14 @@ class RunWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close_tensorboard()
         self._metrics.close()
-        self._tensorboard.close()
         log.removeHandler(self._handler)
         self._handler.close()
+
+    def close_tensorboard(self) -> None:
+        """Have all that TensorBoard is to show on disk; before that, its writer keeps the last of it in a queue."""
+        self._tensorboard.close()
 
     def checksums(self) -> dict[str, str]:
         """Hash `metrics.jsonl` and every evaluation's results and captions, SHA-256 by path."""
@@ -234,17 +245,32 @@ class RunWriter:
         self._tensorboard.add_scalar("train_learning_rate", row["learning_rate"], step)
         self._tensorboard.flush()
 
+    def images(self, prefix: str, paths: list[str], ids: list[str]) -> None:
+        """Write `{prefix}_images.json`: which image each row of a split is about, in the order of its generations."""
+        path = self.folder / f"{prefix}_images.json"
+        if not path.exists():
+            write_json(path, {"image_path": paths, "image_id": ids}, indent=None)
+
     def evaluation(self, prefix: str, evaluation: Evaluation, *, step: int, folder: Path, seconds: float) -> None:
-        """Write `{prefix}_results.json` and `{prefix}_generation.json` to `folder`, and the metrics to the logs."""
+        """Write an evaluation's results and captions to `folder`, and its metrics and some pictures to the logs.
+
+        The files are `{prefix}_results.json`, `{prefix}_generation.json`, and for data in which images have numbers
+        `{prefix}_captions.json` as COCO's evaluation servers take it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         results = prefixed(prefix, evaluation.metrics)
         write_json(folder / f"{prefix}_results.json", results)
         if evaluation.generations:
             write_json(folder / f"{prefix}_generation.json", evaluation.generations)
+        if captions := coco_results(evaluation):
+            write_json(folder / f"{prefix}_captions.json", captions, indent=None)
         entry = {**evaluation.metrics, **evaluation.details, "seconds": round(seconds, 3)}
         self._append([{"step": step, prefix: entry}])
         for name, value in results.items():
             self._tensorboard.add_scalar(name, value, step)
+        if pictures := _some_pictures(evaluation):
+            sheet = np.asarray(picture_sheet(pictures))
+            self._tensorboard.add_image(f"{prefix}_captions", sheet, step, dataformats="HWC")
         self._tensorboard.flush()
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
@@ -252,7 +278,9 @@ class RunWriter:
         self._metrics.flush()
         self.recorded.rows.extend(rows)
 
-    def read_evaluation(self, prefix: str, *, step: int, folder: Path, image_paths: list[str]) -> Evaluation:
+    def read_evaluation(
+        self, prefix: str, *, step: int, folder: Path, image_paths: list[str], image_ids: list[str]
+    ) -> Evaluation:
         """Read back an evaluation that `recorded` has."""
         entry = self.recorded.evaluation(prefix, step)
         assert entry is not None
@@ -262,7 +290,15 @@ class RunWriter:
             details={name: value for name, value in entry.items() if name in DETAILS},
             generations=json.loads(generations.read_text(encoding="utf-8")) if generations.exists() else [],
             image_paths=image_paths[: entry["rows"]],
+            image_ids=image_ids[: entry["rows"]],
         )
+
+
+def _some_pictures(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Choose images that lie evenly among those evaluated, the same every time, with their captions."""
+    captions = list(caption_of_each_image(evaluation.image_paths, evaluation.generations).items())
+    places = np.unique(np.linspace(0, len(captions) - 1, min(PICTURES, len(captions))).astype(int))
+    return [captions[place] for place in places]
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +26,7 @@ class StepResult:
         step: counted from 1 over the whole run.
         epoch: counted from 1.
         metrics: the step's, still on the device.
+        waited: seconds until the step's batch was there.
     """
 
     state: TrainState
@@ -31,6 +34,7 @@ class StepResult:
     epoch: int
     is_epoch_end: bool
     metrics: dict[str, jax.Array]
+    waited: float = 0.0
 
 
 def take_steps(
@@ -53,12 +57,18 @@ def take_steps(
         # Drawn in this thread: which random stream JAX uses is thread-local.
         rows = schedule.epoch_rows(epoch, len(data))
         taken = max(first_step - epoch * steps_per_epoch, 0)
-        for index, batch in enumerate(prefetch(map(load, rows[taken:])), start=taken + 1):
-            state, metrics = train_step(state, batch)
-            yield after_step(state, epoch * steps_per_epoch + index, steps_per_epoch, metrics)
+        with closing(prefetch(map(load, rows[taken:]))) as batches:
+            for step in range(epoch * steps_per_epoch + taken + 1, (epoch + 1) * steps_per_epoch + 1):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - asked
+                state, metrics = train_step(state, batch)
+                yield after_step(state, step, steps_per_epoch, metrics, waited=waited)
 
 
-def after_step(state: TrainState, step: int, steps_per_epoch: int, metrics: dict[str, jax.Array]) -> StepResult:
+def after_step(
+    state: TrainState, step: int, steps_per_epoch: int, metrics: dict[str, jax.Array], *, waited: float = 0.0
+) -> StepResult:
     """Say where in its epoch a step is."""
     epoch, index = divmod(step - 1, steps_per_epoch)
-    return StepResult(state, step, epoch + 1, is_epoch_end=index + 1 == steps_per_epoch, metrics=metrics)
+    return StepResult(state, step, epoch + 1, index + 1 == steps_per_epoch, metrics, waited)

@@ -1,0 +1,14 @@
+"""What `repro` can be told: each command is a module here of its name, whose `main` takes the arguments after it."""
+
+COMMANDS = {
+    "reproduce": "run a recipe offline and check its targets (default: pocket, minutes on a CPU)",
+    "verify": "hold finished runs, one or one for each seed, against a recipe's targets: PASS, FAIL or CANNOT TELL",
+    "train": "fine-tune, evaluate and predict with the example's documented flags",
+    "caption": "caption pictures: files, folders, patterns, or a list of names from standard input",
+    "create-model": "join a vision encoder and a text decoder into a model folder",
+    "export": "write a model in both formats, for Flax and for PyTorch",
+    "data": "`repro data coco` downloads COCO 2017, `data pocket` renders scenes, `data check` reads what a run would",
+}
+INPUT_ERROR = 2
+SIGNALLED = 128
+"""Plus the signal's number: a command that was asked to stop."""

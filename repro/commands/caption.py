@@ -1,0 +1,186 @@
+"""`repro caption`: pictures from files, folders, patterns and lists, captioned one line each as they are done."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
+from typing import Any, BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from repro.commands import COMMANDS, SIGNALLED
+from repro.commands.parser import Parser
+from repro.commands.terminal import printable, start_logging
+from repro.config import DTYPES, IMPLEMENTATIONS
+from repro.data.images import URL_SCHEMES
+from repro.errors import InputError
+from repro.progress_bar import progress_bar
+
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
+)
+"""Of the files that are taken from a folder; a file that is named may have any."""
+LIST = "-"
+NOT_ALL = 1
+"""Exit status: there is an image without captions."""
+WIDEST_NAME = 40
+DIGITS = 6
+"""Of a score in JSON: float32 has no more that mean something."""
+
+
+class Found(NamedTuple):
+    """What an argument means: an image's path as it is shown, or a problem with what was named."""
+
+    name: str
+    problem: str | None = None
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    skipped: dict[str, int] = {}
+    found = [item for name in args.images for item in _find(name, skipped, null=args.null)]
+    if not found:
+        raise InputError("standard input names no image; give one path a line, or with --null one before each NUL.")
+    start_logging()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about images that it can read all the same
+    for folder, number in skipped.items():
+        _tell(f"{folder}: {number} other file{'s' * (number > 1)} left out")
+    results: Iterator[tuple[Any, Any]] = iter(())
+    images = [item.name for item in found if item.problem is None]
+    if images:
+        from repro.caption import Captioner
+
+        captioner = Captioner.from_pretrained(
+            args.model, dtype=args.dtype, model_implementation=args.model_implementation
+        )
+        names = ("num_beams", "num_return_sequences", "max_length", "batch_size", "allow_image_urls")
+        results = captioner.stream(images, **{name: getattr(args, name) for name in names})
+    outcomes = ((name, problem or next(results)[1]) for name, problem in found)
+    try:
+        failures = _print(outcomes, len(found), as_json=args.json, width=_width(found))
+    except BrokenPipeError:  # as after `| head`; what Python still holds would fail again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SIGNALLED + signal.SIGPIPE
+    if failures:
+        _tell(f"{failures} of {len(found)} could not be captioned")
+    return NOT_ALL if failures else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="repro caption",
+        description=f"{COMMANDS['caption']}. A folder stands for the images in it and below it, in the order of their"
+        " names, without hidden ones. A pattern (`photos/**/*.jpg`) is expanded where the shell has not done so. What"
+        " cannot be captioned is named on standard error, the others are captioned, and the exit status is 1."
+        " Scores are the tokens' log-probabilities, summed and divided by their number: 0 at most.",
+        epilog="An image whose name begins with a dash is named after `--`, or as ./-NAME.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id, such as a checkpoint of `repro train`")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="file, folder, pattern, or - for paths on standard input, one a line"
+    )
+    parser.add_argument("--num_beams", type=int, metavar="N", help="default: the model's configuration, else 1")
+    parser.add_argument(
+        "--num_return_sequences", type=int, default=1, metavar="N", help="captions of each image (default: 1)"
+    )
+    parser.add_argument(
+        "--max_length", type=int, metavar="N", help="tokens, start token included (default: the model's, else 32)"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help='a line each: {"image", "captions"} or {"image", "error"}')
+    parser.add_argument("--null", action="store_true", help="paths on standard input end with NUL (`find -print0`)")
+    parser.add_argument("--allow_image_urls", action="store_true", help="fetch images named by http or https addresses")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default: %(default)s)")
+    parser.add_argument("--model_implementation", choices=IMPLEMENTATIONS, help="default: native for a ViT with GPT-2")
+    return parser
+
+
+def _find(name: str, skipped: dict[str, int], *, null: bool) -> Iterator[Found]:
+    """What an argument names; of folders, how many files were left out is added to `skipped`."""
+    if name == LIST:
+        yield from map(Found, _listed(sys.stdin.buffer, b"\0" if null else b"\n"))
+    elif name.startswith(URL_SCHEMES):
+        yield Found(name)
+    elif os.path.lexists(name) or not glob.has_magic(name):
+        yield from _expanded(name, skipped)
+    else:
+        matches = sorted(glob.glob(name, recursive=True))
+        for match in matches:
+            yield from _expanded(match, skipped)
+        if not matches:
+            yield Found(name, "no file matches")
+
+
+def _listed(stream: BinaryIO, end: bytes) -> Iterator[str]:
+    return (os.fsdecode(name) for name in stream.read().split(end) if name)
+
+
+def _expanded(path: str, skipped: dict[str, int]) -> Iterator[Found]:
+    if not os.path.isdir(path):
+        yield Found(path)
+        return
+    images: list[str] = []
+    problems: list[Found] = []
+    others = 0
+    for folder, folders, files in os.walk(path, onerror=lambda error: problems.append(_unreadable(error))):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith("."):
+                is_image = name.lower().endswith(SUFFIXES)
+                images += [os.path.join(folder, name)] * is_image
+                others += not is_image
+    if others:
+        skipped[path] = others
+    if not images and not problems:
+        problems.append(Found(path, f"holds no images ({', '.join(name[1:] for name in SUFFIXES)})"))
+    yield from sorted([*map(Found, images), *problems], key=itemgetter(0))
+
+
+def _unreadable(error: OSError) -> Found:
+    return Found(str(error.filename), f"the folder cannot be read: {error.strerror}")
+
+
+def _width(found: Iterable[Found]) -> int:
+    widths = (len(printable(item.name, sys.stdout)) for item in found)
+    return max((width for width in widths if width <= WIDEST_NAME), default=0)
+
+
+def _print(outcomes: Iterable[tuple[str, Any]], number: int, *, as_json: bool, width: int) -> int:
+    """Print each outcome when it comes, and count those that are no captions."""
+    failures = 0
+    with progress_bar(progress=True, lines=False, total=number, unit="image", leave=False) as bar:
+        for name, outcome in outcomes:
+            if not isinstance(outcome, list):
+                failures += 1
+                _tell(f"{name}: {outcome}")
+            for line in [_as_json(name, outcome)] if as_json else _as_text(name, outcome, width):
+                bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+            bar.update()
+    return failures
+
+
+def _as_json(name: str, outcome: Any) -> str:
+    """In ASCII, so that any name gets through any terminal and pipe, and back (`os.fsencode`)."""
+    if not isinstance(outcome, list):
+        return json.dumps({"image": name, "error": str(outcome)})
+    captions = [{"caption": found.caption, "score": round(found.score, DIGITS)} for found in outcome]
+    return json.dumps({"image": name, "captions": captions})
+
+
+def _as_text(name: str, outcome: Any, width: int) -> Iterator[str]:
+    shown = printable(name, sys.stdout)
+    for found in outcome if isinstance(outcome, list) else ():
+        yield f"{shown:{width}}  {found.score:9.4f}  {printable(found.caption, sys.stdout)}".rstrip()
+        shown = ""
+
+
+def _tell(message: str) -> None:
+    tqdm.write(printable(message, sys.stderr), file=sys.stderr)

@@ -1,0 +1,29 @@
+"""`repro train`: one run by the documented flags."""
+
+from __future__ import annotations
+
+import os
+
+from repro.commands.terminal import make_deterministic, print_table, speed, start_logging
+from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+
+
+def main(argv: list[str]) -> int:
+    parsed = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, command="train")
+    args = parsed[-1]
+    if args.deterministic:
+        make_deterministic(os.environ)
+    start_logging(quiet=bool(args.process_id))
+    from repro.training.processes import is_first, start_processes
+
+    start_processes(
+        **{name: getattr(args, name) for name in ("coordinator", "process_id", "num_processes", "distributed")}
+    )
+    from repro.run import run
+
+    result = run(*parsed)
+    if not is_first():
+        return 0
+    print_table("metric", {**result.metrics, **speed(result.facts)})
+    print(f"written to {result.folder}")
+    return 0

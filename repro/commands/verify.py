@@ -1,0 +1,50 @@
+"""`repro verify`: finished runs against a recipe's targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from repro.commands import COMMANDS
+from repro.commands.parser import Parser
+from repro.commands.terminal import start_logging
+
+STATUSES = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
+"""Of verdicts."""
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(prog="repro verify", description=COMMANDS["verify"])
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders of a reproduction or of a run, one for each seed"
+    )
+    parser.add_argument("--recipe", help="default: the one that the first folder was made by")
+    parser.add_argument(
+        "--against", nargs="+", type=Path, default=(), metavar="RUN", help="runs that take the reference's place"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
+    args = parser.parse_args(argv)
+    start_logging()
+    from repro.reporting.writer import write_json
+    from repro.verify import as_json, as_junit, table, verify
+
+    done = verify(args.runs, recipe=args.recipe, reference=args.against)
+    if args.json:
+        write_json(args.json, as_json(done))
+    if args.junit:
+        args.junit.write_bytes(as_junit(done))
+    return conclude(done, table(done.outcomes), f"{len(done.runs)} run{'s' * (len(done.runs) > 1)} of {done.recipe}")
+
+
+def conclude(verification: Any, table: str, end: str) -> int:
+    """Print a verdict and what led to it, and give its exit status."""
+    for run in verification.runs:
+        for note in run.notes:
+            print(f"note: {run.folder}: {note}")
+    for problem in verification.problems:
+        print(f"cannot tell: {problem}")
+    if verification.outcomes:
+        print(table)
+    print(f"\n{verification.verdict}: {end}")
+    return STATUSES[verification.verdict]

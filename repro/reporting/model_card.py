@@ -1,0 +1,298 @@
+"""The model card of a checkpoint: what it is, how it came about, what it scores, how to load it.
+
+Captions, file names and flags are other people's text: in the card they are text and nothing else, no Markdown, HTML or
+YAML. Of paths only the last part is told. The card depends on what was computed, not on when or in how many parts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from repro import __version__
+from repro.data.sources import COCO_NAMES
+from repro.evaluation.evaluator import Evaluation, caption_of_each_image
+from repro.models.weights import SAFETENSORS_FILE
+from repro.reporting.untrusted import clip
+
+CARD = "README.md"
+TASK = "image-to-text"
+SAMPLES = 6
+LONGEST_TEXT = 200
+COCO_ROWS = {"2014": {414_113, 202_654}, "2017": {591_753, 25_014}}
+"""Captions of training and validation; Source: http://cocodataset.org, as its annotation files have them."""
+LABELS = {
+    "loss": "loss",
+    **{f"rouge{kind}": f"ROUGE-{kind}, F x 100" for kind in ("1", "2", "L", "Lsum")},
+    **{f"bleu{n}": f"BLEU-{n}, 0 to 1" for n in range(1, 5)},
+    "cider": "CIDEr-D, 0 to 10",
+    "gen_len": "length of the captions, tokens",
+}
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the model of a checkpoint was trained and evaluated.
+
+    Attributes:
+        epoch, step: of the checkpoint.
+        facts: of `run.json`.
+        flags: those that the numbers depend on and that are not as by default.
+        device: what computed it, in words.
+        evaluation: on the validation rows; None if there was none.
+    """
+
+    epoch: int
+    step: int
+    facts: Mapping[str, Any]
+    flags: Mapping[str, Any]
+    device: str
+    evaluation: Evaluation | None
+
+    def flag(self, name: str) -> Any:
+        """The value of any flag."""
+        return self.facts["flags"].get(name)
+
+
+def write_card(folder: Path, trained: Trained) -> None:
+    """Write `README.md` into a checkpoint's folder, unless it is there already, word for word."""
+    data = metadata(folder.name, trained)
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(folder, trained)}"
+    ModelCard(text)  # what it cannot read is a mistake here
+    path = folder / CARD
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def metadata(name: str, trained: Trained) -> ModelCardData:
+    """Put what the Hub searches and shows into its form; the licence is left to whoever owns the model."""
+    evaluation = trained.evaluation
+    metrics = {key: value for key, value in (evaluation.metrics if evaluation else {}).items() if math.isfinite(value)}
+    kinds = [_kind(key) for key in metrics if key != "gen_len"]
+    data_name, data_id = _data(trained)
+    official = trained.flag("dataset_name") in COCO_NAMES
+    results = [
+        EvalResult(
+            task_type=TASK,
+            task_name="Image captioning",
+            dataset_type=data_id or ("coco" if official else "image-captions"),
+            dataset_name=data_name,
+            dataset_split="validation",
+            metric_type=_kind(key),
+            metric_name=LABELS.get(key, clean(key)),
+            metric_value=round(float(value), 4),
+        )
+        for key, value in metrics.items()
+        if key != "gen_len"
+    ]
+    return ModelCardData(
+        language="en" if official else None,
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=["image-captioning", "vision-encoder-decoder", "jax", "repro"],
+        base_model=[found for found in _sources(trained).values() if is_hub_id(found)] or None,
+        datasets=[data_id] if data_id else None,
+        metrics=sorted(set(kinds)) or None,
+        model_name=clean(trained.flag("hub_model_id") or name).rpartition("/")[2],
+        eval_results=results or None,
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name that was loaded from stands for something on the Hub, and not for a folder."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def clean(text: str) -> str:
+    """Make any text one line that can be encoded, without control characters, and not too long."""
+    return clip(" ".join(str(text).split()), LONGEST_TEXT)
+
+
+def escaped(text: str) -> str:
+    """Write any text so that Markdown and HTML show it as it is, in a table too: what could mean more is an entity."""
+    return re.sub(r"(?i)[^\w\s.,'-]|_|(?<=www)\.", _entities, clean(text))
+
+
+def _entities(found: re.Match[str]) -> str:
+    letter = found.group()
+    return f"&#{ord(letter)};" if letter.isascii() else letter
+
+
+def _kind(metric: str) -> str:
+    """The Hub's name of a metric."""
+    return next((kind for kind in ("rouge", "bleu") if metric.startswith(kind)), clean(metric))
+
+
+def _data(trained: Trained) -> tuple[str, str | None]:
+    """Name the data, and their id if they are the Hub's or COCO's own."""
+    name = trained.flag("dataset_name")
+    if name in COCO_NAMES:
+        year = str(trained.flag("dataset_config_name") or "2017")
+        if any(split["read"] in COCO_ROWS.get(year, ()) for split in trained.facts["data"].values()):
+            return f"COCO {year}", name
+        return f"images and captions in COCO's layout ({clean(year)})", None
+    if name is not None:
+        return (name, name) if is_hub_id(name) else (_last_part(name), None)
+    return _last_part(trained.flag("validation_file") or trained.flag("train_file") or "captioned images"), None
+
+
+def _sources(trained: Trained) -> dict[str, str]:
+    """Where weights came from, by half or `model`."""
+    whole = trained.flag("model_name_or_path")
+    halves = {half: trained.flag(f"{half}_model_name_or_path") for half in ("encoder", "decoder")}
+    return {part: name for part, name in ({"model": whole} if whole else halves).items() if name}
+
+
+def _last_part(path: str) -> str:
+    return clean(Path(path).name or path)
+
+
+def _body(folder: Path, trained: Trained) -> str:
+    facts, name = trained.facts, folder.name
+    parts = [
+        f"# Image captioner, step {trained.step}",
+        f"Captions images in one sentence. Trained for {trained.step} of {facts['num_steps']} steps (epoch"
+        f" {trained.epoch}) with repro {__version__}, in JAX.",
+        "## Results",
+        *_results(trained),
+        "## Use",
+        *_use(name, trained, in_pytorch=(folder / SAFETENSORS_FILE).exists()),
+        "## Training",
+        *_training(trained),
+        "## Licence",
+        *_licence(trained),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(trained: Trained) -> Iterable[str]:
+    evaluation = trained.evaluation
+    if evaluation is None:
+        yield "This checkpoint was not evaluated."
+        return
+    protocol, details = trained.facts["protocol"], evaluation.details
+    loss = "over all tokens" if protocol["token_eval_loss"] else "as the mean of the batches' means"
+    yield (
+        f"{escaped(_data(trained)[0])}, validation: {details['rows']} rows. The loss is the mean cross-entropy"
+        f" {loss}, in nats."
+    )
+    intervals = details.get("rouge_intervals", {})
+    yield _table(
+        ("metric", "value", "95 % interval (bootstrap)"),
+        [
+            (LABELS.get(key, escaped(key)), f"{value:.4f}", " to ".join(f"{end:.4f}" for end in intervals.get(key, ())))
+            for key, value in evaluation.metrics.items()
+        ],
+    )
+    if evaluation.generations:
+        yield "Some validation images, as they come, not chosen:"
+        yield _table(("image", "caption", "reference"), _samples(evaluation))
+
+
+def _samples(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Choose images that lie evenly among those evaluated, the same every time."""
+    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
+    labels: dict[str, str] = {}
+    for path, row in zip(evaluation.image_paths, evaluation.generations, strict=False):
+        labels.setdefault(path, row["label"])
+    places = np.unique(np.linspace(0, len(captions) - 1, min(SAMPLES, len(captions))).astype(int))
+    paths = [list(captions)[place] for place in places]
+    return [(escaped(Path(path).name), escaped(captions[path]), escaped(labels[path])) for path in paths]
+
+
+def _use(name: str, trained: Trained, *, in_pytorch: bool) -> Iterable[str]:
+    length = trained.flag("val_max_target_length") or trained.flag("max_target_length")
+    search = {"num_beams": trained.flag("num_beams")} if trained.flag("num_beams") else {}
+    keywords = ", ".join(f"{key}={value}" for key, value in {"max_length": length, **search}.items())
+    # The pipeline has a max_new_tokens of its own, which wins over max_length; the latter counts the start token too.
+    in_pipeline = {"max_new_tokens": length - 1, **search}
+    yield (
+        f"`folder` is `{name}`; of a repository that holds a whole run, `huggingface_hub.snapshot_download(REPOSITORY,"
+        f' allow_patterns="{name}/*") + "/{name}"`.'
+    )
+    yield "With repro:"
+    options = [f" --{key} {value}" for key, value in {"max_length": length, **search}.items()]
+    yield f"```\nrepro caption {name} photo.jpg{''.join(options)}\n```"
+    if in_pytorch:
+        yield "In PyTorch:"
+        yield _snippet("VisionEncoderDecoderModel", "pt", f"{keywords})", name)
+        yield "In the pipeline that transformers 4 has:"
+        yield (
+            "```python\nfrom transformers import pipeline\n\n"
+            f'pipe = pipeline("{TASK}", model="{name}")\n'
+            f'print(pipe("photo.jpg", generate_kwargs={in_pipeline})[0]["generated_text"])\n```'
+        )
+    yield "In JAX, with the class that transformers 4 has:"
+    yield _snippet("FlaxVisionEncoderDecoderModel", "np", f"{keywords}).sequences", name)
+
+
+def _snippet(model: str, tensors: str, generate: str, name: str) -> str:
+    return f"""```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, {model}
+
+folder = "{name}"
+model = {model}.from_pretrained(folder)
+image = Image.open("photo.jpg").convert("RGB")
+pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="{tensors}").pixel_values
+tokens = model.generate(pixels, {generate}
+print(AutoTokenizer.from_pretrained(folder).decode(tokens[0], skip_special_tokens=True).strip())
+```"""
+
+
+def _training(trained: Trained) -> Iterable[str]:
+    facts = trained.facts
+    weights = [
+        f"{part}: {escaped(name) if is_hub_id(name) else f'folder {escaped(_last_part(name))}'}"
+        for part, name in _sources(trained).items()
+    ]
+    weights += [escaped(note) for note in facts["model"]["notes"]]
+    yield _table(
+        ("", ""),
+        [
+            ("weights at the start", "; ".join(weights)),
+            ("parameters", f"{facts['model']['parameters']:,}"),
+            ("protocol", escaped(facts["protocol"]["name"])),
+            ("replicas", f"{facts['num_replicas']}, each with its own batch and dropout"),
+            ("steps", f"{facts['num_steps']:,} in all, {facts['steps_per_epoch']:,} an epoch"),
+            ("computed on", f"{escaped(trained.device)}; {escaped(facts['platform'])}"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+        ],
+    )
+    yield "Data, in rows of an image and a caption:"
+    yield _table(
+        ("split", "read", "kept", "dropped", "images", "fingerprint"),
+        [
+            (split, *(f"{counts[key]:,}" for key in ("read", "kept", "dropped", "images")), counts["fingerprint"])
+            for split, counts in facts["data"].items()
+        ],
+    )
+    if trained.flags:
+        yield "Flags that the numbers depend on, where they are not as by default:"
+        yield _table(("flag", "value"), [(f"`--{name}`", escaped(str(value))) for name, value in trained.flags.items()])
+
+
+def _licence(trained: Trained) -> Iterable[str]:
+    names = [escaped(name) for name in _sources(trained).values() if is_hub_id(name)]
+    base = " and ".join(names) or "any weights that training began with"
+    yield (
+        "No licence is stated here: the owner of the model decides on it, with regard to those of"
+        f" {base} and of the data, and adds it to the metadata above as `license:`."
+    )
+    if trained.flag("dataset_name") in COCO_NAMES:
+        yield (
+            "The annotations of COCO, captions included, are under CC BY 4.0; its images belong to their authors, under"
+            " the terms of Flickr (https://cocodataset.org/#termsofuse)."
+        )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
