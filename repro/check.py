@@ -14,7 +14,7 @@ import numpy as np
 
 from repro.config import CheckArguments, DataArguments, ModelArguments, TrainingArguments
 from repro.data.captions import caption_lengths
-from repro.data.census import ImageCensus, inspect_images, picture_sheet
+from repro.data.census import ImageCensus, inspect_images, joined, picture_sheet
 from repro.data.image_cache import cores
 from repro.data.images import resize_of
 from repro.data.pipeline import number_images
@@ -22,8 +22,8 @@ from repro.data.rows import Rows, column
 from repro.errors import InputError
 from repro.flags import check_values
 from repro.models.pretrained import Pretrained
-from repro.prepare import SPLIT_FLAGS, cache_folder, load_or_create, read_rows, target_length
-from repro.protocol import protocol_named
+from repro.prepare import SPLIT_FLAGS, cache_folder, converts_to_rgb, load_or_create, read_rows, target_length
+from repro.protocol import Protocol, protocol_named
 from repro.reporting.writer import write_json
 from repro.training.losses import row_losses
 from repro.training.optimizer import count_parameters
@@ -59,26 +59,20 @@ def check_data(
     rows = read_rows(model_args, data_args, splits)
     seconds = {"rows": time.perf_counter() - started}
     pretrained = load_or_create(model_args, seed=args.seed)
-    places = number_images(split.dataset for split in rows.values())
     num_workers = data_args.preprocessing_num_workers or cores()
     started = time.perf_counter()
-    census = inspect_images(
-        list(places),
-        resize_of(pretrained.image_processor),
-        convert_to_rgb=protocol.convert_to_rgb,
-        num_workers=num_workers,
-        progress=progress,
-    )
+    of_split = _inspect(rows, protocol, pretrained, num_workers=num_workers, progress=progress)
+    census = joined(of_split.values())
     seconds["images"] = time.perf_counter() - started
     started = time.perf_counter()
     report: dict[str, Any] = {
         "splits": {
-            name: _describe_split(split, census, pretrained, target_length(data_args, name))
+            name: _describe_split(split, of_split[name], pretrained, target_length(data_args, name))
             for name, split in rows.items()
         }
     }
     seconds["tokens"] = time.perf_counter() - started
-    report["images"] = _describe_images(census, len(places))
+    report["images"] = _describe_images(census)
     report["needs"] = _describe_needs(report, pretrained, model_args, data_args, args, seconds, num_workers)
     folder = Path(check_args.report_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +80,25 @@ def check_data(
     if pictures := _random_rows(rows, census, check_args.num_pictures, args.seed):
         picture_sheet(pictures).save(folder / "data_check.png")
     return report
+
+
+def _inspect(
+    rows: dict[str, Rows], protocol: Protocol, pretrained: Pretrained, *, num_workers: int, progress: bool
+) -> dict[str, ImageCensus]:
+    """Look at the images of each split as the run would take them; splits that are treated alike share a census."""
+    found: dict[str, ImageCensus] = {}
+    for convert in (False, True):
+        together = [name for name in rows if converts_to_rgb(protocol, name) == convert]
+        if together:
+            census = inspect_images(
+                list(number_images(rows[name].dataset for name in together)),
+                resize_of(pretrained.image_processor),
+                convert_to_rgb=convert,
+                num_workers=num_workers,
+                progress=progress,
+            )
+            found |= dict.fromkeys(together, census)
+    return found
 
 
 def _describe_split(split: Rows, census: ImageCensus, pretrained: Pretrained, max_length: int) -> dict[str, Any]:
@@ -109,10 +122,10 @@ def _describe_split(split: Rows, census: ImageCensus, pretrained: Pretrained, ma
     }
 
 
-def _describe_images(census: ImageCensus, count: int) -> dict[str, Any]:
+def _describe_images(census: ImageCensus) -> dict[str, Any]:
     readable = census.sizes[census.sizes[:, 0] > 0]
     return {
-        "distinct": count,
+        "distinct": len(census.sizes),
         "modes": dict(census.modes.most_common()),
         "width": _percentiles(readable[:, 0]),
         "height": _percentiles(readable[:, 1]),

@@ -41,6 +41,17 @@ def check(flags: list[str], *more: str) -> dict:
     return json.loads(Path("data-check/data_check.json").read_text())
 
 
+def test_each_split_is_looked_at_as_the_run_would(flags: list[str], tmp_path: Path) -> None:
+    for folder in ("train2017", "val2017"):
+        image = sorted((tmp_path / "coco" / folder).iterdir())[0]
+        Image.open(image).convert("L").save(image)
+    report = check(flags, "--protocol=published,convert_evaluated_to_rgb=true")
+    kept = {name: split["rows_kept"] for name, split in report["splits"].items()}
+    assert kept == {"train": 55, "validation": 15}
+    assert report["images"]["modes"] == {"RGB": 13, "L": 2}
+    assert (report["images"]["distinct"], report["images"]["unusable"]) == (15, 1)
+
+
 def test_a_data_set_is_counted(flags: list[str], tmp_path: Path, tokenizer, capsys) -> None:
     report = check(flags)
     train, validation = report["splits"]["train"], report["splits"]["validation"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,14 @@ def inspect_images(
                     failures[references[place]] = failure
             bar.update(len(places))
     return ImageCensus(modes, sizes, failures)
+
+
+def joined(censuses: Iterable[ImageCensus]) -> ImageCensus:
+    """Put several together, each counted once."""
+    parts = list({id(census): census for census in censuses}.values())
+    modes = sum((census.modes for census in parts), Counter())
+    failures = {reference: reason for census in parts for reference, reason in census.failures.items()}
+    return ImageCensus(modes, np.concatenate([census.sizes for census in parts]), failures)
 
 
 def picture_sheet(rows: Sequence[tuple[str, str | None]]) -> Image.Image:
