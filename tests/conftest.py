@@ -24,12 +24,14 @@ from hypothesis import settings
 settings.register_profile("repro", database=None, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repro")
 
-# Each has a tox environment in which its tests must run: `tests`, and `torch`.
+# Each has a tox environment in which its tests must run: `tests`, `torch` and `browser`.
 collect_ignore = []
 if not hasattr(transformers, "FlaxVisionEncoderDecoderModel"):
     collect_ignore.append("test_flax_class.py")
 if importlib.util.find_spec("torch") is None:
     collect_ignore.append("test_torch.py")
+if importlib.util.find_spec("playwright") is None:
+    collect_ignore.append("test_report_browser.py")
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "dry_run",
     "flags",
     "prepare",
+    "report",
     "reproduce",
     "resume",
     "run",
@@ -43,8 +44,8 @@ TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "READM
 # 1,500 of these lines are the native model, its search and its weights, which pay for themselves in speed and future;
 # 280 download COCO; 1,400 read people's own data, keep decoded images and tell what a data set holds; 1,400 lay a run
 # out over devices and processes, save its state, watch it and go on with it; 1,050 say what runs prove, and before they
-# start what they need.
-MAX_LINES, MAX_TOTAL_LINES = 350, 13_000
+# start what they need; 3,000 are what people see and keep: report, captions, model cards, uploads, the commands.
+MAX_LINES, MAX_TOTAL_LINES = 350, 12_700
 
 
 def layer(parts: tuple[str, ...]) -> str:

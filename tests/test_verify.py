@@ -15,6 +15,7 @@ import pytest
 
 import repro.assemble
 import repro.data.pipeline
+import repro.report
 import repro.reproduce
 import repro.training.steps
 import repro.verify
@@ -76,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pat
     """Gives folders of finished reproductions by seed; the recipe of that name is the small one meanwhile."""
     root, recipe = tmp_path_factory.mktemp("seeds"), small_recipe()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (repro.reproduce, repro.verify):
+        for module in (repro.reproduce, repro.report, repro.verify):
             patch.setattr(module, "read_recipe", lambda name: recipe)
 
         def folder(seed: int, name: str = "", *flags: str) -> Path:
@@ -101,6 +102,12 @@ def test_one_run_passes_by_the_band_of_the_recipes_seeds(runs, capsys):
     assert "PASS: 1 run of pocket" in printed
     assert "eval_loss at 20" in printed
     assert "band of 4 seeds" in printed
+
+
+def test_the_report_has_the_verdict_at_its_top(runs, tmp_path):
+    assert "report.html" in {path.name for path in runs(OWN).iterdir()}
+    assert main(["report", str(runs(OWN)), "--output", str(tmp_path / "report.html")]) == 0
+    assert "<strong>PASS</strong> against the targets of pocket" in (tmp_path / "report.html").read_text()
 
 
 def test_several_runs_pass_by_equivalence_and_say_so_to_machines(runs, tmp_path, capsys):

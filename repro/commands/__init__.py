@@ -3,6 +3,7 @@
 COMMANDS = {
     "reproduce": "run a recipe offline and check its targets (default: pocket, minutes on a CPU)",
     "verify": "hold finished runs, one or one for each seed, against a recipe's targets: PASS, FAIL or CANNOT TELL",
+    "report": "put runs on one page: verdict, curves, pictures with captions, statistics, settings",
     "train": "fine-tune, evaluate and predict with the example's documented flags",
     "caption": "caption pictures: files, folders, patterns, or a list of names from standard input",
     "create-model": "join a vision encoder and a text decoder into a model folder",

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
         make_deterministic(os.environ)
     start_logging()
     from repro.recipes import read_recipe
+    from repro.report import report_at_end
     from repro.reproduce import reproduce, start_recipe
     from repro.verify import table
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         print(describe(found))
         return INPUT_ERROR if found.problems else 0
     done = reproduce(recipe, folder, flags, keep_going=args.keep_going)
+    report_at_end(folder)
     print("\ncaptions of validation images")
     for sample in done.samples:
         print(f"  {Path(sample.image_path).name}  {sample.caption}")

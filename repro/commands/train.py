@@ -24,6 +24,9 @@ def main(argv: list[str]) -> int:
     result = run(*parsed)
     if not is_first():
         return 0
+    from repro.report import report_at_end
+
+    report_at_end(result.folder)
     print_table("metric", {**result.metrics, **speed(result.facts)})
     print(f"written to {result.folder}")
     return 0

@@ -20,10 +20,10 @@ from typing import Any
 from huggingface_hub import constants, get_token
 
 from repro.reporting import upload
-from repro.reporting.writer import LOCK, PARTIAL, STATE, log, models_in
+from repro.reporting.writer import LOCK, PARTIAL, REPORT, STATE, log, models_in
 
-LEFT_AT_HOME = (STATE, LOCK, f"*{PARTIAL}", "*_images.json", ".*")
-"""What stays here of a run's folder: states, and where the images are."""
+LEFT_AT_HOME = (STATE, LOCK, REPORT, f"*{PARTIAL}", "*_images.json", ".*")
+"""What stays here of a run's folder: states, where the images are, and the report with small copies of them."""
 SNAPSHOTS = f"upload{PARTIAL}"
 """Folder in the run's, with copies of files that grow while they are being uploaded."""
 CARD = "README.md"

@@ -22,8 +22,9 @@ from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_r
 
 LOCK = "run.lock"
 STATE = "state"
+REPORT = "report.html"
 RUN_FILES = (
-    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", "non_finite.json", STATE),
+    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", "non_finite.json", STATE, REPORT),
     *("eval_results.json", "eval_generation.json", "eval_captions.json", "eval_images.json"),
     *("test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
 )

@@ -1,0 +1,347 @@
+"""The report of runs: one HTML file that needs nothing else, made of plain values.
+
+Whatever comes from captions, file names and flags goes through `untrusted` and Jinja's escaping, and the page's policy
+lets no script run but its own: a browser refuses every other, and every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from repro.data.images import ImageError, read_image
+from repro.evaluation.rouge import TYPES, rouge_scores
+from repro.reporting.charts import Chart, Line, Published, bucket_size, draw, line_class, number, thinned
+from repro.reporting.run_folder import Generated, RunFiles, finite
+from repro.reporting.statistics import (
+    LONGEST,
+    PHRASES,
+    TextStatistics,
+    commonest_captions,
+    commonest_phrases,
+    text_statistics,
+)
+from repro.reporting.untrusted import clip, embedded_json
+
+RANKED_BY = "rougeL"
+RANKED_CHARACTERS = 2000
+"""Of a caption; what is longer is no caption."""
+SHOWN = {"best": 12, "worst": 12, "random": 24}
+THUMBNAILS = 200
+"""In all; further images are found by their texts alone."""
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 78
+REFERENCES = 5
+"""Of an image, that are shown."""
+SCALES = {
+    "loss": "nats a token",
+    "gen_len": "tokens",
+    **dict.fromkeys(TYPES, "F x 100"),
+    **dict.fromkeys([f"bleu{n}" for n in range(1, 5)], "0 to 1"),
+    "cider": "0 to 10",
+}
+LABELS = {
+    "loss": "loss",
+    "gen_len": "length of the captions",
+    **{kind: f"ROUGE-{kind.removeprefix('rouge')}" for kind in TYPES},
+    **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
+    "cider": "CIDEr-D",
+}
+TIMES = {
+    "startup_seconds": "seconds before the first step",
+    "train_seconds": "seconds of training",
+    "waiting_for_input_seconds": "of them waiting for input",
+    "train_rows_per_second": "rows a second",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """An evaluated image, or a row where images are not known.
+
+    Attributes:
+        place: in the order of evaluation.
+        image: reference to the image, or nothing.
+        score: mean of the rows' `RANKED_BY`, F x 100.
+        thumbnail: address of a picture, or nothing.
+        problem: why there is no picture, if one was looked for.
+    """
+
+    place: int
+    image: str
+    caption: str
+    references: tuple[str, ...]
+    score: float
+    thumbnail: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What is published of single steps."""
+
+    name: str
+    values: Mapping[int, float]
+
+
+def page(
+    runs: Sequence[RunFiles],
+    names: Sequence[str],
+    *,
+    verdict: Mapping[str, Any] | None,
+    no_verdict: str = "",
+    published: Mapping[str, Trajectory] | None = None,
+) -> str:
+    """Make the report.
+
+    Args:
+        names: of the runs, distinct.
+        verdict: `repro.verify.as_json`; None where runs are of no recipe.
+        no_verdict: why there is none.
+        published: what curves are held against, by metric (`loss`, `eval_rouge2`).
+    """
+    names = [clip(name, 80) for name in names]
+    charts = [draw(chart) for chart in _charts(runs, names, published or {})]
+    captioning = next((place for place, run in enumerate(runs) if run.generated), 0)
+    generated = runs[captioning].generated
+    items = with_thumbnails(ranked_items(generated)) if generated else []
+    texts = [[row[0] for row in generated.rows], [row[1] for row in generated.rows]] if generated else []
+    statistics = [text_statistics(found) for found in texts]
+    folder = files("repro.reporting") / "templates"
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "clip": clip}
+    template = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
+    return template.render(
+        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
+        " base-uri 'none'; form-action 'none'",
+        style=Markup(style),
+        script=Markup(script),
+        title=clip(", ".join(names), 160),
+        names=[(name, line_class(place)) for place, name in enumerate(names)],
+        verdict=verdict,
+        no_verdict=no_verdict,
+        problems=[(name, clip(problem)) for name, run in zip(names, runs, strict=True) for problem in run.problems],
+        charts=charts,
+        final=_final_table(runs),
+        generated=generated,
+        generated_by=names[captioning],
+        num_items=len(items),
+        chosen=chosen_items(items),
+        ranked_by=LABELS[RANKED_BY],
+        statistics=_statistics_table(statistics),
+        lengths=_length_rows(statistics),
+        phrases=[(n, commonest_phrases(statistics[0], statistics[1], n)) for n in PHRASES] if statistics else [],
+        repeated=[(clip(text), count) for text, count in commonest_captions(texts[0])] if texts else [],
+        dropped=[(name, run.dropped) for name, run in zip(names, runs, strict=True) if run.dropped.counts],
+        settings=_settings(runs),
+        data=Markup(embedded_json({"charts": [chart.figures for chart in charts], "items": _searchable(items)})),
+    )
+
+
+def ranked_items(generated: Generated) -> list[Item]:
+    """Join the rows that have an image and a caption in common, best first."""
+    # The longest common subsequence takes memory with the square of the length.
+    scores = rouge_scores(
+        *([text[:RANKED_CHARACTERS] for text in texts] for texts in zip(*generated.rows, strict=True))
+    )
+    ranked = scores.rows[:, TYPES.index(RANKED_BY)]
+    groups: dict[tuple[Any, str], list[int]] = {}
+    for place, (caption, _) in enumerate(generated.rows):
+        image = generated.image_paths[place] if place < len(generated.image_paths) else place
+        groups.setdefault((image, caption), []).append(place)
+    items = [
+        Item(
+            place=rows[0],
+            image=image if isinstance(image, str) else "",
+            caption=caption,
+            references=tuple(generated.rows[row][1] for row in rows),
+            score=float(ranked[rows].mean()),
+        )
+        for (image, caption), rows in groups.items()
+    ]
+    return sorted(items, key=lambda item: (-item.score, item.place))
+
+
+def chosen_items(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """The best, the worst first, and some drawn at random, the same every time; none of them twice."""
+    best = list(items[: SHOWN["best"]])
+    rest = items[len(best) :]
+    worst = list(rest[::-1][: SHOWN["worst"]])
+    others = rest[: len(rest) - len(worst)]
+    drawn = random.Random(0).sample(others, min(SHOWN["random"], len(others)))
+    return {kind: found for kind, found in (("best", best), ("worst", worst), ("random", drawn)) if found}
+
+
+def with_thumbnails(items: list[Item]) -> list[Item]:
+    """Add pictures to the items that are shown, and to as many others as there is room for."""
+    shown = [item for found in chosen_items(items).values() for item in found]
+    others = items[:: max(len(items) // THUMBNAILS, 1)]
+    wanted = {item.place for item in [*shown, *others][:THUMBNAILS] if item.image}
+    return [_with_thumbnail(item) if item.place in wanted else item for item in items]
+
+
+def thumbnail(reference: str) -> str:
+    """Read an image and make a small JPEG of it, as a data address.
+
+    Raises:
+        ImageError: it cannot be read any more.
+    """
+    image = read_image(reference).convert("RGB")
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _with_thumbnail(item: Item) -> Item:
+    try:
+        return replace(item, thumbnail=thumbnail(item.image))
+    except (ImageError, OSError, ValueError) as error:
+        return replace(item, problem=clip(str(error), 120))
+
+
+def _searchable(items: Iterable[Item]) -> list[list[Any]]:
+    """[file name, caption, references, score, thumbnail] of each, as text that can be shown."""
+    return [
+        [
+            clip(_file_name(item.image), 80),
+            clip(item.caption),
+            [clip(text) for text in item.references[:REFERENCES]],
+            round(item.score, 1),
+            item.thumbnail,
+        ]
+        for item in items
+    ]
+
+
+def _file_name(reference: str) -> str:
+    """The last part of a path, also of one inside an archive (`zip://NAME::ARCHIVE`)."""
+    return reference.partition("::")[0].rpartition("/")[2]
+
+
+def _charts(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[str, Trajectory]) -> Iterable[Chart]:
+    last = float(max([run.last_step for run in runs] + [1]))
+    size = bucket_size(max((len(run.steps) for run in runs), default=0))
+    averaged = f"each point is the mean of {size} steps, the band their range" if size > 1 else ""
+
+    def curve(key: str, title: str, lines: list[Line], note: str) -> Iterable[Chart]:
+        found = published.get(key)
+        marks = [Published(found.name, list(found.values), list(found.values.values()))] if found else []
+        if lines:
+            yield Chart(key, title, lines, marks, note, last)
+
+    def by_step(name: str) -> list[Line]:
+        lines = []
+        for place, run in enumerate(runs):
+            rows = [(row["step"], row[name]) for row in run.steps if finite(row.get(name))]
+            if rows:
+                x, y = (np.array(column, float) for column in zip(*rows, strict=True))
+                lines.append(Line(names[place], place, *(column.tolist() for column in thinned(x, y, size))))
+        return lines
+
+    yield from curve("loss", "Training loss", by_step("loss"), averaged or "nats a token")
+    yield from curve("learning_rate", "Learning rate", by_step("learning_rate"), "")
+    for metric in dict.fromkeys(name for run in runs for name in _metrics(run.final)):
+        label = LABELS.get(metric, clip(metric.replace("_", " "), 60))
+        lines = [line for place, run in enumerate(runs) if (line := _evaluations(run, names[place], place, metric))]
+        yield from curve(f"eval_{metric}", f"Validation: {label}", lines, SCALES.get(metric, ""))
+    speeds = [
+        Line(names[place], place, [step for step, _ in run.speed], [rate for _, rate in run.speed])
+        for place, run in enumerate(runs)
+        if run.speed
+    ]
+    yield from curve("speed", "Rows a second", speeds, "between logged steps, without evaluations")
+
+
+def _evaluations(run: RunFiles, name: str, place: int, metric: str) -> Line | None:
+    found = {step: row for step, row in sorted(run.evaluations.get("eval", {}).items()) if finite(row.get(metric))}
+    if not found:
+        return None
+    ranges: list[Any] = [
+        intervals.get(metric) if isinstance(intervals := row.get("rouge_intervals"), Mapping) else None
+        for row in found.values()
+    ]
+    whole = all(isinstance(ends, list) and len(ends) == 2 and all(map(finite, ends)) for ends in ranges)
+    low, high = zip(*ranges, strict=True) if whole else ((), ())
+    return Line(name, place, list(found), [row[metric] for row in found.values()], low, high, dotted=True)
+
+
+def _metrics(row: Mapping[str, Any]) -> list[str]:
+    """Names of metrics that can be identifiers on the page too; a run writes no others."""
+    return [
+        name for name, value in row.items() if finite(value) and name not in ("rows", "seconds") and name.isidentifier()
+    ]
+
+
+def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
+    """Figures of each run's end, one row a figure."""
+    rows: list[tuple[str, list[Any]]] = [("steps", [run.last_step for run in runs])]
+    for metric in dict.fromkeys(name for run in runs for name in _metrics(run.final)):
+        label = LABELS.get(metric, clip(metric.replace("_", " "), 60))
+        scale = f", {SCALES[metric]}" if metric in SCALES else ""
+        rows.append((f"{label}{scale}", [run.final.get(metric) for run in runs]))
+    rows.append(("rows evaluated", [run.final.get("rows") for run in runs]))
+    rows += [(label, [run.fact(name) for run in runs]) for name, label in TIMES.items()]
+    evaluating = [[found.get("seconds") for found in run.evaluations.get("eval", {}).values()] for run in runs]
+    return [*rows, ("seconds of evaluation", [sum(filter(finite, seconds)) for seconds in evaluating])]
+
+
+def _statistics_table(sets: Sequence[TextStatistics]) -> list[tuple[str, list[str]]]:
+    columns: list[tuple[str, Callable[[TextStatistics], str]]] = [
+        ("captions", lambda s: f"{s.captions:,}"),
+        ("words of a caption, mean", lambda s: f"{s.mean_words:.2f}"),
+        ("words of a caption, median", lambda s: f"{s.median_words:g}"),
+        ("distinct words", lambda s: f"{s.vocabulary:,}"),
+        ("captions that occur once", lambda s: f"{100 * s.unique:.1f} %"),
+    ]
+    rows = [(label, [of(found) for found in sets]) for label, of in columns] if sets else []
+    for n in PHRASES if sets else ():
+        rows.append((f"distinct among all {n}-grams", [f"{100 * found.distinct[n]:.1f} %" for found in sets]))
+    return rows
+
+
+def _length_rows(sets: Sequence[TextStatistics]) -> list[tuple[str, list[float]]]:
+    """Percent of the captions by number of words, as far as there are any."""
+    if not sets:
+        return []
+    shares = [100 * found.lengths / found.captions for found in sets]
+    used = np.flatnonzero(np.sum(shares, axis=0))
+    return [
+        (f"{words} or more" if words == LONGEST else str(words), [round(float(share[words]), 1) for share in shares])
+        for words in range(used[0], used[-1] + 1)
+    ]
+
+
+def _settings(runs: Sequence[RunFiles]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """All that `run.json` says, by group, one row a fact."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    for place, run in enumerate(runs):
+        for name, value in run.facts.items():
+            if name in ("checksums", "parts"):
+                continue
+            pairs = value.items() if isinstance(value, Mapping) else [("", value)]
+            group = name if isinstance(value, Mapping) else "run"
+            for key, inner in pairs:
+                row = groups.setdefault(clip(group, 60), {}).setdefault(clip(str(key) or name, 60), [""] * len(runs))
+                row[place] = clip(inner if isinstance(inner, str) else json.dumps(inner, default=str), 200)
+    return [(group, list(rows.items())) for group, rows in groups.items()]
+
+
+def _number(value: Any) -> str:
+    return number(value) if finite(value) else ("" if value is None else clip(str(value), 80))
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
