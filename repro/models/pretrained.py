@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -327,7 +328,8 @@ def _read(path: str, what: str, load: Callable[[], Loaded]) -> Loaded:
         return load()
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last two of JSON of another form
+    # The last three of JSON of another form.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
             f"{path}: {what} cannot be loaded. Give a folder that holds it, or a Hub id where there"
             f" is a network. ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
