@@ -12,10 +12,33 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from repro.commands.parser import Parser, add_fields, sentence
 from repro.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMPLEMENTATIONS = ("native", "transformers")
+
+USAGE = "%(prog)s FLAGS\n       %(prog)s FILE.json"
+HOW_FLAGS_ARE_WRITTEN = (
+    " FILE.json holds one JSON object of flags and their values. A flag with [BOOL] may stand alone, which means true."
+)
+GROUPS = {
+    "model_name_or_path": "model",
+    "dtype": "computation",
+    "dataset_name": "data",
+    "max_target_length": "captions and rows",
+    "preprocessing_num_workers": "reading images",
+    "predict_with_generate": "evaluation",
+    "output_dir": "run",
+    "per_device_train_batch_size": "training",
+    "push_to_hub": "upload",
+    "protocol": "what is computed",
+    "replicas_at_once": "layout: time and memory",
+    "save_steps": "states, to go on from",
+    "coordinator": "several processes",
+    "report_dir": "report",
+}
+"""Where a part of the help begins, by its first flag."""
 
 Arguments = TypeVar("Arguments")
 
@@ -74,9 +97,9 @@ class ModelArguments:
         None, "Where downloads, rows, tokens and decoded images are kept (default: the Hugging Face cache)."
     )
     use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
-    dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
     token: str | None = _free(None, "Hub token, for private models and data sets.")
     trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
+    dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
     model_implementation: str | None = _flag(
         None,
         "Further: this project's ViT-GPT-2, or transformers' Flax class for any pair (default: native for a ViT with a"
@@ -117,16 +140,16 @@ class DataArguments:
     max_eval_samples: int | None = _free(None, "Use only the first rows for evaluation.")
     max_predict_samples: int | None = _free(None, "Use only the first rows for prediction.")
     preprocessing_num_workers: int | None = _free(None, "Threads that decode images (default: one for each core).")
-    predict_with_generate: bool = _flag(False, "Generate captions and compute ROUGE.")
-    caption_metrics: bool = _flag(
-        False, "Further: compute BLEU and CIDEr-D too, of one caption of each image against all that it has."
-    )
-    num_beams: int | None = _flag(None, "Beams (default: the model's configuration).")
     overwrite_cache: bool = _free(False, "Read the rows and decode the images again.")
     image_cache: bool = _free(
         True, "Further: keep decoded images on disk; --no_image_cache keeps --block_size of them in memory (0: all)."
     )
     allow_image_urls: bool = _free(False, "Further: fetch images whose path is a http or https address.")
+    predict_with_generate: bool = _flag(False, "Generate captions and compute ROUGE.")
+    caption_metrics: bool = _flag(
+        False, "Further: compute BLEU and CIDEr-D too, of one caption of each image against all that it has."
+    )
+    num_beams: int | None = _flag(None, "Beams (default: the model's configuration).")
 
 
 @dataclass(frozen=True)
@@ -165,21 +188,21 @@ class TrainingArguments:
     num_replicas: int | None = _free(
         None, "Further: replicas the run is made of, whatever computes them (default: devices)."
     )
-    replicas_at_once: int | None = _free(
-        None,
-        "Further: how many replicas are computed at once, the others after them (default: as many as fit the memory).",
-    )
-    mesh: str | None = _free(
-        None,
-        "Further: how the devices are laid out, data=N,fsdp=M; fsdp also cuts parameters and optimizer (default: all"
-        " data).",
-    )
     max_grad_norm: float | None = _flag(None, "Further: scale gradients of a larger norm down to it.")
     log_grad_norm: bool = _free(False, "Further: write the norm of each step's gradient to metrics.jsonl.")
     deterministic: bool = _free(
         False,
         "Further: same bits in every run on a GPU too, where XLA then may not choose the fastest kernel by timing"
         " (CPUs and TPUs need nothing).",
+    )
+    replicas_at_once: int | None = _free(
+        None,
+        "Further: how many replicas are computed at once, the others after them (default: as many as fit the memory).",
+    )
+    mesh: str | None = _free(
+        None,
+        "Further: how the devices are laid out; fsdp also cuts parameters and optimizer (default: all data).",
+        metavar="data=N,fsdp=M",
     )
     save_steps: int | None = _free(
         None,
@@ -188,15 +211,20 @@ class TrainingArguments:
     )
     save_total_limit: int = _free(2, "Further: how many of the last states are kept.")
     metric_for_best_model: str | None = _free(
-        None, "Further: keep the state with the best loss, rouge1, rouge2, rougeL, rougeLsum or gen_len too."
+        None,
+        "Further: keep the state with the best loss, rouge1, rouge2, rougeL, rougeLsum or gen_len too.",
+        metavar="METRIC",
     )
     resume: str = _free(
         "never",
         "Further: auto goes on after the last state in output_dir, if there is one; or the folder of a run or of one"
         " state.",
+        metavar="auto|FOLDER",
     )
     coordinator: str | None = _free(
-        None, "Further: host:port of process 0, if several processes compute the run and no cluster tells them."
+        None,
+        "Further: address of process 0, if several processes compute the run and no cluster tells them.",
+        metavar="HOST:PORT",
     )
     process_id: int | None = _free(None, "Further: number of this process, from 0.")
     num_processes: int | None = _free(None, "Further: how many processes there are.")
@@ -213,35 +241,39 @@ class CheckArguments:
     num_pictures: int = _flag(24, "Random rows on the picture sheet.")
 
 
-def parse_arguments(classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str) -> tuple[Any, ...]:
+def parse_arguments(
+    classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str, about: str = ""
+) -> tuple[Any, ...]:
     """Parse `argv`, or the one `.json` file that it names, into one instance of each class.
+
+    A flag may be written with dashes for its underscores. One that is true or false may stand alone, or have a value.
+
+    Args:
+        command: that the help is of.
+        about: what the command does, for its help.
 
     Raises:
         InputError: a flag is unknown (the nearest known one is named), lacks its value or has a wrong one.
         SystemExit: `--help` was asked for.
     """
-    # Imported here so that other commands start without transformers.
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def add_argument(self, *names: Any, may_change: bool = False, **options: Any) -> Any:
-            return super().add_argument(*names, **options)
-
-        def error(self, message: str) -> Any:
-            raise InputError(f"{message}. `repro {command} --help` lists the flags.")
-
-    parser = Parser(list(classes), prog=f"repro {command}", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = Parser(prog=f"repro {command}", usage=USAGE, description=sentence(about) + HOW_FLAGS_ARE_WRITTEN)
+    for dataclass_type in classes:
+        add_fields(parser, dataclass_type, GROUPS if len(classes) > 1 else {})
     known = {f.name for dataclass_type in classes for f in fields(dataclass_type)}  # type: ignore[arg-type]
-    if len(argv) == 1 and argv[0].endswith(".json"):
+    if len(argv) == 1 and argv[0].endswith(".json") and not argv[0].startswith("-"):
         argv = _read_flags(argv[0], known)
-    *parsed, remaining = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    parsed, remaining = parser.parse_known_args([_with_underscores(arg) for arg in argv])
     if remaining:
         # Without its value, which may be a token.
         name = remaining[0].partition("=")[0]
         raise InputError(f"unknown argument {name!r}.{_suggestion(name, known)}")
-    return tuple(parsed)
+    values = vars(parsed)
+    return tuple(kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in classes)  # type: ignore[arg-type]
+
+
+def _with_underscores(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else arg
 
 
 def _read_flags(path: str, known: set[str]) -> list[str]:

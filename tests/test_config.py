@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import HfArgumentParser
 
 from repro.config import CreateModelArguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.errors import InputError
@@ -143,6 +144,38 @@ def test_a_boolean_flag_may_stand_alone_or_have_a_value(flag, typed, value):
     assert parse("--output_dir", "out", f"--{flag}", *typed)[flag] is value
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *([f"--{flag}", typed] for flag, _, typed, _ in ALL_FLAGS),
+        *([f"--{flag.replace('_', '-')}={typed}"] for flag, _, typed, _ in ALL_FLAGS),
+        *([f"--{flag}", "--seed", "3"] for flag, default, *_ in ALL_FLAGS if isinstance(default, bool)),
+        *([f"--no_{flag}"] for flag, default, *_ in ALL_FLAGS if default is True),
+        *([f"--no-{flag.replace('_', '-')}"] for flag, default, *_ in ALL_FLAGS if default is True),
+        *(["--do_train", text] for text in ("yes", "T", "y", "1", "NO", "f", "n", "0", "perhaps")),
+        ["--image_cache", "false", "--image_cache"],
+        ["--data_dir=a=b", "--train_file", "a-b_c.csv"],
+    ],
+    ids=" ".join,
+)
+def test_flags_are_read_as_the_examples_own_parser_reads_them(argv):
+    class Theirs(HfArgumentParser):
+        def add_argument(self, *names, may_change=False, **options):
+            return super().add_argument(*names, **options)
+
+        def error(self, message):
+            raise InputError(message)
+
+    def read(parser):
+        try:
+            return parser()
+        except InputError:
+            return "refused"
+
+    theirs = read(lambda: Theirs(TRAIN_CLASSES, allow_abbrev=False).parse_args_into_dataclasses(argv))
+    assert read(lambda: parse_arguments(TRAIN_CLASSES, argv, command="train")) == theirs
+
+
 def test_the_documented_command_is_understood():
     command = (
         "--output_dir ./image-captioning-training-results"
@@ -226,6 +259,7 @@ def test_help_ends_the_program_and_names_every_flag(capsys):
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     assert [flag for flag, *_ in ALL_FLAGS if f"--{flag}" not in shown] == []
+    assert "Rows per block, a multiple of the global batch sizes; 0: one block (default: 0)." in " ".join(shown.split())
 
 
 def test_protocols_are_found_by_their_names():

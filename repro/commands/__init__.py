@@ -1,14 +1,14 @@
 """What `repro` can be told: each command is a module here of its name, whose `main` takes the arguments after it."""
 
 COMMANDS = {
-    "reproduce": "run a recipe offline and check its targets (default: pocket, minutes on a CPU)",
+    "reproduce": "run a recipe and hold the result against its targets (default: pocket, offline, minutes on a CPU)",
     "verify": "hold finished runs, one or one for each seed, against a recipe's targets: PASS, FAIL or CANNOT TELL",
     "report": "put runs on one page: verdict, curves, pictures with captions, statistics, settings",
     "train": "fine-tune, evaluate and predict with the example's documented flags",
     "caption": "caption pictures: files, folders, patterns, or a list of names from standard input",
     "create-model": "join a vision encoder and a text decoder into a model folder",
     "export": "write a model in both formats, for Flax and for PyTorch",
-    "data": "`repro data coco` downloads COCO 2017, `data pocket` renders scenes, `data check` reads what a run would",
+    "data": "download COCO 2017, render scenes, or look at what a run would read",
 }
 INPUT_ERROR = 2
 SIGNALLED = 128

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from repro.commands import COMMANDS, SIGNALLED
-from repro.commands.parser import Parser
+from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import printable, start_logging
 from repro.config import DTYPES, IMPLEMENTATIONS
 from repro.data.images import URL_SCHEMES
@@ -76,9 +76,9 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="repro caption",
-        description=f"{COMMANDS['caption']}. A folder stands for the images in it and below it, in the order of their"
-        " names, without hidden ones. A pattern (`photos/**/*.jpg`) is expanded where the shell has not done so. What"
-        " cannot be captioned is named on standard error, the others are captioned, and the exit status is 1."
+        description=f"{sentence(COMMANDS['caption'])} A folder stands for the images in it and below it, in the order"
+        " of their names, without hidden ones. A pattern (`photos/**/*.jpg`) is expanded where the shell has not done"
+        " so. What cannot be captioned is named on standard error, the others are captioned, and the exit status is 1."
         " Scores are the tokens' log-probabilities, summed and divided by their number: 0 at most.",
         epilog="An image whose name begins with a dash is named after `--`, or as ./-NAME.",
     )
@@ -86,7 +86,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, folder, pattern, or - for paths on standard input, one a line"
     )
-    parser.add_argument("--num_beams", type=int, metavar="N", help="default: the model's configuration, else 1")
+    parser.add_argument("--num_beams", type=int, metavar="N", help="beams (default: the model's configuration, else 1)")
     parser.add_argument(
         "--num_return_sequences", type=int, default=1, metavar="N", help="captions of each image (default: 1)"
     )
@@ -97,8 +97,12 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help='a line each: {"image", "captions"} or {"image", "error"}')
     parser.add_argument("--null", action="store_true", help="paths on standard input end with NUL (`find -print0`)")
     parser.add_argument("--allow_image_urls", action="store_true", help="fetch images named by http or https addresses")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the computation (default: %(default)s)")
-    parser.add_argument("--model_implementation", choices=IMPLEMENTATIONS, help="default: native for a ViT with GPT-2")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of the computation (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model_implementation", choices=IMPLEMENTATIONS, help="whose model (default: native for a ViT with GPT-2)"
+    )
     return parser
 
 

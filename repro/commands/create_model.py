@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from repro.commands import COMMANDS
 from repro.commands.terminal import start_logging
 from repro.config import CreateModelArguments, ModelArguments, parse_arguments
 from repro.errors import InputError
 
 
 def main(argv: list[str]) -> int:
-    (args,) = parse_arguments((CreateModelArguments,), argv, command="create-model")
+    (args,) = parse_arguments((CreateModelArguments,), argv, command="create-model", about=COMMANDS["create-model"])
     if args.output_dir is None:
         raise InputError("--output_dir is missing: name a folder for the new model.")
     start_logging()

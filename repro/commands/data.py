@@ -5,28 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser
+from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import start_logging
 
 SPLITS = ("train", "validation", "test")
+CHECK = "read what a run would read, train nothing, and say what is in it"
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="repro data", description=COMMANDS["data"])
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    kinds.add_parser("check", help="read what a run would read, and say what is in it", add_help=False)
-    coco = kinds.add_parser("coco", help="download COCO 2017")
-    coco.add_argument("--data_dir", type=Path, required=True, help="where the files are put, and left as zips")
-    coco.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="default: all three")
-    coco.add_argument("--max_images", type=int, help="only the first images of each split (default: the zips, 26 GB)")
-    coco.add_argument("--base_url", nargs="+", help="servers to try in turn (default: http://images.cocodataset.org)")
-    pocket = kinds.add_parser("pocket", help="render captioned scenes")
-    pocket.add_argument("folder", type=Path, help="where the COCO 2017 layout is written")
-    pocket.add_argument("--num_train", type=int, default=4000, help="default: %(default)s")
-    pocket.add_argument("--num_val", type=int, default=200, help="default: %(default)s")
-    pocket.add_argument("--num_test", type=int, default=0, help="default: %(default)s")
-    pocket.add_argument("--image_size", type=int, default=64, help="pixels, default: %(default)s")
-    pocket.add_argument("--seed", type=int, default=2017, help="default: %(default)s")
+    parser = Parser(prog="repro data", description=sentence(COMMANDS["data"]))
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds")
+    kinds.add_parser("check", help=CHECK, add_help=False)
+    coco = kinds.add_parser(
+        "coco",
+        help="download COCO 2017",
+        description="Download COCO 2017. An interrupted download goes on where it was, and a file has its name only"
+        " when it is whole and its MD5 is right.",
+    )
+    coco.add_argument(
+        "--data_dir", type=Path, required=True, metavar="FOLDER", help="where the files are put, and left as zips"
+    )
+    coco.add_argument(
+        "--splits",
+        nargs="+",
+        default=SPLITS,
+        choices=SPLITS,
+        metavar="SPLIT",
+        help=f"some of {', '.join(SPLITS)} (default: all)",
+    )
+    coco.add_argument(
+        "--max_images", type=int, metavar="N", help="only the first images of each split (default: the zips, 26 GB)"
+    )
+    coco.add_argument(
+        "--base_url", nargs="+", metavar="URL", help="servers to try in turn (default: http://images.cocodataset.org)"
+    )
+    pocket = kinds.add_parser(
+        "pocket",
+        help="render captioned scenes",
+        description="Render scenes of coloured shapes with five captions each, in the layout of COCO 2017.",
+    )
+    pocket.add_argument("folder", type=Path, metavar="FOLDER", help="where they are written")
+    for name, default, text in (
+        ("num_train", 4000, "training images"),
+        ("num_val", 200, "validation images"),
+        ("num_test", 0, "test images"),
+        ("image_size", 64, "pixels a side"),
+        ("seed", 2017, "of the scenes"),
+    ):
+        pocket.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     args = vars(parser.parse_args(argv))
@@ -49,7 +75,7 @@ def _check(argv: list[str]) -> int:
     from repro.config import CheckArguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
 
     classes = (ModelArguments, DataArguments, TrainingArguments, CheckArguments)
-    parsed = parse_arguments(classes, argv, command="data check")
+    parsed = parse_arguments(classes, argv, command="data check", about=f"{CHECK}; takes the flags of a run")
     start_logging()
     from repro.check import check_data, describe
 

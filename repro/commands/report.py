@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser
+from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import start_logging
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="repro report", description=COMMANDS["report"])
+    parser = Parser(prog="repro report", description=sentence(COMMANDS["report"]))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs or of reproductions")
-    parser.add_argument("--recipe", help="whose targets they are held against (default: their own, if any)")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="whose targets they are held against (default: their own, if any)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
     args = parser.parse_args(argv)
     start_logging()

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from repro.commands import COMMANDS, INPUT_ERROR
-from repro.commands.parser import Parser
+from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import make_deterministic, print_table, speed, start_logging
 from repro.commands.verify import conclude
 from repro.config import DataArguments, ModelArguments, TrainingArguments
@@ -18,14 +18,19 @@ def main(argv: list[str]) -> int:
     recipe, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("pocket", argv)
     parser = Parser(
         prog="repro reproduce",
-        usage="%(prog)s [RECIPE] [flags]",
-        description=f"{COMMANDS['reproduce']}. Every flag of `repro train` may be added, and wins over the recipe's."
-        " Given again, the command goes on with a run that was ended. RECIPE is pocket (the default), coco2017 or"
-        " coco2017-exact.",
+        usage="%(prog)s [RECIPE] [FLAGS]",
+        description=f"{sentence(COMMANDS['reproduce'])} Given again, the command goes on with a run that was ended."
+        " RECIPE is pocket, which renders its own data; coco2017, the documented run; or coco2017-exact, the same"
+        " training scored without drops.",
+        epilog="Every flag of `repro train` may be added, and wins over the recipe's.",
     )
-    parser.add_argument("--output_dir", type=Path, help="default: ./repro-RECIPE")
+    parser.add_argument("--output_dir", type=Path, metavar="FOLDER", help="of all that is made (default: repro-RECIPE)")
     parser.add_argument("--keep_going", action="store_true", help="finish a run that can no longer meet the targets")
-    parser.add_argument("--dry_run", action="store_true", help="check machine, weights, data and disk, and estimate")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check machine, weights, data and disk, time a few steps, and estimate; train nothing",
+    )
     parser.check_flags(argv, others=_train_flags())
     args, flags = parser.parse_known_args(argv)
     if "--deterministic" in flags:

@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser
+from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import start_logging
 
 STATUSES = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
 """Of verdicts."""
+EPILOG = "The exit status is 0 for PASS, 1 for FAIL and 2 for CANNOT TELL."
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="repro verify", description=COMMANDS["verify"])
+    parser = Parser(prog="repro verify", description=sentence(COMMANDS["verify"]), epilog=EPILOG)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="folders of a reproduction or of a run, one for each seed"
     )
-    parser.add_argument("--recipe", help="default: the one that the first folder was made by")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="whose targets (default: those of the recipe that the first folder was made by)",
+    )
     parser.add_argument(
         "--against", nargs="+", type=Path, default=(), metavar="RUN", help="runs that take the reference's place"
     )
