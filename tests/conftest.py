@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -34,6 +35,8 @@ if importlib.util.find_spec("playwright") is None:
     collect_ignore.append("test_report_browser.py")
 
 GOLDEN = Path(__file__).parent / "golden"
+ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
+"""Of the documented command."""
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +61,30 @@ def image_processor(golden_inputs: Path):
     from transformers import ViTImageProcessor
 
     return ViTImageProcessor.from_pretrained(golden_inputs / "model")
+
+
+@pytest.fixture
+def halves(tmp_path: Path, golden_inputs: Path) -> dict[str, str]:
+    """Folders with the weights of a tiny ViT and a tiny GPT-2, by the names that the command has for the real ones."""
+    from transformers import AutoTokenizer, GPT2Config, ViTConfig, ViTImageProcessor
+
+    from repro.models.pretrained import Options, Source, create_model
+    from repro.models.weights import save_weights
+
+    config = json.loads((golden_inputs / "model" / "config.json").read_text())
+    encoder, decoder = tmp_path / "encoder", tmp_path / "decoder"
+    ViTConfig(**config["encoder"]).save_pretrained(encoder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(encoder)
+    settings = config["decoder"] | {"is_decoder": False, "add_cross_attention": False}
+    GPT2Config(**settings).save_pretrained(decoder)
+    AutoTokenizer.from_pretrained(golden_inputs / "model").save_pretrained(decoder)
+    random = create_model(Source(None, str(encoder)), Source(None, str(decoder)), Options(seed=1)).params
+    save_weights(random["encoder"], encoder)
+    blocks = random["decoder"]["transformer"]["h"]
+    for block in blocks.values():  # a GPT-2 as published has none
+        del block["crossattention"], block["ln_cross_attn"]
+    save_weights(random["decoder"], decoder)
+    return {ENCODER: str(encoder), DECODER: str(decoder)}
 
 
 @pytest.fixture(scope="session")

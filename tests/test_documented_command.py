@@ -8,35 +8,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import DECODER, ENCODER
 from flax import serialization
-from transformers import AutoTokenizer, GPT2Config, ViTConfig, ViTImageProcessor
 
 from repro.__main__ import main
 from repro.data.pocket import render_pocket
-from repro.models.pretrained import Options, Source, create_model, load_model
-from repro.models.weights import flatten, save_weights
+from repro.models.pretrained import load_model
+from repro.models.weights import flatten
 
 README = Path(__file__).parents[1] / "README.md"
-ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
-
-
-@pytest.fixture
-def halves(tmp_path: Path, golden_inputs: Path) -> dict[str, str]:
-    """Folders with the weights of a tiny ViT and a tiny GPT-2, by the names that the command has for the real ones."""
-    config = json.loads((golden_inputs / "model" / "config.json").read_text())
-    encoder, decoder = tmp_path / "encoder", tmp_path / "decoder"
-    ViTConfig(**config["encoder"]).save_pretrained(encoder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(encoder)
-    settings = config["decoder"] | {"is_decoder": False, "add_cross_attention": False}
-    GPT2Config(**settings).save_pretrained(decoder)
-    AutoTokenizer.from_pretrained(golden_inputs / "model").save_pretrained(decoder)
-    random = create_model(Source(None, str(encoder)), Source(None, str(decoder)), Options(seed=1)).params
-    save_weights(random["encoder"], encoder)
-    blocks = random["decoder"]["transformer"]["h"]
-    for block in blocks.values():  # a GPT-2 as published has none
-        del block["crossattention"], block["ln_cross_attn"]
-    save_weights(random["decoder"], decoder)
-    return {ENCODER: str(encoder), DECODER: str(decoder)}
 
 
 def documented_command() -> list[str]:

@@ -214,11 +214,8 @@ def test_a_file_that_does_not_fit_is_refused_before_it_is_fetched(server, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def coco(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Scenes in COCO's layout; served as the official zips, and image by image."""
-    folder = tmp_path / "scenes"
-    render_pocket(folder, num_train=5, num_val=3, num_test=2, image_size=16, seed=0)
+def serve_coco(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve a folder in COCO's layout as the official zips, and image by image."""
     patterns = {
         "zips/train2017.zip": "train2017/*",
         "zips/val2017.zip": "val2017/*",
@@ -240,6 +237,14 @@ def coco(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         return RemoteFile(file.path, hashlib.md5(content).hexdigest(), len(content))
 
     monkeypatch.setattr(module, "FILES", {split: tuple(map(as_served, files)) for split, files in FILES.items()})
+
+
+@pytest.fixture
+def coco(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Scenes in COCO's layout, which the server has."""
+    folder = tmp_path / "scenes"
+    render_pocket(folder, num_train=5, num_val=3, num_test=2, image_size=16, seed=0)
+    serve_coco(server, folder, monkeypatch)
     return folder
 
 

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         help=f"some of {', '.join(SPLITS)} (default: all)",
     )
     coco.add_argument(
-        "--max_images", type=int, metavar="N", help="only the first images of each split (default: the zips, 26 GB)"
+        "--max_images", type=int, metavar="N", help="only the first images of each split (default: the zips, 27 GB)"
     )
     coco.add_argument(
         "--base_url", nargs="+", metavar="URL", help="servers to try in turn (default: http://images.cocodataset.org)"
