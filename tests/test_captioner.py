@@ -19,6 +19,7 @@ from transformers import VisionEncoderDecoderConfig
 from repro.errors import InputError
 from repro.models.captioner import VisionEncoderDecoder, check_config
 from repro.models.gpt2 import start_cache
+from repro.models.layers import FEW_ROWS, WIDE, times_transposed
 from repro.models.pretrained import Options, load_model
 from repro.training.losses import row_losses
 
@@ -48,6 +49,20 @@ def with_scaled_queries(params, factors, *, width: int):
             block["attn"]["c_attn"][leaf][:width] *= factor
             block["crossattention"]["q_attn"][leaf] *= factor
     return params
+
+
+@pytest.mark.parametrize("rows", [1, 8, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("shape", [(WIDE, WIDE), (WIDE + 3, 300), (WIDE - 1, 300)])
+def test_the_order_of_a_product_does_not_change_it_nor_its_gradients(rows, shape):
+    random = np.random.default_rng(rows)
+    states, kernel, cotangent = (
+        random.normal(size=size).astype(np.float32) for size in ((rows, shape[1]), shape, (rows, shape[0]))
+    )
+    product, pull = jax.vjp(jax.jit(times_transposed), states, kernel)
+    by_states, by_kernel = pull(jnp.asarray(cotangent))
+    np.testing.assert_allclose(product, states @ kernel.T, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(by_states, cotangent @ kernel, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(by_kernel, cotangent.T @ states, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

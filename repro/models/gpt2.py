@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from repro.models.layers import ACTIVATIONS, LayerNorm, attend, by_rows, merge_heads, split_heads
+from repro.models.layers import ACTIVATIONS, LayerNorm, attend, by_rows, merge_heads, split_heads, times_transposed
 
 INIT_STDDEV = 0.02
 """Of the projections' kernels, whatever the configuration says: FlaxGPT2's."""
@@ -59,7 +59,7 @@ class Conv1D(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(INIT_STDDEV), (self.features, inputs.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return by_rows(lambda rows: rows @ kernel.T + bias, inputs)
+        return by_rows(lambda rows: times_transposed(rows, kernel) + bias, inputs)
 
 
 class Attention(nn.Module):
