@@ -46,7 +46,7 @@ FLAGS = (
     *("--num_replicas", "2", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4"),
     *("--num_train_epochs", "2", "--save_steps", "20", "--logging_steps", "50", "--resume", "auto"),
 )
-TIMES = ("seconds", "train_time")
+TIMES = ("seconds", "saving_seconds", "train_time")
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,8 @@ def _rows(out: Path) -> list[Any]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         for evaluation in ("eval", "test"):
-            row.get(evaluation, {}).pop("seconds", None)
+            for name in TIMES:
+                row.get(evaluation, {}).pop(name, None)
     return [json.dumps(row) for row in rows]
 
 

@@ -235,10 +235,12 @@ class _Run:
         steps.pause()
         params = self._whole(result.state.params)
         folder = self.writer.folder / f"ckpt_epoch_{result.epoch}_step_{result.step}"
+        saving = 0.0
         if is_first() and (result.metrics or not folder.exists()):
-            save_whole_model(self.prepared, params, folder)
+            saving = save_whole_model(self.prepared, params, folder)
+            log.info("step %d: model saved in %.1f s", result.step, saving)
         if evaluates:
-            self._evaluate(evaluator, params, "validation", "eval", folder)
+            self._evaluate(evaluator, params, "validation", "eval", folder, saving_seconds=saving)
         if is_first():
             write_card(folder, self._trained(result, evaluated=evaluates))
         if self.uploader:
@@ -275,7 +277,10 @@ class _Run:
     def _whole(self, params: Any) -> Any:
         return jax.jit(lambda params: params, out_shardings=replicated(self.prepared.mesh))(params)
 
-    def _evaluate(self, evaluator: Evaluator, params: Any, split: str, prefix: str, folder: Path) -> None:
+    def _evaluate(
+        self, evaluator: Evaluator, params: Any, split: str, prefix: str, folder: Path, **more: float
+    ) -> None:
+        """Evaluate, or read back what was; the writer is told `more` too."""
         data = self.prepared.splits[split]
         rows = np.arange(len(data))
         paths, ids = data.image_paths(rows), data.image_ids(rows)
@@ -290,8 +295,9 @@ class _Run:
             if self.score is not None and prefix == "eval":
                 evaluation = dataclasses.replace(evaluation, metrics={**evaluation.metrics, **self.score(evaluation)})
             seconds = time.perf_counter() - started
-            self.writer.evaluation(prefix, evaluation, step=self.step, folder=folder, seconds=seconds)
-            log.info("step %d: %s", self.step, describe(prefix, evaluation))
+            self.writer.evaluation(prefix, evaluation, step=self.step, folder=folder, seconds=seconds, **more)
+            figures = (f"{prefix}_{name} {value:.4f}" for name, value in evaluation.metrics.items())
+            log.info("step %d: %s", self.step, ", ".join(figures))
         self.metrics.update(prefixed(prefix, evaluation.metrics))
         self.evaluations[prefix] = evaluation
 
@@ -322,18 +328,15 @@ def _how_to_go_on(states: Checkpoints) -> str:
     return f"the state of step {steps[-1]} is saved, --resume auto goes on from it." if steps else "no state is saved."
 
 
-def save_whole_model(prepared: PreparedRun, params: Any, folder: Path) -> None:
-    """Write a model's folder whole or not at all."""
+def save_whole_model(prepared: PreparedRun, params: Any, folder: Path) -> float:
+    """Write a model's folder whole or not at all; returns the seconds that this took."""
+    started = time.perf_counter()
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     save_model(prepared.pretrained, jax.device_get(params), partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-
-
-def describe(prefix: str, evaluation: Evaluation) -> str:
-    """Put an evaluation's metrics on one line."""
-    return ", ".join(f"{prefix}_{name} {value:.4f}" for name, value in evaluation.metrics.items())
+    return time.perf_counter() - started
 
 
 def _evaluates_at(prepared: PreparedRun, result: StepResult) -> bool:

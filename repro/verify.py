@@ -179,7 +179,8 @@ def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[s
         "parameters": facts.get("model", {}).get("parameters"),
     }
     if "train_seconds" in facts:
-        seconds = facts["train_seconds"] + sum(found["seconds"] for found in evaluations.values())
+        between = sum(found["seconds"] + found.get("saving_seconds", 0.0) for found in evaluations.values())
+        seconds = facts["train_seconds"] + between
         values["minutes"] = (seconds + facts.get("startup_seconds", 0.0)) / 60
     step = target.step if target.step is not None else max(evaluations, default=None)
     found = evaluations.get(step, {}) if step is not None else {}

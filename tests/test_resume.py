@@ -45,7 +45,8 @@ def start(folder: Path, *more: str, num_devices: int = 1) -> RunResult:
 def rows(folder: Path) -> list[str]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in found:
-        row.get("eval", {}).pop("seconds", None)
+        for time in ("seconds", "saving_seconds"):
+            row.get("eval", {}).pop(time, None)
     return [json.dumps(row) for row in found]
 
 

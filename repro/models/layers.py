@@ -104,9 +104,9 @@ def by_rows(layer: Callable[[jax.Array], jax.Array], states: jax.Array) -> jax.A
 def times_transposed(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply [R,D] with the transpose of [F,D], to [R,F].
 
-    On a CPU, few rows of a wide kernel go to the right: XLA brings its second operand into another layout first, and one beam of one
-    image takes a third of the time when that is the smaller one (jax 0.10). The barrier keeps XLA from turning the
-    product around again.
+    On a CPU, few rows of a wide kernel go to the right: XLA brings its second operand into another layout first, and
+    one beam of one image takes a third of the time when that is the smaller one (jax 0.10). The barrier keeps XLA from
+    turning the product around again.
     """
     if rows.shape[0] > FEW_ROWS or min(kernel.shape) < WIDE or jax.default_backend() != "cpu":
         return rows @ kernel.T

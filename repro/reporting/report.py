@@ -281,7 +281,9 @@ def _evaluations(run: RunFiles, name: str, place: int, metric: str) -> Line | No
 def _metrics(row: Mapping[str, Any]) -> list[str]:
     """Names of metrics that can be identifiers on the page too; a run writes no others."""
     return [
-        name for name, value in row.items() if finite(value) and name not in ("rows", "seconds") and name.isidentifier()
+        name
+        for name, value in row.items()
+        if finite(value) and name not in ("rows", "seconds", "saving_seconds") and name.isidentifier()
     ]
 
 

@@ -44,7 +44,7 @@ RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
 PICTURES = 8
 """Drawn for TensorBoard at each evaluation."""
-DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "caption_tokenizer", "seconds")
+DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "caption_tokenizer", "seconds", "saving_seconds")
 """What `metrics.jsonl` says of an evaluation besides its metrics."""
 
 log = logging.getLogger("repro")
@@ -252,11 +252,16 @@ class RunWriter:
         if not path.exists():
             write_json(path, {"image_path": paths, "image_id": ids}, indent=None)
 
-    def evaluation(self, prefix: str, evaluation: Evaluation, *, step: int, folder: Path, seconds: float) -> None:
+    def evaluation(
+        self, prefix: str, evaluation: Evaluation, *, step: int, folder: Path, seconds: float, **more: float
+    ) -> None:
         """Write an evaluation's results and captions to `folder`, and its metrics and some pictures to the logs.
 
         The files are `{prefix}_results.json`, `{prefix}_generation.json`, and for data in which images have numbers
         `{prefix}_captions.json` as COCO's evaluation servers take it.
+
+        Args:
+            seconds: that it took; `more`, such as `saving_seconds`, is written beside it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         results = prefixed(prefix, evaluation.metrics)
@@ -265,7 +270,8 @@ class RunWriter:
             write_json(folder / f"{prefix}_generation.json", evaluation.generations)
         if captions := coco_results(evaluation):
             write_json(folder / f"{prefix}_captions.json", captions, indent=None)
-        entry = {**evaluation.metrics, **evaluation.details, "seconds": round(seconds, 3)}
+        times = {name: round(value, 3) for name, value in {"seconds": seconds, **more}.items()}
+        entry = {**evaluation.metrics, **evaluation.details, **times}
         self._append([{"step": step, prefix: entry}])
         for name, value in results.items():
             self._tensorboard.add_scalar(name, value, step)
