@@ -30,7 +30,7 @@ collect_ignore = []
 if not hasattr(transformers, "FlaxVisionEncoderDecoderModel"):
     collect_ignore.append("test_flax_class.py")
 if importlib.util.find_spec("torch") is None:
-    collect_ignore.append("test_torch.py")
+    collect_ignore += ["test_torch.py", "test_walk.py"]
 if importlib.util.find_spec("playwright") is None:
     collect_ignore.append("test_report_browser.py")
 
