@@ -41,6 +41,7 @@ from repro.__main__ import main
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.data.pocket import render_pocket
 from repro.data.whole_file import sha256_of
+from repro.models.pretrained import load_model, save_model
 from repro.recipes import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -93,11 +94,20 @@ def commands(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return request.function.commands
 
 
+@pytest.fixture(scope="session")
+def in_both_formats(golden_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model as a checkpoint has it, for PyTorch too."""
+    folder = tmp_path_factory.mktemp("both-formats") / "model"
+    loaded = load_model(str(golden_inputs / "model"))
+    save_model(loaded, loaded.params, folder)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, golden_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, golden_inputs: Path, in_both_formats: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which what the pages name is there: MODEL, pictures, photos."""
     folder = tmp_path / "place"
-    shutil.copytree(golden_inputs / "model", folder / "MODEL")
+    shutil.copytree(in_both_formats, folder / "MODEL")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
     photos = sorted((golden_inputs / "images" / "val").iterdir())
