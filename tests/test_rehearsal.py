@@ -1,0 +1,197 @@
+"""The full-size rehearsal: a stand-in that is like COCO where it says so, and a projection that adds up."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, JpegImagePlugin
+from transformers import AutoTokenizer
+
+from repro.data.coco import read_official
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+rehearsal = importlib.import_module("rehearsal")
+stand_in = importlib.import_module("stand_in")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for 40 of COCO's images, and 64 that are evaluated."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    assert stand_in.write_data(folder, 40, num_processes=1) == {"train": [40, 200], "val": [64, 320]}
+    return folder
+
+
+def test_cocos_numbers_are_the_stand_ins():
+    assert stand_in.counts_of(118_287) == {"train": (118_287, 591_753), "val": (5_000, 25_014)}
+    train = stand_in.captions_per_image(118_287, 591_753)
+    grayscale = np.array([stand_in.is_grayscale(number) for number in range(len(train))])
+    assert train.sum() == 591_753
+    assert grayscale.sum() == 227
+    assert train[~grayscale].sum() == 590_618, "the published run trained on 2307 batches of 256 of these"
+    assert Counter(stand_in.captions_per_image(5_000, 25_014).tolist()) == {5: 4987, 6: 12, 7: 1}
+
+
+def test_captions_have_cocos_lengths_and_word_frequencies():
+    captions = stand_in.draw_captions(20_000, seed=0)
+    lengths = np.array([len(caption.split()) for caption in captions])
+    assert lengths.mean() == pytest.approx(10.44, abs=0.1)
+    assert lengths.std() == pytest.approx(2.33, abs=0.1)
+    assert 7 <= lengths.min() < 25 < lengths.max() <= 50
+    counts = Counter(word.strip(".").lower() for caption in captions for word in caption.split())
+    shares = [count / lengths.sum() for _, count in counts.most_common(100)]
+    assert [shares[0], shares[9], shares[99]] == pytest.approx([0.158, 0.0112, 0.00143], rel=0.1)
+    assert sum(caption.endswith(".") for caption in captions) / len(captions) == pytest.approx(0.75, abs=0.02)
+
+
+def test_pictures_take_cocos_bytes_sampling_and_sizes(data):
+    files = sorted(data.glob("*2017/*.jpg"))
+    sizes = [len(file.read_bytes()) for file in files]
+    assert np.mean(sizes) == pytest.approx(162_000, rel=0.15)
+    assert np.std(sizes) == pytest.approx(63_000, rel=0.3)
+    images = [Image.open(file) for file in files]
+    assert {JpegImagePlugin.get_sampling(image) for image in images} == {0}, "4:4:4"
+    assert {image.size for image in images} <= set(stand_in.SIZES)
+    assert {image.width > image.height for image in images} == {True, False}
+
+
+def test_no_two_pictures_have_the_same_bytes_and_one_in_521_is_grayscale(tmp_path, monkeypatch):
+    picture = stand_in.picture_of("train", 3)
+    monkeypatch.setattr(
+        stand_in, "picture_of", lambda _, number: picture._replace(grayscale=stand_in.is_grayscale(number))
+    )
+    stand_in.write_pictures(tmp_path, "train", range(519, 522))
+    contents = [file.read_bytes() for file in sorted(tmp_path.iterdir())]
+    assert len(set(contents)) == 3
+    assert [Image.open(io.BytesIO(content)).mode for content in contents] == ["RGB", "L", "RGB"]
+
+
+def test_the_data_are_read_as_coco_not_grouped_by_image(data):
+    rows = list(read_official(data, "2017", "train"))
+    images = [row["image_id"] for row in rows]
+    assert Counter(Counter(images).values()) == {5: 40}
+    neighbours = sum(a == b for a, b in pairwise(images))
+    assert neighbours < 40
+    places = {image: [place for place, other in enumerate(images) if other == image] for image in set(images)}
+    assert max(max(found) - min(found) for found in places.values()) <= stand_in.ORDER_ROWS + 10
+    content = json.loads((data / "annotations" / "captions_train2017.json").read_text())
+    for image in content["images"]:
+        assert Image.open(data / "train2017" / image["file_name"]).size == (image["width"], image["height"])
+
+
+def test_a_stand_in_that_was_ended_is_gone_on_with(data):
+    (data / "stand_in.json").unlink()
+    kept, lost = sorted((data / "train2017").iterdir())[:2]
+    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    stand_in.write_data(data, 40, num_processes=1)
+    assert kept.stat().st_mtime_ns == before
+    assert lost.read_bytes() == content
+    assert len(list((data / "train2017").iterdir())) == 40
+
+
+def test_the_tokenizer_has_gpt2s_size_and_about_its_tokens(tmp_path):
+    stand_in.write_tokenizer(tmp_path, stand_in.draw_captions(5_000, seed=2), stand_in.VOCABULARY)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (len(tokenizer), tokenizer.eos_token_id) == (50_257, 50_256)
+    texts = [f"{caption.lower()} {tokenizer.eos_token}" for caption in stand_in.draw_captions(1_000, seed=3)]
+    tokens = tokenizer(texts)["input_ids"]
+    assert np.mean([len(ids) for ids in tokens]) == pytest.approx(14, abs=1.5)
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True) == texts[0].removesuffix(tokenizer.eos_token)
+
+
+def test_steps_are_timed_between_evaluations():
+    lines = [(0, 10), (2, 20), (50, 30), (53, 40)]
+    log = "".join(
+        f"2026-01-01 10:00:{second:02d},500 - INFO - step {step} of 40: loss 1.0, 5 rows/s\n" for second, step in lines
+    )
+    # By hand: 10 to 20 takes 2 s, 30 to 40 takes 3 s; between 20 and 30 lies the evaluation at 20.
+    assert rehearsal.step_seconds(log, [20, 40]) == pytest.approx(0.25)
+    assert rehearsal.step_seconds(log, [10, 20, 30]) is None
+
+
+def test_the_projection_adds_up_by_hand():
+    found = rehearsal.Measured(
+        steps=40,
+        step_seconds=0.25,
+        train_seconds=14.0,
+        saves=[3.0, 5.0],
+        evaluations=[(512, 20.0), (512, 8.0)],
+        startup_seconds=30.0,
+        images=1_000,
+        images_seconds=2.0,
+        all_seconds=90.0,
+    )
+    projection = rehearsal.project(found)
+    assert {row["term"]: row["seconds"] for row in projection["terms"]} == {
+        "start-up with compilation": 30.0,
+        "rows, image cache, tokens": 246.57,  # 123,287 x 0.002
+        "steps": 576.75,  # 2307 x 0.25
+        "first steps, states": 10.0,  # 14 - 40 x 0.25 is 4 for two evaluations; there are five
+        "saved models": 20.0,  # 5 x 4
+        "evaluations": 1940.0,  # 5 x 24,832 x 8 / 512
+        "their compilation": 12.0,  # 20 - 8
+        "everything else": 10.0,  # 90 - 30 - 14 - 8 - 28
+    }
+    assert projection["seconds"] == pytest.approx(2845.3, abs=0.1)
+    assert projection["published_times_projected"] == pytest.approx(5400 / 2845.32, abs=1e-3)
+
+
+@pytest.mark.parametrize(("batches", "size"), [(2, 256), (40, 256), (700, 256), (8, 16)])
+def test_a_part_has_so_many_batches_once_grayscale_rows_are_dropped(batches, size):
+    rows = rehearsal.rows_for(batches, size)
+    dropped = 5 * sum(stand_in.is_grayscale(number) for number in range(rows // 5))
+    assert (rows - dropped) // size == batches
+
+
+def test_a_part_is_evaluated_in_its_middle_and_its_end():
+    flags = ["--per_device_eval_batch_size", "4"]
+    limits = rehearsal.part_flags(flags, 40, 100, rows=None)
+    assert limits == [
+        *("--max_train_samples", str(40 * 256 + 40 * 256 // 521 + 128), "--eval_steps", "20", "--logging_steps", "5"),
+        *("--max_eval_samples", str(16 * 32 + 16)),
+    ]
+    assert rehearsal.part_flags([], None, None, rows=None) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("draft")
+    with pytest.raises(SystemExit, match="holds something else"):
+        rehearsal.claim(tmp_path)
+    rehearsal.claim(own := tmp_path / "own")
+    (own / "data").mkdir()
+    (own / "note").write_text("kept")
+    rehearsal.remove(own)
+    assert [path.name for path in own.iterdir()] == ["note"]
+
+
+@pytest.mark.slow
+def test_the_rehearsal_ends_with_a_verdict_and_a_projection(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "rehearsal.json"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["rehearsal.py", "--smoke", "--folder", str(tmp_path / "here"), "--remove", "--output", str(output)],
+    )
+    rehearsal.main()
+    result = json.loads(output.read_text())
+    assert result["verdict"] == "CANNOT TELL"
+    assert any("--eval_steps 4, the recipe has 500" in problem for problem in result["problems"])
+    assert result["data_check"]["validation"]["rows_kept"] == 320
+    assert result["run"]["num_steps"] == 8
+    assert all(row["seconds"] >= 0 for row in result["projection"]["terms"])
+    assert {phase for phase, found in result["phases"].items() if "peak_host_mb" in found} == {
+        *("create-model", "dry run", "data check", "prepare", "reproduce", "verify")
+    }
+    assert not (tmp_path / "here").exists()
+    assert str(tmp_path) not in output.read_text()
+    assert re.search(r"the documented run .* s; the published 5400 s", capsys.readouterr().out)
