@@ -196,8 +196,9 @@ def test_other_versions_are_those_that_ci_installs(commands: tuple[str, ...]) ->
 
 @pytest.fixture
 def small_coco2017(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe as it is, but for its targets, which a small stand-in cannot meet."""
+    """The recipe with batches of 4 rows a replica, and without targets that a small stand-in cannot meet."""
     recipe = read_recipe("coco2017")
+    recipe["flags"] |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     recipe["targets"] = [{"metric": "eval_loss", "low": 1.0, "high": 50.0, "source": "any loss"}]
     for module in (repro.recipes, repro.report, repro.reproduce, repro.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: {"coco2017": recipe}[name])
@@ -220,7 +221,7 @@ def test_the_documented_run_goes_from_download_to_report(
 ) -> None:
     download, dry_run, reproduce, verify, report = commands
     server = Server()
-    render_pocket(tmp_path / "coco", num_train=52, num_val=52, image_size=32, seed=1)
+    render_pocket(tmp_path / "coco", num_train=8, num_val=8, image_size=32, seed=1)
     serve_coco(server, tmp_path / "coco", monkeypatch)
     monkeypatch.setattr(repro.data.download, "DOWNLOADS", server.url)
     assert run(download) == 0
@@ -235,6 +236,7 @@ def test_the_documented_run_goes_from_download_to_report(
     assert "PASS: 1 run of coco2017" in capsys.readouterr().out
     facts = json.loads(Path("repro-coco2017/run/run.json").read_text())
     assert (facts["num_replicas"], facts["flags"]["num_beams"], facts["num_steps"]) == (8, 8, 1)
+    assert facts["data"]["validation"]["kept"] == 40
     Path("repro-coco2017/report.html").unlink()
     assert run(report) == 0
     assert "<strong>PASS</strong> against the targets of coco2017" in Path("repro-coco2017/report.html").read_text()
@@ -245,9 +247,9 @@ def test_the_documented_run_goes_from_download_to_report(
 def test_a_dry_run_computes_in_the_type_that_is_asked_for(
     commands: tuple[str, ...], named_halves: Path, small_coco2017: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    render_pocket(Path("data"), num_train=52, num_val=52, image_size=32, seed=1)
+    render_pocket(Path("data"), num_train=8, num_val=8, image_size=32, seed=1)
     assert run(commands[0]) == 0
-    assert "validation: 260 rows of 52 images" in capsys.readouterr().out
+    assert "validation: 40 rows of 8 images" in capsys.readouterr().out
 
 
 @runs(next(command for command in COMMANDS if command.startswith("repro train --output_dir ./image-captioning")))
