@@ -26,7 +26,7 @@ def write_run(
         for step in range(10, num_steps + 1, 10):
             writer.train_scalars(step, {"loss": 3 / step, "learning_rate": 1e-3 / step}, seconds=0.5 * step)
         evaluation = Evaluation(
-            metrics={"loss": 2.5, "rouge2": 14.0},
+            metrics={"loss": 2.5, "attribute_accuracy": 0.9, "rouge2": 14.0},
             details={"rows": len(rows), "rouge_intervals": {"rouge2": [13.0, 15.0]}},
             generations=[{"label": label, "pred": caption} for _, caption, label in rows],
             image_paths=[],

@@ -70,8 +70,13 @@ def test_a_run_is_told_with_its_curves_captions_and_settings(tmp_path, golden_in
     holds_nothing_of_others(page)
     data = read_data(page)
     assert [chart["key"] for chart in data["charts"]] == [
-        *("loss", "learning_rate", "eval_loss", "eval_rouge2", "speed"),
+        *("loss", "learning_rate", "eval_loss", "eval_rouge2", "speed", "eval_attribute_accuracy"),
     ]
+    before, folded = page.split('<details class="further">')
+    assert "Validation: ROUGE-2" in before
+    assert "Validation: attribute accuracy" in folded, (
+        "a metric without a name of the field's does not push others down"
+    )
     assert data["charts"][0]["lines"][0]["y"][0] == 3
     assert set(data["charts"][4]["lines"][0]["y"]) == {16.0}, "10 steps of 8 rows in 5 seconds"
     assert len(data["items"]) == len(pictures)

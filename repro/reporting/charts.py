@@ -67,6 +67,7 @@ class Chart:
         key: an identifier, unique on the page.
         note: what a value is, where the title does not say it.
         last_x: where the horizontal axis ends; it begins at 0.
+        further: folded away, behind all others.
     """
 
     key: str
@@ -75,6 +76,7 @@ class Chart:
     published: Sequence[Published] = ()
     note: str = ""
     last_x: float = 1.0
+    further: bool = False
 
 
 @dataclass(frozen=True)

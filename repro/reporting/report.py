@@ -112,7 +112,8 @@ def page(
         published: what curves are held against, by metric (`loss`, `eval_rouge2`).
     """
     names = [clip(name, 80) for name in names]
-    charts = [draw(chart) for chart in _charts(runs, names, published or {})]
+    charts = sorted(_charts(runs, names, published or {}), key=lambda chart: chart.further)
+    drawn = [draw(chart) for chart in charts]
     captioning = next((place for place, run in enumerate(runs) if run.generated), 0)
     generated = runs[captioning].generated
     items = with_thumbnails(ranked_items(generated)) if generated else []
@@ -133,7 +134,7 @@ def page(
         verdict=verdict,
         no_verdict=no_verdict,
         problems=[(name, clip(problem)) for name, run in zip(names, runs, strict=True) for problem in run.problems],
-        charts=charts,
+        charts=drawn,
         final=_final_table(runs),
         generated=generated,
         generated_by=names[captioning],
@@ -146,7 +147,7 @@ def page(
         repeated=[(clip(text), count) for text, count in commonest_captions(texts[0])] if texts else [],
         dropped=[(name, run.dropped) for name, run in zip(names, runs, strict=True) if run.dropped.counts],
         settings=_settings(runs),
-        data=Markup(embedded_json({"charts": [chart.figures for chart in charts], "items": _searchable(items)})),
+        data=Markup(embedded_json({"charts": [chart.figures for chart in drawn], "items": _searchable(items)})),
     )
 
 
@@ -236,11 +237,11 @@ def _charts(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[s
     size = bucket_size(max((len(run.steps) for run in runs), default=0))
     averaged = f"each point is the mean of {size} steps, the band their range" if size > 1 else ""
 
-    def curve(key: str, title: str, lines: list[Line], note: str) -> Iterable[Chart]:
+    def curve(key: str, title: str, lines: list[Line], note: str, *, further: bool = False) -> Iterable[Chart]:
         found = published.get(key)
         marks = [Published(found.name, list(found.values), list(found.values.values()))] if found else []
         if lines:
-            yield Chart(key, title, lines, marks, note, last)
+            yield Chart(key, title, lines, marks, note, last, further)
 
     def by_step(name: str) -> list[Line]:
         lines = []
@@ -256,7 +257,8 @@ def _charts(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[s
     for metric in dict.fromkeys(name for run in runs for name in _metrics(run.final)):
         label = LABELS.get(metric, clip(metric.replace("_", " "), 60))
         lines = [line for place, run in enumerate(runs) if (line := _evaluations(run, names[place], place, metric))]
-        yield from curve(f"eval_{metric}", f"Validation: {label}", lines, SCALES.get(metric, ""))
+        note, further = SCALES.get(metric, ""), metric not in LABELS
+        yield from curve(f"eval_{metric}", f"Validation: {label}", lines, note, further=further)
     speeds = [
         Line(names[place], place, [step for step, _ in run.speed], [rate for _, rate in run.speed])
         for place, run in enumerate(runs)
