@@ -9,7 +9,8 @@ from typing import Any
 from repro.data.whole_file import whole_file
 from repro.errors import InputError
 from repro.recipes import read_recipe
-from repro.reporting.report import Trajectory, page
+from repro.reporting.curves import Trajectory
+from repro.reporting.report import page
 from repro.reporting.run_folder import holds_a_run, read_run_folder
 from repro.reporting.writer import REPORT, log
 from repro.verify import RUN, as_json, verify

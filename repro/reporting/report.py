@@ -23,7 +23,8 @@ from PIL import Image
 
 from repro.data.images import ImageError, read_image
 from repro.evaluation.rouge import TYPES, rouge_scores
-from repro.reporting.charts import Chart, Line, Published, bucket_size, draw, line_class, number, thinned
+from repro.reporting.charts import draw, line_class, number
+from repro.reporting.curves import LABELS, SCALES, Trajectory, curves_of, label_of, metric_names
 from repro.reporting.run_folder import Generated, RunFiles, finite
 from repro.reporting.statistics import (
     LONGEST,
@@ -44,20 +45,6 @@ THUMBNAILS = 200
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 78
 REFERENCES = 5
 """Of an image, that are shown."""
-SCALES = {
-    "loss": "nats a token",
-    "gen_len": "tokens",
-    **dict.fromkeys(TYPES, "F x 100"),
-    **dict.fromkeys([f"bleu{n}" for n in range(1, 5)], "0 to 1"),
-    "cider": "0 to 10",
-}
-LABELS = {
-    "loss": "loss",
-    "gen_len": "length of the captions",
-    **{kind: f"ROUGE-{kind.removeprefix('rouge')}" for kind in TYPES},
-    **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
-    "cider": "CIDEr-D",
-}
 TIMES = {
     "startup_seconds": "seconds before the first step",
     "train_seconds": "seconds of training",
@@ -87,14 +74,6 @@ class Item:
     problem: str = ""
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """What is published of single steps."""
-
-    name: str
-    values: Mapping[int, float]
-
-
 def page(
     runs: Sequence[RunFiles],
     names: Sequence[str],
@@ -112,7 +91,7 @@ def page(
         published: what curves are held against, by metric (`loss`, `eval_rouge2`).
     """
     names = [clip(name, 80) for name in names]
-    charts = sorted(_charts(runs, names, published or {}), key=lambda chart: chart.further)
+    charts = sorted(curves_of(runs, names, published or {}), key=lambda chart: chart.further)
     drawn = [draw(chart) for chart in charts]
     captioning = next((place for place, run in enumerate(runs) if run.generated), 0)
     generated = runs[captioning].generated
@@ -232,68 +211,11 @@ def _file_name(reference: str) -> str:
     return reference.partition("::")[0].rpartition("/")[2]
 
 
-def _charts(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[str, Trajectory]) -> Iterable[Chart]:
-    last = float(max([run.last_step for run in runs] + [1]))
-    size = bucket_size(max((len(run.steps) for run in runs), default=0))
-    averaged = f"each point is the mean of {size} steps, the band their range" if size > 1 else ""
-
-    def curve(key: str, title: str, lines: list[Line], note: str, *, further: bool = False) -> Iterable[Chart]:
-        found = published.get(key)
-        marks = [Published(found.name, list(found.values), list(found.values.values()))] if found else []
-        if lines:
-            yield Chart(key, title, lines, marks, note, last, further)
-
-    def by_step(name: str) -> list[Line]:
-        lines = []
-        for place, run in enumerate(runs):
-            rows = [(row["step"], row[name]) for row in run.steps if finite(row.get(name))]
-            if rows:
-                x, y = (np.array(column, float) for column in zip(*rows, strict=True))
-                lines.append(Line(names[place], place, *(column.tolist() for column in thinned(x, y, size))))
-        return lines
-
-    yield from curve("loss", "Training loss", by_step("loss"), averaged or "nats a token")
-    yield from curve("learning_rate", "Learning rate", by_step("learning_rate"), "")
-    for metric in dict.fromkeys(name for run in runs for name in _metrics(run.final)):
-        label = LABELS.get(metric, clip(metric.replace("_", " "), 60))
-        lines = [line for place, run in enumerate(runs) if (line := _evaluations(run, names[place], place, metric))]
-        note, further = SCALES.get(metric, ""), metric not in LABELS
-        yield from curve(f"eval_{metric}", f"Validation: {label}", lines, note, further=further)
-    speeds = [
-        Line(names[place], place, [step for step, _ in run.speed], [rate for _, rate in run.speed])
-        for place, run in enumerate(runs)
-        if run.speed
-    ]
-    yield from curve("speed", "Rows a second", speeds, "between logged steps, without evaluations")
-
-
-def _evaluations(run: RunFiles, name: str, place: int, metric: str) -> Line | None:
-    found = {step: row for step, row in sorted(run.evaluations.get("eval", {}).items()) if finite(row.get(metric))}
-    if not found:
-        return None
-    ranges: list[Any] = [
-        intervals.get(metric) if isinstance(intervals := row.get("rouge_intervals"), Mapping) else None
-        for row in found.values()
-    ]
-    whole = all(isinstance(ends, list) and len(ends) == 2 and all(map(finite, ends)) for ends in ranges)
-    low, high = zip(*ranges, strict=True) if whole else ((), ())
-    return Line(name, place, list(found), [row[metric] for row in found.values()], low, high, dotted=True)
-
-
-def _metrics(row: Mapping[str, Any]) -> list[str]:
-    """Names of metrics that can be identifiers on the page too; a run writes no others."""
-    return [
-        name
-        for name, value in row.items()
-        if finite(value) and name not in ("rows", "seconds", "saving_seconds") and name.isidentifier()
-    ]
-
-
 def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
     """Figures of each run's end, one row a figure."""
     rows: list[tuple[str, list[Any]]] = [("steps", [run.last_step for run in runs])]
-    for metric in dict.fromkeys(name for run in runs for name in _metrics(run.final)):
-        label = LABELS.get(metric, clip(metric.replace("_", " "), 60))
+    for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
+        label = label_of(metric)
         scale = f", {SCALES[metric]}" if metric in SCALES else ""
         rows.append((f"{label}{scale}", [run.final.get(metric) for run in runs]))
     rows.append(("rows evaluated", [run.final.get("rows") for run in runs]))
