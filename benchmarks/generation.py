@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers import END, Run, compare, draw_batch, jax_captioner, model_config, torch_model, torch_pixels, write_result
+from peers import END, Run, compare, draw_batch, jax_captioner, torch_model, torch_pixels, write_result
+from roofline import CAPTIONS_PER_IMAGE, generation_products
 
-CAPTIONS_PER_IMAGE = 5
 NEVER = 50_257
 """An end token that no vocabulary entry is."""
 
@@ -111,24 +111,8 @@ def make_evaluation(peer: str, settings: dict[str, Any]) -> Run:
 
 def count_operations(settings: dict[str, Any]) -> dict[str, float]:
     """Giga floating-point operations of the native search: two for each product, by part."""
-    config = model_config(settings)
-    encoder, decoder = config.encoder, config.decoder
-    batch, beams, steps = settings["batch"], settings["beams"], settings["length"] - 1
-    states, width, wide = (encoder.image_size // encoder.patch_size) ** 2 + 1, encoder.hidden_size, decoder.hidden_size
-    layer = 4 * width**2 + 2 * width * encoder.intermediate_size
-    patches = encoder.num_channels * encoder.patch_size**2 * width
-    encoding = states * (encoder.num_hidden_layers * (layer + 2 * states * width) + patches)
-    cross_keys = decoder.n_layer * states * 2 * width * wide
-    projections = decoder.n_layer * (4 + 2 + 8) * wide**2
-    attention = decoder.n_layer * 2 * wide * (states + beams * settings["length"])
-    head = decoder.vocab_size * wide
-    parts = {
-        "encoder": batch * encoding,
-        "cross-attention keys and values": batch * cross_keys,
-        "decoder": batch * beams * steps * (projections + attention),
-        "vocabulary": batch * beams * steps * head,
-    }
-    return {name: 2 * count / 1e9 for name, count in parts.items()}
+    parts = generation_products(settings)
+    return {name: sum(product.operations for product in products) / 1e9 for name, products in parts.items()}
 
 
 def measure_growth(settings: dict[str, Any], turns: int) -> list[dict[str, Any]]:
@@ -167,6 +151,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32, help="tokens, start token included")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--apart", action="store_true", help="one peer after another, each alone on the device")
     parser.add_argument("--evaluation", action="store_true")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="very small models, to see that it runs")
@@ -177,9 +162,9 @@ def main() -> None:
         result: dict[str, Any] = {"growth": measure_growth(settings, args.turns)}
     elif args.evaluation:
         peers = [peer for peer in args.peers if peer != "torch"]
-        result = compare(make_evaluation, peers, settings, turns=args.turns)
+        result = compare(make_evaluation, peers, settings, turns=args.turns, apart=args.apart)
     else:
-        result = compare(make_generation, args.peers, settings, turns=args.turns)
+        result = compare(make_generation, args.peers, settings, turns=args.turns, apart=args.apart)
         result["giga_operations"] = count_operations(settings)
     write_result(Path(__file__).stem, result, args.output)
 

@@ -5,16 +5,22 @@ run, whose time (compilation included) is reported apart, and two more. Then the
 change of the machine's speed meets all of them; the clock stops when the result is there (`block_until_ready`).
 Reported are the median, the spread (minimum to maximum) and, as ratio, the median of the ratios of runs of the same
 turn. Peak memory is the process's largest resident size on a CPU, and on an accelerator what the backend reports.
+
+With `--apart` each peer has the device to itself, one after another, where they would not fit into its memory together;
+the ratio is then that of the medians. A peer that fails, for want of memory or otherwise, is reported with the reason,
+and the others go on.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +33,13 @@ END = 50_256
 WARM_UPS = 2
 """Runs after the first: the second and third step of a training still meet memory that was never touched."""
 Run = Callable[[], Any]
+Make = Callable[[str, dict[str, Any]], Run]
+REASON = 300
+"""Characters of a failure that are kept."""
+
+
+class PeerFailed(Exception):
+    """A peer cannot do its work; the message is the reason."""
 
 
 def model_config(settings: dict[str, Any]) -> Any:
@@ -97,58 +110,104 @@ def torch_pixels(model: Any, pixels: np.ndarray) -> Any:
 
 
 def compare(
-    make: Callable[[str, dict[str, Any]], Run], peers: list[str], settings: dict[str, Any], *, turns: int
+    make: Make, peers: list[str], settings: dict[str, Any], *, turns: int, apart: bool = False
 ) -> dict[str, Any]:
-    """Let the peers take turns at the work that `make(peer, settings)` returns; their times, ratios and memory."""
+    """Let the peers take turns at the work that `make(peer, settings)` returns; their times, ratios and memory.
+
+    Returns:
+        Of a peer that failed, `failed` alone, the reason.
+    """
+    groups = [[peer] for peer in peers] if apart else [peers]
+    results = {peer: found for group in groups for peer, found in _take_turns(make, group, settings, turns).items()}
+    first = results[peers[0]]
+    for peer in peers[1:]:
+        if "failed" in first or "failed" in results[peer]:
+            continue
+        pairs = zip(results[peer]["seconds_of_turns"], first["seconds_of_turns"], strict=True)
+        ratios = [theirs / ours for theirs, ours in pairs]
+        ratio = results[peer]["seconds"] / first["seconds"] if apart else statistics.median(ratios)
+        results[peer][f"times_{peers[0]}"] = ratio
+        results[peer]["ratio_spread"] = [min(ratios), max(ratios)]
+    return {"settings": settings, "turns": turns, "apart": apart, "peers": results}
+
+
+def _take_turns(make: Make, peers: list[str], settings: dict[str, Any], turns: int) -> dict[str, dict[str, Any]]:
+    """Run some peers in turns; what each measured, or why it failed."""
+    if len(peers) > 1:
+        # JAX takes three quarters of a GPU at its start, and would leave the next peer none.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    results: dict[str, dict[str, Any]] = {}
+    workers: dict[str, tuple[Any, Any]] = {}
+
+    def ask(peer: str, message: str | None) -> Any:
+        """Send a message to a peer, if there is one, and give its answer; None from one that failed."""
+        process, connection = workers[peer]
+        try:
+            if message is not None:
+                connection.send(message)
+            failed, answer = connection.recv()
+            if failed:
+                raise PeerFailed(answer)
+            return answer
+        except (PeerFailed, EOFError, OSError) as error:
+            process.join()
+            killed = f"its process ended with status {process.exitcode}, as one that is out of memory may"
+            results[peer] = {"failed": str(error) if isinstance(error, PeerFailed) else killed}
+            print(f"{peer}: {results[peer]}", flush=True)
+            del workers[peer]
+            return None
+
     context = multiprocessing.get_context("spawn")
-    workers = {}
+    first: dict[str, float] = {}
     for peer in peers:
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(make, peer, settings, theirs), daemon=True)
         process.start()
         theirs.close()
         workers[peer] = (process, ours)
-        report = ours.recv()  # one after another: compilations do not disturb each other
-        print(f"{peer}: ready after {report:.1f} s", flush=True)
-        workers[peer] = (process, ours, report)
-    seconds: dict[str, list[float]] = {peer: [] for peer in peers}
+        report = ask(peer, None)  # one after another: compilations do not disturb each other
+        if report is not None:
+            first[peer] = report
+            print(f"{peer}: ready after {report:.1f} s", flush=True)
+    seconds: dict[str, list[float]] = {peer: [] for peer in workers}
     for _ in range(turns):
-        for peer, (_, connection, _) in workers.items():
-            connection.send("run")
-            seconds[peer].append(connection.recv())
-        print({peer: round(times[-1], 3) for peer, times in seconds.items()}, flush=True)
-    results = {}
-    for peer, (process, connection, first) in workers.items():
-        connection.send("end")
-        times = seconds[peer]
-        results[peer] = {
-            "seconds": statistics.median(times),
-            "spread": [min(times), max(times)],
-            "seconds_of_turns": times,
-            "first_run_seconds": first,
-            "peak_memory_mb": connection.recv(),
-        }
-        process.join()
-    for peer in peers[1:]:
-        ratios = [theirs / ours for theirs, ours in zip(seconds[peer], seconds[peers[0]], strict=True)]
-        results[peer][f"times_{peers[0]}"] = statistics.median(ratios)
-        results[peer]["ratio_spread"] = [min(ratios), max(ratios)]
-    return {"settings": settings, "turns": turns, "peers": results}
+        for peer in list(workers):
+            if (taken := ask(peer, "run")) is not None:
+                seconds[peer].append(taken)
+        print({peer: round(seconds[peer][-1], 3) for peer in workers}, flush=True)
+    for peer in list(workers):
+        process = workers[peer][0]
+        if (memory := ask(peer, "end")) is not None:
+            times = seconds[peer]
+            results[peer] = {
+                "seconds": statistics.median(times),
+                "spread": [min(times), max(times)],
+                "seconds_of_turns": times,
+                "first_run_seconds": first[peer],
+                "peak_memory_mb": memory,
+            }
+            process.join()
+    return {peer: results[peer] for peer in peers}
 
 
-def _work(make: Callable[[str, dict[str, Any]], Run], peer: str, settings: dict[str, Any], connection: Any) -> None:
-    run = make(peer, settings)
-    started = time.perf_counter()
-    run()
-    first = time.perf_counter() - started
-    for _ in range(WARM_UPS):
-        run()
-    connection.send(first)
-    while connection.recv() == "run":
+def _work(make: Make, peer: str, settings: dict[str, Any], connection: Any) -> None:
+    """Answer each message with (failed, answer)."""
+    try:
+        run = make(peer, settings)
         started = time.perf_counter()
         run()
-        connection.send(time.perf_counter() - started)
-    connection.send(peak_memory(peer))
+        first = time.perf_counter() - started
+        for _ in range(WARM_UPS):
+            run()
+        connection.send((False, first))
+        while connection.recv() == "run":
+            started = time.perf_counter()
+            run()
+            connection.send((False, time.perf_counter() - started))
+        connection.send((False, peak_memory(peer)))
+    except Exception as error:  # each backend has an error of its own for memory that is not there
+        traceback.print_exc()
+        connection.send((True, f"{type(error).__name__}: {error}"[:REASON]))
 
 
 def peak_memory(peer: str) -> float:

@@ -5,7 +5,7 @@
 At ViT-B/16 + GPT-2 size, dropout on, AdamW. The Flax class takes this project's own step (loss, optimizer, donation),
 so that the model alone differs; `flax_example` takes the example's loss, which builds smoothed one-hot targets. Model
 FLOP utilisation is the operations of the forward pass times three, over time and the peak given by `--peak_teraflops`.
-The peer PyTorch needs torch beside the package.
+`--batches` times the first peer alone at several batch sizes. The peer PyTorch needs torch beside the package.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from generation import count_operations
 from peers import Run, compare, draw_batch, jax_captioner, torch_model, torch_pixels, write_result
+from roofline import forward_products, operations
 
 
 def make_step(peer: str, settings: dict[str, Any]) -> Run:
@@ -94,9 +94,23 @@ def _torch_step(settings: dict[str, Any], batch: dict[str, np.ndarray]) -> Run:
 
 
 def forward_operations(settings: dict[str, Any]) -> float:
-    """Operations of one forward pass over a batch: one beam, one more token than a search takes, no cache."""
-    parts = count_operations(settings | {"beams": 1, "length": settings["length"] + 1})
-    return 1e9 * sum(parts.values())
+    """Operations of one forward pass over a batch."""
+    return operations(forward_products(settings))
+
+
+def with_rates(result: dict[str, Any], peak_teraflops: float | None) -> dict[str, Any]:
+    """Add to what peers measured the rates that it comes to."""
+    settings = result["settings"]
+    count = 3 * forward_operations(settings)
+    peers = {}
+    for peer, measured in result["peers"].items():
+        peers[peer] = dict(measured)
+        if "failed" not in measured:
+            rate = count / measured["seconds"] / 1e12
+            peers[peer] |= {"rows_per_second": settings["batch"] / measured["seconds"], "teraflops": rate}
+            if peak_teraflops:
+                peers[peer] |= {"utilisation": rate / peak_teraflops}
+    return {**result, "giga_operations": count / 1e9, "peak_teraflops": peak_teraflops, "peers": peers}
 
 
 def main() -> None:
@@ -107,19 +121,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--peak_teraflops", type=float, help="the device's, for the model FLOP utilisation")
+    parser.add_argument("--apart", action="store_true", help="one peer after another, each alone on the device")
+    parser.add_argument("--batches", type=int, nargs="+", help="instead: of the first peer, at these sizes")
     parser.add_argument("--smoke", action="store_true", help="very small models, to see that it runs")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     settings = {name: getattr(args, name) for name in ("batch", "length", "dtype", "smoke")}
-    result = compare(make_step, args.peers, settings, turns=args.turns)
-    operations = 3 * forward_operations(settings)
-    result["giga_operations"] = operations / 1e9
-    for measured in result["peers"].values():
-        rate = operations / measured["seconds"] / 1e12
-        measured["rows_per_second"] = args.batch / measured["seconds"]
-        measured["teraflops"] = rate
-        if args.peak_teraflops:
-            measured["utilisation"] = rate / args.peak_teraflops
+
+    def measure(peers: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+        found = compare(make_step, peers, settings, turns=args.turns, apart=args.apart)
+        return with_rates(found, args.peak_teraflops)
+
+    if args.batches:
+        sizes = [measure(args.peers[:1], settings | {"batch": batch}) for batch in args.batches]
+        result: dict[str, Any] = {"batches": sizes}
+    else:
+        result = measure(args.peers, settings)
     write_result(Path(__file__).stem, result, args.output)
 
 

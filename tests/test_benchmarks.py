@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from failing_peers import make_failing
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 ablation = importlib.import_module("ablation")
 generation = importlib.import_module("generation")
 input_pipeline = importlib.import_module("input_pipeline")
+peers = importlib.import_module("peers")
+roofline = importlib.import_module("roofline")
 saving = importlib.import_module("saving")
 scaling = importlib.import_module("scaling")
 suite = importlib.import_module("suite")
@@ -45,6 +48,61 @@ def test_every_peer_evaluates_a_batch(peer):
 def test_every_peer_trains(peer):
     run = train_step.make_step(peer, SETTINGS)
     assert run() > run() > 0, "the second step on the same batch must lower the loss"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_peer_that_runs_out_of_memory_is_reported_and_the_others_go_on(apart, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    names = ["native", "early", "late", "killed", "torch"]
+    found = peers.compare(make_failing, names, {"batch": 1}, turns=3, apart=apart)["peers"]
+    assert list(found) == names
+    assert found["early"] == {"failed": "MemoryError: RESOURCE_EXHAUSTED: 34 GiB"}
+    assert found["late"] == {"failed": "MemoryError: RESOURCE_EXHAUSTED: 12 GiB"}
+    assert found["killed"] == {"failed": "its process ended with status -9, as one that is out of memory may"}
+    for name in ("native", "torch"):
+        assert len(found[name]["seconds_of_turns"]) == 3
+    assert found["torch"]["times_native"] > 0
+    rated = train_step.with_rates({"settings": SETTINGS, "peers": found}, peak_teraflops=1.0)["peers"]
+    assert rated["early"] == found["early"]
+    assert rated["native"]["utilisation"] == pytest.approx(rated["native"]["teraflops"])
+
+
+def test_products_are_counted_by_hand():
+    product = roofline.Product(times=3, m=2, k=5, n=7)
+    assert product.operations == 3 * 2 * (2 * 5 * 7)
+    assert product.elements == 3 * (10 + 35 + 14)
+    # ViT-B/16 with GPT-2: 86 M and 124 M parameters in products with 197 states and 32 tokens, 28 M with the states.
+    settings = {"batch": 1, "length": 32, "smoke": False, "dtype": "float32"}
+    parts = {name: roofline.operations({name: found}) for name, found in roofline.forward_products(settings).items()}
+    attention = 12 * 2 * (2 * 197 * 197 * 768)
+    assert parts["encoder"] == pytest.approx(2 * 197 * 85.8e6 + attention, rel=0.01)
+    assert parts["cross-attention keys and values"] == 2 * 197 * 24 * 768 * 768
+    assert parts["vocabulary"] == 2 * 32 * 768 * 50_257
+
+
+def test_work_is_bound_by_the_longer_of_its_roofs():
+    roofs = {"teraflops": {"float32": 2.0}, "gigabytes_a_second": 100.0, "peak": {"float32": 4.0}}
+    busy = roofline.verdict({"operations": 4e12, "bytes": 1e9}, 4.0, roofs, "float32")
+    assert (busy["bound_by"], busy["roof_seconds"], busy["share_of_roof"]) == ("arithmetic", 2.0, 0.5)
+    assert (busy["utilisation"], busy["operations_a_byte"]) == (0.25, 4000.0)
+    idle = roofline.verdict({"operations": 1e9, "bytes": 1e12}, 40.0, roofs | {"peak": {}}, "float32")
+    assert (idle["bound_by"], idle["roof_seconds"], idle["share_of_roof"]) == ("memory", 10.0, 0.25)
+    assert "utilisation" not in idle
+
+
+def test_a_training_step_moves_its_optimizers_bytes_at_least():
+    settings = {"batch": 2, "length": 4, "smoke": True, "dtype": "bfloat16"}
+    narrow = roofline.work_of("training step", settings)
+    wide = roofline.work_of("training step", settings | {"dtype": "float32"})
+    optimizer = 28 * roofline.num_parameters(settings)
+    assert wide["bytes"] - optimizer == 2 * (narrow["bytes"] - optimizer) > 0
+    assert wide["operations"] == narrow["operations"] == 3 * train_step.forward_operations(settings)
+
+
+def test_roofs_are_measured():
+    roofs = roofline.measure_roofs((64,))
+    assert roofs["platform"] == "cpu"
+    assert all(rate > 0 for rate in (*roofs["teraflops"].values(), roofs["gigabytes_a_second"]))
 
 
 def test_both_ways_of_input_bring_the_same_rows(tmp_path):
@@ -91,6 +149,45 @@ def test_estimates_grow_with_the_machine():
     assert small["efficiency_without_overlap"] > large["efficiency_without_overlap"] > 0
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_every_part_is_given_flags_that_it_knows(platform):
+    plan = suite.Plan(dtype="bfloat16", batch=256, peers=("native", "torch"), folder=Path("here"))
+    asked = {}
+    for name, command in suite.PARTS.items():
+        if command:
+            known = (suite.HERE / command[0]).read_text()
+            asked[name] = plan.flags(name, platform=platform)
+            flags = [flag for flag in (*command, *asked[name]) if flag.startswith("--")]
+            passed_on = ("--dtype",) if command[0] == "rehearsal.py" else ()
+            assert all(f'"{flag}"' in known for flag in flags if flag not in passed_on)
+    assert ("--apart" in asked["generation"]) == (platform == "gpu")
+    assert asked["training step"][:2] == ["--dtype", "bfloat16"]
+    assert asked["training step, float32"][:2] == ["--dtype", "float32"]
+    assert asked["batch sizes"][-5:] == ["32", "64", "128", "256", "512"]
+    assert not suite.Plan().includes("training step, float32"), "which the training step itself is"
+
+
+def test_a_part_that_fails_is_named_and_the_page_is_written_all_the_same(monkeypatch, tmp_path):
+    def part(command, folder):
+        if command[0] == "roofline.py":
+            roofs = {"platform": "cpu", "teraflops": {"float32": 1.0}, "gigabytes_a_second": 10.0}
+            return {**roofs, "device": "cpu", "versions": {"jax": "0"}}
+        if command[0] != "train_step.py":
+            return {"failed": "status 1"}
+        peer = {**suite_result(1.0)["training step"]["peers"]["native"], "first_run_seconds": 2.0}
+        peer |= {"spread": [1.0, 1.1], "peak_memory_mb": 5.0}
+        settings = SETTINGS | {"batch": 1}
+        return {"settings": settings, "peers": {"native": peer, "torch": {"failed": "out of memory"}}}
+
+    monkeypatch.setattr(suite, "run_part", part)
+    result = suite.run_suite(suite.Plan(parts=("training step", "generation")))
+    assert suite.failures(result) == ["generation: status 1"]
+    assert result["training step"]["roofline"]["bound_by"] in ("memory", "arithmetic")
+    text = suite.page({**result, "device": "cpu", "date": "2026-01-01", "versions": {"jax": "0"}})
+    assert "| training step | torch | failed: out of memory |" in text
+    assert "- failed: generation: status 1" in text
+
+
 def suite_result(seconds: float, *, device: str = "cpu") -> dict:
     part = {
         "device": device,
@@ -104,7 +201,10 @@ def test_a_slower_result_is_a_regression_and_another_device_no_comparison():
     same = suite.compare(suite_result(1.0), suite_result(1.0))
     slower = suite.compare(suite_result(1.0), suite_result(1.2))
     faster = suite.compare(suite_result(1.0), suite_result(0.8))
-    assert [row["regression"] for row in (*same, *slower, *faster)] == [False] * 3 + [True] * 3 + [False] * 3
+    count = len(suite.TIMED)
+    assert [row["regression"] for row in (*same, *slower, *faster)] == [False] * count + [True] * count + [
+        False
+    ] * count
     assert slower[0]["ratio"] == pytest.approx(1.2)
     with pytest.raises(SystemExit, match="device differ: cpu and gpu"):
         suite.compare(suite_result(1.0), suite_result(1.0, device="gpu"))
