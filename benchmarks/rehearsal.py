@@ -8,7 +8,8 @@ In DIR a stand-in for COCO is made (`stand_in.py`; 19 GB, found again by the nex
 GPT-2 of random weights. Then the commands of the documented run are given, each in a process of its own:
 `create-model`, `reproduce coco2017 --dry_run`, `data check`, `reproduce coco2017`, `verify`; before the run the images
 are decoded into a new cache by the run's own preparation, once cold and once warm. Flags of `repro train` are passed
-on. The whole needs 60 GB of disk, 19 of them for the saved models and states; `--images 20000` needs 26.
+on. The whole needs 60 GB of disk, 19 of them for the saved models and states; `--images 20000` needs 26. Where a step
+is to be computed in little memory, add `--replicas_at_once 1`.
 
 `--images` makes a smaller stand-in in COCO's proportions. `--train_steps` trains on the first rows only, evaluated in
 the middle and at the end, and `--eval_images` evaluates on the first. Random weights reach no loss: the verdict must

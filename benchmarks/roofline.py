@@ -25,9 +25,7 @@ from peers import model_config, write_result
 
 CAPTIONS_PER_IMAGE = 5
 WIDTH = {"float32": 4, "bfloat16": 2}
-SIDES = (1024, 2048, 4096, 8192, 16384)
-LONGEST, TURNS = 0.5, 5
-"""Seconds of one product from which on no larger one is tried."""
+TURNS = 5
 COPIED = 2**28
 """Elements, 1 GiB in float32."""
 ADAMW_BYTES = 7 * 4
@@ -188,46 +186,36 @@ def verdict(work: dict[str, float], seconds: float, roofs: dict[str, Any], dtype
     }
 
 
-def measure_roofs(sides: tuple[int, ...] = SIDES) -> dict[str, Any]:
+def measure_roofs() -> dict[str, Any]:
     """Measure what the first device does at best."""
     import jax
     import jax.numpy as jnp
 
-    def best(function: Any, *arguments: Any) -> float:
-        compiled = jax.jit(function)
-        compiled(*arguments).block_until_ready()
-        times = []
-        for _ in range(TURNS):
-            started = time.perf_counter()
-            compiled(*arguments).block_until_ready()
-            times.append(time.perf_counter() - started)
-        return min(times)
+    from repro.check import multiplication_rate
 
-    rates: dict[str, float] = {}
-    for dtype in WIDTH:
-        for side in sides:
-            matrix = jnp.ones((side, side), dtype)
-            seconds = best(jnp.matmul, matrix, matrix)
-            rates[dtype] = max(rates.get(dtype, 0.0), 2 * side**3 / seconds / 1e12)
-            if seconds > LONGEST / 8:  # the next takes eight times as long
-                break
-    array = jnp.ones(COPIED if len(sides) == len(SIDES) else 2**20, jnp.float32)
+    array = jnp.ones(COPIED, jnp.float32)
+    read_and_write = jax.jit(lambda x: x + 1)
+    read_and_write(array).block_until_ready()
+    times = []
+    for _ in range(TURNS):
+        started = time.perf_counter()
+        read_and_write(array).block_until_ready()
+        times.append(time.perf_counter() - started)
     device = jax.devices()[0]
     return {
         "platform": device.platform,
         "device_kind": device.device_kind,
-        "teraflops": rates,
-        "gigabytes_a_second": 2 * array.nbytes / best(lambda x: x + 1, array) / 1e9,
+        "teraflops": {dtype: multiplication_rate(dtype) / 1e12 for dtype in WIDTH},
+        "gigabytes_a_second": 2 * array.nbytes / min(times) / 1e9,
         "peak": PEAKS.get(device.device_kind, {}),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small matrices")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    write_result(Path(__file__).stem, measure_roofs(SIDES[:1] if args.smoke else SIDES), args.output)
+    write_result(Path(__file__).stem, measure_roofs(), args.output)
 
 
 if __name__ == "__main__":
