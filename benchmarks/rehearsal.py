@@ -146,6 +146,10 @@ def read_run(folder: Path, facts: dict[str, Any], **more: Any) -> Measured:
     )
 
 
+class PhaseFailed(Exception):
+    """A phase did not end as it may; the message says which, and how."""
+
+
 class Phases:
     """Runs commands in processes of their own, and keeps what each took."""
 
@@ -158,7 +162,7 @@ class Phases:
         """Run one; its output goes to a file of its name.
 
         Raises:
-            SystemExit: it ended with another status than those allowed.
+            PhaseFailed: it ended with another status than those allowed.
         """
         stem = name.replace(" ", "-")
         log, report = self.folder / f"{stem}.log", self.folder / f"{stem}.json"
@@ -176,7 +180,7 @@ class Phases:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode not in allowed or not report.exists():
             print(log.read_text()[-4000:], file=sys.stderr)
-            raise SystemExit(f"{name}: ended with status {process.returncode}")
+            raise PhaseFailed(f"{name}: ended with status {process.returncode}")
         self.results[name] = {
             "seconds": round(time.perf_counter() - started, 1),
             "status": process.returncode,
@@ -263,86 +267,107 @@ def says(log: Path, *beginnings: str) -> list[str]:
     return [line for line in log.read_text().splitlines() if line.startswith(beginnings)]
 
 
-def rehearse(
-    folder: Path,
-    more: list[str],
-    *,
-    images: int,
-    train_steps: int | None,
-    eval_images: int | None,
-    num_processes: int,
-    smoke: bool,
-    data_only: bool = False,
-) -> dict[str, Any]:
-    """Go through all phases in a folder."""
-    from repro.recipes import read_recipe
-    from repro.reproduce import recipe_flags
+@dataclass(frozen=True)
+class Plan:
+    """What is rehearsed.
 
-    data, run = folder / "data", folder / "run"
+    Attributes:
+        images: of the stand-in's training split.
+        train_steps, eval_images: of a part; None for all.
+        flags: of `repro train`.
+        data_only: stop before the training.
+    """
+
+    images: int
+    train_steps: int | None
+    eval_images: int | None
+    flags: tuple[str, ...]
+    smoke: bool = False
+    data_only: bool = False
+
+
+def rehearse(folder: Path, plan: Plan) -> dict[str, Any]:
+    """Go through all phases in a folder; one that fails ends them, and what was measured before it is kept."""
     for name in ("cache", "check", "run"):
         shutil.rmtree(folder / name, ignore_errors=True)
     phase = Phases(folder / "logs")
-    started = time.perf_counter()
-    counts = stand_in.write_data(data, images, num_processes)
-    stand_in.write_halves(folder / "model" / "halves", smoke=smoke)
-    phase.results["stand-in"] = {"seconds": round(time.perf_counter() - started, 1)}
-    print(f"stand-in: {phase.results['stand-in']}, {counts}", flush=True)
+    result: dict[str, Any] = {"settings": vars(plan), "phases": phase.results}
+    try:
+        flags = make_inputs(folder, plan, phase, result)
+        images_seconds = rehearse_data(folder, flags, phase, result)
+        if not plan.data_only:
+            rehearse_run(folder, plan, flags, images_seconds, phase, result)
+    except PhaseFailed as error:
+        result["failed"] = str(error)
+    result["gigabytes"] = {name: on_disk(folder / name) for name in OWN if (folder / name).is_dir()}
+    return result
 
-    halves, model = folder / "model" / "halves", folder / "model" / "whole"
+
+def make_inputs(folder: Path, plan: Plan, phase: Phases, result: dict[str, Any]) -> list[str]:
+    """Make data and model; returns the flags that name them, and those of the plan."""
+    data, halves, model = folder / "data", folder / "model" / "halves", folder / "model" / "whole"
+    started, was_there = time.perf_counter(), (data / "stand_in.json").exists()
+    result["counts"] = stand_in.write_data(data, plan.images, len(os.sched_getaffinity(0)))
+    stand_in.write_halves(halves, smoke=plan.smoke)
+    phase.results["stand-in"] = {"seconds": round(time.perf_counter() - started, 1), "was_there": was_there}
+    print(f"stand-in: {phase.results['stand-in']}, {result['counts']}", flush=True)
     shutil.rmtree(model, ignore_errors=True)
     configs = ("--encoder_config_name", halves / "encoder", "--decoder_config_name", halves / "decoder")
     phase("create-model", "create-model", *configs, "--output_dir", model)
     places = ["--data_dir", str(data), "--cache_dir", str(folder / "cache"), "--model_name_or_path", str(model)]
-    flags = [*places, *(SMOKE if smoke else ()), *more]
+    return [*places, *(SMOKE if plan.smoke else ()), *plan.flags]
+
+
+def rehearse_data(folder: Path, flags: list[str], phase: Phases, result: dict[str, Any]) -> float:
+    """Do what comes before a run; returns the seconds that rows, images and tokens took."""
+    from repro.recipes import read_recipe
+    from repro.reproduce import recipe_flags
+
+    run = folder / "run"
     whole = [*recipe_flags(read_recipe(RECIPE), run), *flags]
-    # A part may find no room for all of it, or no batch: this is reported, and the part is tried.
+    # There may be no room for all of it: this is reported, and a part is tried.
     phase("dry run", "reproduce", RECIPE, "--output_dir", run, "--dry_run", *flags, allowed=(0, 2))
+    result["dry_run"] = says(folder / "logs" / "dry-run.log", "step:", "time:", "disk:")
     phase("data check", "data", "check", *whole, "--report_dir", folder / "check")
-    prepared = phase("prepare", "prepare", *whole)
-    result: dict[str, Any] = {
-        "settings": {"train_steps": train_steps, "eval_images": eval_images, "smoke": smoke, "flags": more},
-        "counts": counts,
-        "phases": phase.results,
-    }
     report = json.loads((folder / "check" / "data_check.json").read_text())
     result["data_check"] = {
         **{split: {name: found[name] for name in KEPT_OF_CHECK} for split, found in report["splits"].items()},
         "modes": report["images"]["modes"],
         "unusable": report["images"]["unusable"],
     }
-    result["dry_run"] = says(folder / "logs" / "dry-run.log", "step:", "time:", "disk:")
-    if not data_only:
-        smaller = counts["train"][1] if images < stand_in.TRAIN_IMAGES else None
-        part = part_flags(flags, train_steps, eval_images, rows=smaller)
-        command = ("reproduce", RECIPE, "--output_dir", run, "--keep_going", *part, *flags)
-        done = phase("reproduce", *command, allowed=(0, 1, 2))
-        # Input that cannot be used ends with the same status as a verdict of CANNOT TELL.
-        if not (run / "result.json").exists():
-            raise SystemExit((folder / "logs" / "reproduce.log").read_text()[-4000:])
-        phase("verify", "verify", run, "--json", folder / "logs" / "verdict.json", allowed=(0, 1, 2))
-        verdict = json.loads((folder / "logs" / "verdict.json").read_text())
-        facts = json.loads((run / "run" / "run.json").read_text())
-        measured = read_run(
-            run / "run",
-            facts,
-            images=sum(of_split[0] for of_split in counts.values()),
-            images_seconds=prepared["cold_seconds"] - prepared["warm_seconds"],
-            all_seconds=done["seconds"],
-        )
-        result |= {
-            "verdict": verdict["verdict"],
-            "problems": [problem.partition(": ")[2] for problem in verdict["problems"]],
-            "targets": {found["target"]: found["verdict"] for found in verdict["targets"]},
-            "run": {
-                **{name: facts[name] for name in KEPT_OF_RUN},
-                "parameters": facts["model"]["parameters"],
-                "step_gigabytes": round(facts["step_bytes"] / 1e9, 2),
-                "report_megabytes": round((run / "report.html").stat().st_size / 1e6, 2),
-            },
-            "projection": {"measured": vars(measured), **project(measured)},
-        }
-    result["gigabytes"] = {name: on_disk(folder / name) for name in OWN if (folder / name).is_dir()}
-    return result
+    prepared = phase("prepare", "prepare", *whole)
+    return prepared["cold_seconds"] - prepared["warm_seconds"]
+
+
+def rehearse_run(
+    folder: Path, plan: Plan, flags: list[str], images_seconds: float, phase: Phases, result: dict[str, Any]
+) -> None:
+    """Reproduce and verify, and project the whole."""
+    run, verdict_file = folder / "run", folder / "logs" / "verdict.json"
+    rows = result["counts"]["train"][1] if plan.images < stand_in.TRAIN_IMAGES else None
+    part = part_flags(flags, plan.train_steps, plan.eval_images, rows=rows)
+    command = ("reproduce", RECIPE, "--output_dir", run, "--keep_going", *part, *flags)
+    done = phase("reproduce", *command, allowed=(0, 1, 2))
+    # Input that cannot be used ends with the same status as a verdict of CANNOT TELL.
+    if not (run / "result.json").exists():
+        raise PhaseFailed(f"reproduce: {says(folder / 'logs' / 'reproduce.log', 'error:')}")
+    phase("verify", "verify", run, "--json", verdict_file, allowed=(0, 1, 2))
+    verdict = json.loads(verdict_file.read_text())
+    facts = json.loads((run / "run" / "run.json").read_text())
+    images = sum(of_split[0] for of_split in result["counts"].values())
+    measured = read_run(run / "run", facts, images=images, images_seconds=images_seconds, all_seconds=done["seconds"])
+    result |= {
+        "verdict": verdict["verdict"],
+        "problems": [problem.partition(": ")[2] for problem in verdict["problems"]],
+        "targets": {found["target"]: found["verdict"] for found in verdict["targets"]},
+        "run": {
+            **{name: facts[name] for name in KEPT_OF_RUN},
+            "parameters": facts["model"]["parameters"],
+            "step_gigabytes": round(facts["step_bytes"] / 1e9, 2),
+            "report_megabytes": round((run / "report.html").stat().st_size / 1e6, 2),
+        },
+        "projection": {"measured": vars(measured), **project(measured)},
+    }
 
 
 def claim(folder: Path) -> None:
@@ -396,21 +421,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary) / "rehearsal").absolute()
         claim(folder)
-        result = rehearse(
-            folder,
-            more,
+        plan = Plan(
             images=args.images or (60 if args.smoke else stand_in.TRAIN_IMAGES),
             train_steps=args.train_steps or (8 if args.smoke else None),
             eval_images=args.eval_images or (8 if args.smoke else None),
-            num_processes=len(os.sched_getaffinity(0)),
+            flags=tuple(more),
             smoke=args.smoke,
             data_only=args.data_only,
         )
+        result = rehearse(folder, plan)
         if args.remove:
             remove(folder)
     write_result(Path(__file__).stem, result, args.output)
     if "projection" in result:
         print(table(result["projection"]))
+    if "failed" in result:
+        sys.exit(result["failed"])
 
 
 if __name__ == "__main__":

@@ -174,6 +174,25 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in own.iterdir()] == ["note"]
 
 
+def test_what_was_measured_before_a_phase_failed_is_kept(tmp_path, monkeypatch):
+    def fail(name, *arguments, allowed=(0,)):
+        phase.results[name] = {"seconds": 1.0}
+        if name == "data check":
+            raise rehearsal.PhaseFailed("data check: ended with status 3")
+        return phase.results[name]
+
+    phase = fail
+    phase.results = {}
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "dry-run.log").write_text("time: 3 h for all\nwritten somewhere\n")
+    monkeypatch.setattr(rehearsal, "Phases", lambda folder: phase)
+    result = rehearsal.rehearse(tmp_path, rehearsal.Plan(40, 2, 8, flags=(), smoke=True))
+    assert result["failed"] == "data check: ended with status 3"
+    assert result["dry_run"] == ["time: 3 h for all"]
+    assert list(result["phases"]) == ["stand-in", "create-model", "dry run", "data check"]
+    assert "projection" not in result
+
+
 @pytest.mark.slow
 def test_the_rehearsal_ends_with_a_verdict_and_a_projection(tmp_path, monkeypatch, capsys):
     output = tmp_path / "rehearsal.json"
