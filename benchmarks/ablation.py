@@ -7,8 +7,9 @@ differs from the recipe than what the table says. Switches that only touch the e
 of the recipe's own runs, so they are compared seed by seed (paired t); variants that train anew are compared as groups
 (Welch's t), because rounding alone makes two runs of one seed part. Reported are the mean difference from the recipe
 and its 95 % interval, and where two groups shall agree (native and transformers under each protocol) the equivalence
-test of `repro verify --against` with the recipe's margins. Runs that are in the folder already are not repeated; the
-result has the metrics of each, and with `--known RESULT.json` the runs of an earlier result count as done.
+test of `repro verify` with the recipe's margins, over all seeds that have been run: `exact` against the recipe's own
+seeds, the others against each other. Runs that are in the folder already are not repeated; the result has the metrics
+of each, and with `--known RESULT.json` the runs of an earlier result count as done.
 """
 
 from __future__ import annotations
@@ -146,6 +147,13 @@ def run_all(root: Path, variants: Sequence[Variant], seeds: Sequence[int], worke
                 done.result()
 
 
+def metrics_of_seeds(root: Path, variant: Variant) -> dict[int, dict[str, float]]:
+    """What every run of a variant in the folder gave, by seed."""
+    files = folder_of(root, variant, 0).parent.glob("seed-*/metrics.json")
+    found = {int(file.parent.name.removeprefix("seed-")): json.loads(file.read_text()) for file in files}
+    return dict(sorted(found.items()))
+
+
 def difference(values: Sequence[float], base: Sequence[float], *, paired: bool) -> dict[str, float]:
     """The mean difference and half the width of its 95 % interval."""
     if paired:
@@ -199,11 +207,8 @@ def summarize(
     from repro.evaluation.targets import against, judge_values, read_targets
     from repro.recipes import read_recipe
 
-    measured = {
-        variant.name: [json.loads((folder_of(root, variant, s) / "metrics.json").read_text()) for s in seeds]
-        for variant in variants
-        if all((folder_of(root, variant, seed) / "metrics.json").exists() for seed in seeds)
-    }
+    every = {variant.name: found for variant in variants if (found := metrics_of_seeds(root, variant))}
+    measured = {name: [found[s] for s in seeds] for name, found in every.items() if set(seeds) <= set(found)}
     targets = [t for t in read_targets(read_recipe("pocket")["targets"]) if t.is_statistical and t.values is None]
     rows = []
     for variant in variants:
@@ -217,11 +222,14 @@ def summarize(
             row[metric] = {"mean": statistics.fmean(values), "standard_deviation": statistics.stdev(values)}
             row[metric] |= difference(values, base, paired=variant.evaluates)
         if variant.like in measured:
-            other = {t.name: [run[t.metric] for run in measured[variant.like]] for t in targets}
+            # The recipe's targets are the seeds of the base.
+            like = {t.name: [run[t.metric] for run in every[variant.like].values()] for t in targets}
             outcomes = [
-                judge_values(target, [run[target.metric] for run in runs], 0.01) for target in against(targets, other)
+                judge_values(target, [run[target.metric] for run in every[variant.name].values()], 0.01)
+                for target in (targets if variant.like == BASE else against(targets, like))
             ]
             row["equivalent_to"] = variant.like
+            row["equivalence_seeds"] = list(every[variant.name])
             row["equivalence"] = {
                 outcome.target.name: {
                     "margin": outcome.target.margin,
@@ -242,7 +250,7 @@ def summarize(
         "seeds": list(seeds),
         "variants": rows,
         "bootstrap": bootstrap,
-        "runs": {name: dict(zip(map(str, seeds), runs, strict=True)) for name, runs in measured.items()},
+        "runs": {name: {str(seed): run for seed, run in every[name].items()} for name in measured},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import transformers
 from failing_peers import make_failing
+
+from repro.evaluation.targets import read_targets
+from repro.recipes import read_recipe
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 ablation = importlib.import_module("ablation")
@@ -227,3 +231,23 @@ def test_runs_of_an_earlier_result_of_the_ablation_count_as_done(tmp_path, monke
     ablation.run_all(tmp_path, ablation.VARIANTS[:2], [1], workers=1)
     found = ablation.folder_of(tmp_path, ablation.VARIANTS[1], 1) / "metrics.json"
     assert found.read_text() == '{"eval_loss": 0.5}'
+
+
+def test_equivalence_takes_every_seed_that_was_run_and_effects_those_of_all_variants(tmp_path):
+    targets = [t for t in read_targets(read_recipe("pocket")["targets"]) if t.is_statistical and t.values is None]
+    wide = {"eval_attribute_accuracy": 0.95}
+
+    def metrics(place: int) -> dict[str, float]:
+        """One standard deviation above or below the recipe's mean."""
+        return wide | {t.metric: t.value + (-1) ** place * t.standard_deviation for t in targets}
+
+    variants = [v for v in ablation.VARIANTS if v.name == "exact, transformers" or v.name == ablation.BASE]
+    seeds = range(4)
+    known = {"runs": {v.name: {str(s): metrics(s) for s in range(4 + 8 * (v.like is not None))} for v in variants}}
+    ablation.take_over(tmp_path, known)
+    result = ablation.summarize(tmp_path, variants, seeds, known={"bootstrap": {}})
+    other = result["variants"][1]
+    assert other["equivalence_seeds"] == list(range(12))
+    assert {found["verdict"] for found in other["equivalence"].values()} == {"PASS"}
+    assert other["eval_loss"]["mean"] == pytest.approx(statistics.fmean(metrics(s)["eval_loss"] for s in seeds))
+    assert result["runs"] == known["runs"]
