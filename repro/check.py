@@ -162,12 +162,13 @@ def _describe_needs(
         steps_per_epoch = splits["train"]["rows_kept"] // batch
         steps = steps_per_epoch * int(args.num_train_epochs)
         between = args.eval_steps if (args.eval_steps or 0) > 0 else steps_per_epoch
+        at_end = protocol_named(args.protocol).always_evaluate_at_end
         operations = steps * batch * training_operations(pretrained, splits["train"]["max_length"])
         rate = multiplication_rate(model_args.dtype) * jax.device_count()
         needs |= {
             "global_batch": batch,
             "steps": steps,
-            "checkpoints": steps // between if between else 0,
+            "checkpoints": steps // between + (at_end and steps % between > 0) if between else 0,
             "operations": operations,
             "operations_per_second": rate,
             "seconds_training_at_least": round(operations / rate, 1),

@@ -95,6 +95,12 @@ def test_a_data_set_is_counted(flags: list[str], tmp_path: Path, tokenizer, caps
     assert not list((tmp_path / "cache").rglob("pixels"))  # nothing is decoded for later
 
 
+def test_the_checkpoint_at_the_end_is_counted_where_the_protocol_saves_one(flags: list[str]) -> None:
+    for protocol, checkpoints in (("published", 4), ("published,always_evaluate_at_end=true", 5)):
+        needs = check(flags, f"--protocol={protocol}", "--eval_steps=5")["needs"]
+        assert (needs["steps"], needs["checkpoints"]) == (21, checkpoints)
+
+
 def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path: Path, capsys) -> None:
     broken, gray, *_ = sorted((tmp_path / "coco" / "train2017").iterdir())
     broken.write_bytes(broken.read_bytes()[:-40])
