@@ -19,10 +19,10 @@ Rules. The clock of a phase runs from the start of its process to its end. The w
 a sum of terms, each measured here (`project`): start-up, compilation included, once; rows, cache and tokens by images;
 steps by the median time between two logged steps with no evaluation between them; what else training took (the first
 steps, states) and saved models by evaluations; evaluations by rows, the first one's compilation apart; everything
-else, imports, `verify` and the report included, once, as it was. Weights that were hardly trained seldom end a caption
-early, so that evaluations take longer here than those of a model that has learned to. The sum is held against the
-published 5,400 seconds, of which nobody knows what they included. Memory is each process's largest resident size,
-files mapped into it included, and on a device what the backend reports.
+else, imports, `verify` and the report included, once, as it was. An evaluation ends when captions do, which is not as
+in a model that has learned to end them. The sum is held against the published 5,400 seconds, of which nobody knows what
+they included. Memory is each process's largest resident size, files mapped into it included, and on a device what the
+backend reports.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import stand_in
+from filelock import FileLock, Timeout
 from peers import write_result
 
 RECIPE = "coco2017"
@@ -52,7 +53,7 @@ DOCUMENTED = {"steps": 2307, "evaluations": 5, "rows": 24_832, "images": stand_i
 """The run with its addition, an evaluation at the end; rows of one evaluation; images of both splits."""
 PUBLISHED_SECONDS = 5400
 OWN = ("data", "model", "cache", "check", "run", "logs")
-MARKER = ".rehearsal"
+MARKER, LOCK = ".rehearsal", ".lock"
 STEP_LINE = re.compile(r"^(\S+ \S+) - INFO - step (\d+) of \d+: loss", re.MULTILINE)
 SMOKE = ("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--num_beams", "2")
 KEPT_OF_RUN = ("num_steps", "replicas_at_once", "train_rows_per_second", "waiting_for_input_seconds")
@@ -370,23 +371,32 @@ def rehearse_run(
     }
 
 
-def claim(folder: Path) -> None:
-    """Take a folder that is new, empty, or of an earlier rehearsal.
+def claim(folder: Path) -> FileLock:
+    """Take a folder that is new, empty, or of an earlier rehearsal, for as long as the lock is kept.
 
     Raises:
-        SystemExit: it holds something else.
+        SystemExit: it holds something else, or another rehearsal is at work in it.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise SystemExit(f"{folder}: holds something else; name a new or an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SystemExit(
+            f"{folder}: another rehearsal is at work in it; wait for it, or name another folder"
+        ) from error
+    return lock
 
 
 def remove(folder: Path) -> None:
     """Remove what rehearsals have made in a folder, and the folder if nothing else is in it."""
     for name in OWN:
         shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / MARKER).unlink(missing_ok=True)
+    for name in (MARKER, LOCK):
+        (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -420,7 +430,7 @@ def main() -> None:
         parser.error("--folder is missing")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary) / "rehearsal").absolute()
-        claim(folder)
+        lock = claim(folder)
         plan = Plan(
             images=args.images or (60 if args.smoke else stand_in.TRAIN_IMAGES),
             train_steps=args.train_steps or (8 if args.smoke else None),
@@ -432,6 +442,7 @@ def main() -> None:
         result = rehearse(folder, plan)
         if args.remove:
             remove(folder)
+        lock.release()
     write_result(Path(__file__).stem, result, args.output)
     if "projection" in result:
         print(table(result["projection"]))

@@ -167,7 +167,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("draft")
     with pytest.raises(SystemExit, match="holds something else"):
         rehearsal.claim(tmp_path)
-    rehearsal.claim(own := tmp_path / "own")
+    lock = rehearsal.claim(own := tmp_path / "own")
+    with pytest.raises(SystemExit, match="another rehearsal is at work"):
+        rehearsal.claim(own)
+    lock.release()
+    lock = rehearsal.claim(own)
     (own / "data").mkdir()
     (own / "note").write_text("kept")
     rehearsal.remove(own)
