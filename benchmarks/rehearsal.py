@@ -4,7 +4,7 @@
     python benchmarks/rehearsal.py --folder DIR --train_steps 200 --eval_images 1000                      # a part
     python benchmarks/rehearsal.py --smoke                                                                # seconds
 
-In DIR a stand-in for COCO is made (`stand_in.py`; 19 GB, found again by the next rehearsal), and a ViT-B/16 with a
+In DIR a stand-in for COCO is made (`stand_in.py`; 20 GB, found again by the next rehearsal), and a ViT-B/16 with a
 GPT-2 of random weights. Then the commands of the documented run are given, each in a process of its own:
 `create-model`, `reproduce coco2017 --dry_run`, `data check`, `reproduce coco2017`, `verify`; before the run the images
 are decoded into a new cache by the run's own preparation, once cold and once warm. Flags of `repro train` are passed

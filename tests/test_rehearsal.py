@@ -190,6 +190,8 @@ def test_what_was_measured_before_a_phase_failed_is_kept(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "dry-run.log").write_text("time: 3 h for all\nwritten somewhere\n")
     monkeypatch.setattr(rehearsal, "Phases", lambda folder: phase)
+    monkeypatch.setattr(stand_in, "write_data", lambda *_: {"train": [40, 200], "val": [64, 320]})
+    monkeypatch.setattr(stand_in, "write_halves", lambda *_, **__: None)
     result = rehearsal.rehearse(tmp_path, rehearsal.Plan(40, 2, 8, flags=(), smoke=True))
     assert result["failed"] == "data check: ended with status 3"
     assert result["dry_run"] == ["time: 3 h for all"]
