@@ -221,19 +221,19 @@ def peak_memory(peer: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def write_result(name: str, result: dict[str, Any], output: Path | None) -> None:
+def write_result(name: str, result: dict[str, Any], output: Path | None, *, quiet: bool = False) -> None:
     """Print a result, and write it with the machine and the versions that made it."""
     import jax
 
-    result = {
+    made_by = {
         "benchmark": name,
         "date": date.today().isoformat(),
         "device": f"{jax.devices()[0].device_kind}, {multiprocessing.cpu_count()} cores, {platform.machine()}",
         "versions": _versions("jax", "flax", "transformers", "torch", "numpy"),
-        **result,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
+    text = json.dumps({**made_by, **{key: value for key, value in result.items() if key not in made_by}}, indent=1)
+    if not quiet:
+        print(text)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")

@@ -4,6 +4,7 @@
     python benchmarks/suite.py --device h200 --dtype bfloat16 --batch 256 --folder DIR        # an accelerator's session
     python benchmarks/suite.py --smoke                           # every part in seconds, to see that it runs
     python benchmarks/suite.py --compare OLD.json NEW.json
+    python benchmarks/suite.py --into RESULT.json --parts generation evaluation               # these anew
 
 Rules, written before any number. A clock starts with arguments on the device and stops when the result is there
 (`block_until_ready`). A peer's first run, compilation included, is reported apart; two more warm it up. Peers take
@@ -19,6 +20,9 @@ The training step is measured in `--dtype` and in float32, and the native one at
 End to end is the documented run on a stand-in (`rehearsal.py`): a part of it, with the whole projected. Its own flags
 may be given with `--rehearsal`, such as '--images 118287' for all of it.
 
+What is measured is written part by part, and `--into` adds parts to an earlier result or measures them anew, so that a
+suite may be gone through in several calls.
+
 Two results are compared part by part, native against native, by the one-sided Mann-Whitney test on the turns: slower by
 more than SLOWER with p < LEVEL (shared by the parts) is a REGRESSION, exit status 1. Fewer than five turns cannot show
 one. Different devices or settings are refused.
@@ -33,9 +37,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,9 +153,24 @@ def installed_peers() -> tuple[str, ...]:
     return ("native", *["flax"] * has_class, *["torch"] * (find_spec("torch") is not None))
 
 
-def run_suite(plan: Plan) -> dict[str, Any]:
-    """Run the parts, roofs first."""
-    results: dict[str, Any] = {"smoke": plan.smoke, "dtype": plan.dtype}
+def run_suite(
+    plan: Plan,
+    known: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Run the parts, roofs first.
+
+    Args:
+        known: an earlier result, of which other parts are kept.
+        save: is given what is there after each part.
+
+    Raises:
+        SystemExit: the earlier result is of another device, type or size.
+    """
+    results: dict[str, Any] = {**(known or {}), "smoke": plan.smoke, "dtype": plan.dtype}
+    for what in ("smoke", "dtype"):
+        if known and known[what] != results[what]:
+            raise SystemExit(f"the earlier result has {what} {known[what]}, not {results[what]}")
     platform = "cpu"
     with tempfile.TemporaryDirectory() as place:
         for name, command in PARTS.items():
@@ -162,6 +182,9 @@ def run_suite(plan: Plan) -> dict[str, Any]:
             else:
                 results[name] = run_part([*command, *plan.flags(name, platform=platform)], Path(place))
             platform = results["roofs"].get("platform", platform)
+            if known and results["roofs"].get("device", known["device"]) != known["device"]:
+                raise SystemExit(f"the earlier result is of {known['device']}, not {results['roofs']['device']}")
+            save(with_roofline(results))
     return with_roofline(results)
 
 
@@ -323,6 +346,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the stand-in, which is kept; a temporary one without it")
     parser.add_argument("--smoke", action="store_true", help="very small models and few steps; writes nothing")
     parser.add_argument("--output", type=Path, help="a file in the place of results/DEVICE/DATE.json")
+    parser.add_argument("--into", type=Path, metavar="RESULT", help="an earlier result, whose other parts are kept")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     args = parser.parse_args()
     if args.compare:
@@ -340,9 +364,10 @@ def main() -> None:
         folder=args.folder,
         smoke=args.smoke,
     )
-    result = run_suite(plan)
     dated = HERE / "results" / args.device / f"{date.today().isoformat()}.json"
-    output = args.output or (None if args.smoke else dated)
+    output = args.output or args.into or (None if args.smoke else dated)
+    known = json.loads(args.into.read_text()) if args.into else None
+    result = run_suite(plan, known, partial(write_result, "suite", output=output, quiet=True))
     write_result("suite", result, output)
     if output:
         output.with_suffix(".md").write_text(page(json.loads(output.read_text())))

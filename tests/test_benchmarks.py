@@ -216,6 +216,23 @@ def test_a_slower_result_is_a_regression_and_another_device_no_comparison():
         suite.compare(suite_result(1.0), suite_result(1.0, device="gpu"))
 
 
+def test_a_suite_is_gone_through_in_several_calls_on_one_device(monkeypatch):
+    device = "one"
+    monkeypatch.setattr(suite, "run_part", lambda command, folder: {"failed": command[0], "device": device})
+    saved: list[dict] = []
+    first = suite.run_suite(suite.Plan(parts=("input pipeline",)), save=saved.append)
+    assert [set(found) & set(suite.PARTS) for found in saved] == [{"roofs"}, {"roofs", "input pipeline"}]
+    first |= {"device": device, "input pipeline": {"kept": True}}
+    both = suite.run_suite(suite.Plan(parts=("saving and restart",)), known=first)
+    assert both["input pipeline"] == {"kept": True}
+    assert both["saving and restart"]["failed"] == "saving.py"
+    with pytest.raises(SystemExit, match="has dtype float32, not bfloat16"):
+        suite.run_suite(suite.Plan(dtype="bfloat16"), known=first)
+    device = "another"
+    with pytest.raises(SystemExit, match="is of one, not another"):
+        suite.run_suite(suite.Plan(parts=("saving and restart",)), known=first)
+
+
 def test_an_effect_comes_with_its_interval():
     paired = ablation.difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0], paired=True)
     assert paired == {"difference": 1.0, "half_width": 0.0}
