@@ -43,9 +43,10 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("num_processes", "devices_each", "mesh"),
-    [(2, 1, "data=2"), pytest.param(4, 1, "data=2,fsdp=2", marks=pytest.mark.slow)],
+    [(2, 1, "data=2"), (4, 1, "data=2,fsdp=2")],
     ids=["2", "4"],
 )
+@pytest.mark.slow
 def test_processes_together_give_the_numbers_of_the_reference(num_processes, devices_each, mesh, tmp_path, capfd):
     folder = tmp_path / "run"
     processes = start(folder, num_processes, devices_each, "--mesh", mesh)
