@@ -78,6 +78,8 @@ def program() -> None:
     Where a signal stopped it, this is done at once: threads of XLA or Arrow that are still at work crash an interpreter
     that is taken down around them, and the status would be SIGSEGV's. All that is to be kept is on disk by then.
     """
+    # transformers 5 says at every start that PyTorch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     status = main()
     jax = sys.modules.get("jax")
     # The other processes of a run wait for a proper end.
