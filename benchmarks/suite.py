@@ -229,6 +229,13 @@ def page(result: dict[str, Any]) -> str:
     ]
     if "batch sizes" in measured:
         lines += _batches_table(measured["batch sizes"]["batches"])
+    if "step memory" in measured:
+        sizes = [
+            f"{layout['name']} {layout['step_bytes'] / 1e9:.1f} GB" for layout in measured["step memory"]["layouts"]
+        ]
+        lines.append(f"\nThe documented step's memory, as the compiler plans it: {'; '.join(sizes)}.")
+    if "input pipeline" in measured:
+        lines += _input_lines(measured["input pipeline"])
     if "saving and restart" in measured:
         saving = measured["saving and restart"]
         totals = ", ".join(f"{name} {parts['total']:.1f} s" for name, parts in saving["restart"].items())
@@ -295,6 +302,18 @@ def _batches_table(sizes: list[dict[str, Any]]) -> list[str]:
             rate, memory = found["rows_per_second"], found["peak_memory_mb"]
             lines.append(f"| {rows} | {found['seconds']:.3g} | {rate:.4g} | {memory:.0f} MB |")
     return lines
+
+
+def _input_lines(result: dict[str, Any]) -> list[str]:
+    peers = result["peers"]
+    first, later = peers["ours"], peers["ours_again"]
+    low, high = first["ratio_spread"]
+    return [
+        f"\nInput of an epoch of {result['rows']:,} rows on one core: {first['cpu_seconds']:.2f} s, later epochs"
+        f" {later['cpu_seconds']:.2f} s. The example's way takes {first['example_times']:.1f} ({low:.1f} to {high:.1f})"
+        f" times as long, {later['example_times']:.0f} times in later epochs, and"
+        f" {result['example_bytes_times_ours']:.0f} times the disk."
+    ]
 
 
 def _projection_table(result: dict[str, Any]) -> list[str]:

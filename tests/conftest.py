@@ -40,6 +40,13 @@ ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this call of pytest, the same for all its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
 def golden_inputs() -> Path:
     """The folder of the goldens' images, rows and tiny model."""
     return GOLDEN / "inputs"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -194,6 +197,17 @@ def test_a_part_that_fails_is_named_and_the_page_is_written_all_the_same(monkeyp
     assert "- failed: generation: status 1" in text
 
 
+def test_the_page_of_a_result_has_every_part_that_was_measured():
+    (file,) = (suite.HERE / "results" / "cpu-2-cores").glob("20*.json")
+    result = json.loads(file.read_text())
+    assert suite.failures(result) == []
+    page = file.with_suffix(".md").read_text()
+    assert page == suite.page(result)
+    for name in set(suite.PARTS) & set(result):
+        others = {key: part for key, part in result.items() if key != name}
+        assert suite.page(others) != page, f"{name} is not on the page"
+
+
 def suite_result(seconds: float, *, device: str = "cpu") -> dict:
     part = {
         "device": device,
@@ -248,6 +262,33 @@ def test_runs_of_an_earlier_result_of_the_ablation_count_as_done(tmp_path, monke
     ablation.run_all(tmp_path, ablation.VARIANTS[:2], [1], workers=1)
     found = ablation.folder_of(tmp_path, ablation.VARIANTS[1], 1) / "metrics.json"
     assert found.read_text() == '{"eval_loss": 0.5}'
+
+
+def test_the_table_of_what_moves_the_numbers_is_the_measured_one():
+    result = json.loads((suite.HERE / "results" / "cpu-2-cores" / "ablation.json").read_text())
+    assert ablation.table(result) in (suite.HERE.parent / "README.md").read_text()
+
+
+ROUNDED = """
+import jax, jax.numpy as jnp
+from rounded_products import round_products
+round_products(7)
+more = jnp.float32(1 + 2**-9)  # 1 in bfloat16
+row, ones = jnp.full((1, 4), more), jnp.ones((4, 1))
+product = jax.jit(lambda a, b: (a @ b)[0, 0])
+assert product(row, ones) == 4.0 and product(ones.T, row.T) == 4.0
+assert jax.jit(lambda a: a.sum())(row) == 4 * more, "sums are not products"
+assert jax.grad(lambda a: more * product(a, ones))(row)[0, 0] == 1.0, "the cotangent of a product"
+assert jax.lax.scan(lambda c, _: (c, product(row, ones)), 0, length=2)[1].tolist() == [4.0, 4.0]
+exact = 2**10 + 1
+assert product(jnp.full((1, 1), exact), jnp.ones((1, 1), int)) == exact, "integers stay"
+"""
+
+
+def test_rounded_products_round_the_operands_of_all_products_and_nothing_else():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    where = Path(ablation.__file__).parent
+    subprocess.run([sys.executable, "-c", ROUNDED], cwd=where, env=environment, check=True)
 
 
 def test_equivalence_takes_every_seed_that_was_run_and_effects_those_of_all_variants(tmp_path):

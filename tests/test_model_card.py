@@ -267,7 +267,7 @@ def test_the_cards_code_for_pytorch_captions(place, capsys):
     assert run_snippet(place, r"import .*\bVisionEncoderDecoderModel", capsys)
 
 
-@pytest.mark.skipif(not HAS_TORCH or not IS_4, reason="the pipeline needs transformers 4 and PyTorch")
+@pytest.mark.skipif(not HAS_TORCH or not IS_4, reason="not transformers 4 with PyTorch (`tox -e torch4`)")
 def test_the_cards_code_for_the_pipeline_says_what_pytorch_says(place, capsys):
     expected = run_snippet(place, r"import .*\bVisionEncoderDecoderModel", capsys)
     assert run_snippet(place, "pipeline", capsys) == expected

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from filelock import FileLock
 
 import repro.assemble
 import repro.data.pipeline
@@ -74,17 +75,19 @@ def targets_from(folders: list[Path], own: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+def runs(shared_folder: Path) -> Iterator[Callable[..., Path]]:
     """Gives folders of finished reproductions by seed; the recipe of that name is the small one meanwhile."""
-    root, recipe = tmp_path_factory.mktemp("seeds"), small_recipe()
+    root, recipe = shared_folder / "seeds", small_recipe()
+    root.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         for module in (repro.reproduce, repro.report, repro.verify):
             patch.setattr(module, "read_recipe", lambda name: recipe)
 
         def folder(seed: int, name: str = "", *flags: str) -> Path:
             path = root / f"{seed}{name}"
-            if not (path / "result.json").exists():
-                main(["reproduce", "--output_dir", str(path), "--seed", str(seed), *flags])
+            with FileLock(f"{path}.lock"):
+                if not (path / "result.json").exists():
+                    main(["reproduce", "--output_dir", str(path), "--seed", str(seed), *flags])
             return path
 
         recipe["targets"] += targets_from([folder(seed) for seed in SEEDS], folder(OWN))
