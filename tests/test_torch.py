@@ -1,6 +1,6 @@
 """What is saved here, PyTorch's `VisionEncoderDecoderModel` loads without a word: equal logits, the same captions.
 
-Collected where torch is installed, which is in tox's environment `torch`, with transformers 5.
+Collected where torch is installed, which is in tox's environments `torch`, with transformers 5, and `torch4`.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def variant(golden_inputs: Path, name: str, seed: int) -> Pretrained:
     return dataclasses.replace(model, captioner=captioner, params=params)
 
 
-def in_pytorch(folder: Path, caplog: pytest.LogCaptureFixture) -> VisionEncoderDecoderModel:
+def in_pytorch(folder: Path, caplog: pytest.LogCaptureFixture, **options: str) -> VisionEncoderDecoderModel:
     """Load a folder, with every weight in its place and no warning."""
     for name in ("transformers", "transformers.modeling_utils"):
         logging.getLogger(name).propagate = True
     caplog.clear()
-    model, report = VisionEncoderDecoderModel.from_pretrained(folder, output_loading_info=True)
+    model, report = VisionEncoderDecoderModel.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     return model.eval()
@@ -69,7 +69,9 @@ def normalized(model: Pretrained, pixels: np.ndarray) -> torch.Tensor:
 def test_pytorch_computes_the_same_logits(golden_inputs, tmp_path, caplog, name):
     model = variant(golden_inputs, name, seed=3)
     save_model(model, model.params, tmp_path)
-    theirs = in_pytorch(tmp_path, caplog)
+    # transformers 4 forgets GPT-2's scales in its other attentions: huggingface/transformers, issue 44380.
+    forgets = name in ("unscaled", "scaled by layer") and transformers.__version__.startswith("4.")
+    theirs = in_pytorch(tmp_path, caplog, **({"attn_implementation": "eager"} if forgets else {}))
     pixels, random = images(0), np.random.default_rng(1)
     tokens = random.integers(0, 340, (ROWS, LENGTH), dtype=np.int32)
     mask = (np.arange(LENGTH) < random.integers(1, LENGTH + 1, (ROWS, 1))).astype(np.int32)
