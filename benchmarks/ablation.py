@@ -8,8 +8,10 @@ of the recipe's own runs, so they are compared seed by seed (paired t); variants
 (Welch's t), because rounding alone makes two runs of one seed part. Reported are the mean difference from the recipe
 and its 95 % interval, and where two groups shall agree (native and transformers under each protocol) the equivalence
 test of `repro verify` with the recipe's margins, over all seeds that have been run: `exact` against the recipe's own
-seeds, the others against each other. Runs that are in the folder already are not repeated; the result has the metrics
-of each, and with `--known RESULT.json` the runs of an earlier result count as done.
+seeds, the others against each other. Added when five seeds could not tell under `published`: then both groups get more
+seeds, and how many is fixed before they are run (three, and eight more). Runs that are in the folder already are not
+repeated; the result has the metrics of each, and with `--known RESULT.json` the runs of an earlier result count as
+done.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ VARIANTS = (
     Variant("loss: mean of 8 replicas' means", ("--protocol", "exact,loss_reduction=replica_means")),
     Variant("random stream of 2021", ("--protocol", "exact,threefry_partitionable=false")),
     Variant("rows in file order", FILE_ORDER),
-    Variant("trained and evaluated in bfloat16", ("--dtype", "bfloat16")),
+    Variant("bfloat16", ("--dtype", "bfloat16")),
     Variant("0.2 % of the rows dropped", SOME_DROPPED),
     Variant("products as on a TPU, of bfloat16", mantissa_bits=7),
     Variant("products as on a GPU, of TensorFloat-32", mantissa_bits=10),
