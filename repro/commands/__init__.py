@@ -8,6 +8,8 @@ COMMANDS = {
     "caption": "caption pictures: files, folders, patterns, or a list of names from standard input",
     "create-model": "join a vision encoder and a text decoder into a model folder",
     "export": "write a model in both formats, for Flax and for PyTorch",
+    "selftest": "run the reference's recorded cases on this machine: after an upgrade of jax, a driver or a library",
+    "env": "print versions, devices and settings, for a bug report",
     "data": "download COCO 2017, render scenes, or look at what a run would read",
 }
 INPUT_ERROR = 2

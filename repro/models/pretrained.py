@@ -18,7 +18,6 @@ from flax.traverse_util import flatten_dict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -26,6 +25,9 @@ from transformers import (
     ViTImageProcessor,
 )
 from transformers import __version__ as transformers_version
+
+# Under its public name transformers 5.17 offers a stand-in that asks for torchvision, which use_fast=False does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from repro.data.images import pixel_table, resize_of
 from repro.errors import InputError

@@ -1,0 +1,35 @@
+"""`repro selftest`: the golden cases, run on this machine by what is installed here."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from repro.commands import COMMANDS
+from repro.commands.parser import Parser, sentence
+from repro.commands.terminal import start_logging
+
+EPILOG = (
+    "The exit status is 0 where every judged case equals its record, else 1. Judged is float32 at the highest precision"
+    " of products; on a GPU or TPU the default precision is reported as well."
+)
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(prog="repro selftest", description=sentence(COMMANDS["selftest"]), epilog=EPILOG)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="report this type of computation, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    args = parser.parse_args(argv)
+    start_logging(quiet=True)
+    from repro.provenance import describe, environment
+    from repro.selftest import JUDGED, as_json, selftest, table
+
+    results = selftest(args.dtype, say=lambda case: print(case, file=sys.stderr))
+    passed = all(case.passed for case in results[JUDGED])
+    made_by = environment()
+    if args.json:
+        print(json.dumps({**made_by, "passed": passed, "results": as_json(results)}, indent=1))
+    else:
+        print(f"{describe(made_by)}\n\n{table(results)}")
+        print("\nPASS: this machine computes what the reference computed." if passed else "\nFAIL")
+    return 0 if passed else 1

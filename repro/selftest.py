@@ -1,0 +1,277 @@
+"""The golden cases on this machine: does what is installed here still compute what the reference computed?
+
+A case is a run of the reference on a tiny model, recorded step by step and caption by caption (`golden/README.md`). It
+is run again by `repro.run`, and its files are held against the record, for a test, or for a person after an upgrade.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import serialization, traverse_util
+
+from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.reporting.writer import log
+from repro.run import run
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("current_1dev", "current_8dev", "published_8dev", "current_block0")
+LONG_CASES = ("current_1dev_long", "published_8dev_long")
+PROTOCOLS = {"head": "current", "published": "published"}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a run may be from the record.
+
+    Attributes:
+        loss: of each training step; another XLA or another processor adds in another order.
+        steps: how many steps are held to it; None for all. Rounding grows with training.
+        evaluation: of an evaluation's loss and length, and of ROUGE in percent.
+        norm: of each parameter's norm, relative.
+        captions: whether each is to be equal, and ROUGE with it.
+    """
+
+    loss: float = 2e-5
+    learning_rate: float = 1e-7
+    steps: int | None = None
+    evaluation: float = 1e-4
+    norm: float = 1e-3
+    captions: bool = True
+
+
+LONG = Bounds(loss=1e-3, steps=30, evaluation=0.03, captions=False)
+NORM_OF_NOTHING = 1e-6
+"""Attention keys' biases have a zero gradient in exact arithmetic: theirs is rounding noise."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """How near a run came to the record of its case.
+
+    Attributes:
+        steps: compared.
+        first_difference: the first step beyond the bound; None if there is none.
+        loss: the largest difference of a step's loss; likewise `learning_rate`, `evaluation` (losses and lengths),
+            `rouge` (percent) and `norm` (relative).
+        captions_equal: of `captions`.
+        counts: what differs in rows and steps, in words.
+        passed: whether all is within the bounds.
+    """
+
+    name: str
+    steps: int
+    first_difference: int | None
+    loss: float
+    learning_rate: float
+    evaluation: float
+    rouge: float
+    norm: float
+    captions_equal: int
+    captions: int
+    counts: tuple[str, ...]
+    passed: bool
+
+
+def read_case(name: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def command_line(case: dict[str, Any], output_dir: Path) -> list[str]:
+    """Write the flags with which `repro train` does what the reference did; the cache lies beside `output_dir`."""
+    inputs = GOLDEN / "inputs"
+    files = {"train_file": "train", "validation_file": "val", "test_file": "test"}
+    return [
+        *("--output_dir", str(output_dir), "--cache_dir", str(output_dir.parent / "cache")),
+        *("--model_name_or_path", str(inputs / "model")),
+        *(f"--{flag}={inputs / name}.jsonl" for flag, name in files.items()),
+        *("--image_column", "image_path", "--caption_column", "caption"),
+        *("--protocol", PROTOCOLS[case["semantics"]], "--num_replicas", str(case["devices"])),
+        *case["args"],
+    ]
+
+
+def run_case(
+    name: str,
+    folder: Path,
+    *,
+    bounds: Bounds = Bounds(),
+    devices: Sequence[jax.Device] | None = None,
+    flags: Sequence[str] = (),
+) -> CaseResult:
+    """Run a case and compare.
+
+    Args:
+        folder: of the run; it must not hold another.
+        devices: that compute; None for all.
+        flags: further ones, such as `--dtype bfloat16`.
+    """
+    case = read_case(name)
+    arguments = parse_arguments(
+        (ModelArguments, DataArguments, TrainingArguments), [*command_line(case, folder), *flags], command="train"
+    )
+    run(*arguments, devices=devices, progress=False)
+    return compare(folder, name, bounds)
+
+
+def compare(folder: Path, name: str, bounds: Bounds = Bounds()) -> CaseResult:
+    """Hold the files of a run against the record of a case."""
+    case = read_case(name)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "loss" in row]
+    pairs = list(zip(measured, case["train_steps"], strict=False))[: bounds.steps]
+    losses, rates = (
+        np.abs([ours[kind] - theirs[kind] for ours, theirs in pairs]) for kind in ("loss", "learning_rate")
+    )
+    # Written so that a NaN is beyond every bound.
+    beyond = np.flatnonzero(~((losses <= bounds.loss) & (rates <= bounds.learning_rate)))
+    evaluations = [_compare_evaluation(folder, rows, expected) for expected in case["evals"]]
+    # Where captions may differ, training has drifted as far as it will by the last evaluation, whose loss is compared.
+    numbers = [evaluation.numbers for evaluation in evaluations] if bounds.captions else [evaluations[-1].numbers[:1]]
+    counts = _differing_counts(folder, case, len(measured))
+    result = CaseResult(
+        name=name,
+        steps=len(pairs),
+        first_difference=pairs[beyond[0]][1]["step"] if len(beyond) else None,
+        loss=float(losses.max()),
+        learning_rate=float(rates.max()),
+        evaluation=_largest(*numbers),
+        rouge=_largest(*(evaluation.rouge for evaluation in evaluations)),
+        norm=_largest(*(evaluation.norms for evaluation in evaluations)),
+        captions_equal=sum(evaluation.equal for evaluation in evaluations),
+        captions=sum(evaluation.captions for evaluation in evaluations),
+        counts=counts,
+        passed=False,
+    )
+    exact = result.captions_equal == result.captions and result.rouge <= bounds.evaluation and result.norm <= bounds.norm
+    near = result.first_difference is None and result.evaluation <= bounds.evaluation
+    return replace(result, passed=near and not counts and (exact or not bounds.captions))
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Differences of one evaluation: of loss and length, of ROUGE, of parameters' norms; captions that are equal."""
+
+    numbers: list[float]
+    rouge: list[float]
+    norms: list[float]
+    equal: int
+    captions: int
+
+
+def _compare_evaluation(folder: Path, rows: list[dict[str, Any]], expected: dict[str, Any]) -> _Evaluation:
+    prefix = "eval" if "eval_results" in expected else "test"
+    place, step = folder / expected["dir"], expected["dir"].rpartition("_")[2]
+    evaluated = [row for row in rows if prefix in row]
+    found = next(row[prefix] for row in evaluated if not step or row["step"] == int(step))
+    generations = json.loads((place / f"{prefix}_generation.json").read_text())
+    pairs = list(zip(generations, expected[f"{prefix}_generation"], strict=True))
+    return _Evaluation(
+        numbers=[found[kind] - expected[f"{prefix}_results"][f"{prefix}_{kind}"] for kind in ("loss", "gen_len")],
+        rouge=[found[kind] - mean for kind, mean in expected[f"{prefix}_rouge_exact_mean"].items()],
+        norms=_norm_differences(place, expected.get("param_l2_norms", {})),
+        equal=sum(ours == theirs for ours, theirs in pairs),
+        captions=len(pairs),
+    )
+
+
+def _largest(*differences: list[float]) -> float:
+    return float(np.max(np.abs([0.0, *chain.from_iterable(differences)])))  # a NaN stays one
+
+
+def _differing_counts(folder: Path, case: dict[str, Any], num_steps: int) -> tuple[str, ...]:
+    facts, expected = json.loads((folder / "run.json").read_text()), case["counts"]
+    batch = expected["Total train batch size (w. parallel & distributed)"]
+    kept = {split: counts["kept"] for split, counts in facts["data"].items()}
+    # The example counts the rows that fill its batches where it shuffles, and all of them where it does not.
+    train = kept["train"] if expected["Num train examples"] % batch else kept["train"] // batch * batch
+    pairs = {
+        "steps": (num_steps, len(case["train_steps"])),
+        "steps of an epoch": (facts["steps_per_epoch"], expected["Optimization steps per epoch"]),
+        "training rows": (train, expected["Num train examples"]),
+        "validation rows": (kept["validation"], expected["Num evaluation examples"]),
+    }
+    return tuple(f"{what}: {ours}, not {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs)
+
+
+def _norm_differences(folder: Path, expected: dict[str, float]) -> list[float]:
+    """Say how far each parameter's norm is from the record's, in relation to it."""
+    if not expected:
+        return []
+    params = serialization.msgpack_restore((folder / "flax_model.msgpack").read_bytes())
+    norms = {
+        path: float(np.linalg.norm(np.asarray(value, np.float64)))
+        for path, value in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    if set(norms) != set(expected):
+        return [float("inf")]
+    return [max(abs(norms[path] - norm) - NORM_OF_NOTHING, 0.0) / max(norm, NORM_OF_NOTHING) for path, norm in expected.items()]
+
+
+def selftest(dtype: str | None = None, say: Callable[[str], None] = lambda name: None) -> dict[str, list[CaseResult]]:
+    """Run the short cases, judged in float32 at the highest precision of products, and reported otherwise.
+
+    Args:
+        dtype: a further type of computation to report.
+        say: is told the name of each case before it runs.
+
+    Returns:
+        Results by what they were computed in: `float32, highest` is the one that is judged.
+    """
+    ways = {"float32, highest": ("highest", [])}
+    if jax.default_backend() != "cpu":  # a CPU has one precision
+        ways["float32, default"] = ("default", [])
+    if dtype and dtype != "float32":
+        ways[dtype] = ("default", ["--dtype", dtype])
+    results: dict[str, list[CaseResult]] = {}
+    with tempfile.TemporaryDirectory() as place, _quiet():
+        for way, (precision, flags) in ways.items():
+            results[way] = []
+            for name in CASES:
+                say(f"{name} ({way})")
+                with jax.default_matmul_precision(precision):
+                    results[way].append(run_case(name, Path(place) / way.replace(", ", "-") / name / "run", flags=flags))
+    return results
+
+
+JUDGED = "float32, highest"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level, log.level = log.level, logging.ERROR
+    try:
+        yield
+    finally:
+        log.level = level
+
+
+def as_json(results: dict[str, list[CaseResult]]) -> dict[str, Any]:
+    return {way: [asdict(result) for result in found] for way, found in results.items()}
+
+
+def table(results: dict[str, list[CaseResult]]) -> str:
+    """Put the results into words, at most 78 columns wide."""
+    lines = []
+    for way, found in results.items():
+        judged = way == JUDGED
+        lines.append(f"{way}{'' if judged else ' (reported, not judged)'}")
+        lines.append(f"  {'case':16} {'steps':>5} {'differs at':>10} {'loss':>8} {'rate':>8} {'captions':>10}  verdict")
+        for case in found:
+            verdict = ("PASS" if case.passed else "FAIL") if judged else ("equal" if case.passed else "differs")
+            lines.append(
+                f"  {case.name:16} {case.steps:>5} {case.first_difference or '-':>10} {case.loss:8.1e}"
+                f" {case.learning_rate:8.1e} {f'{case.captions_equal}/{case.captions}':>10}  {verdict}"
+            )
+            lines += [f"    {difference}" for difference in case.counts]
+    return "\n".join(lines)
