@@ -47,8 +47,10 @@ def make_generation(peer: str, settings: dict[str, Any]) -> Run:
 
     captioner, params = jax_captioner(peer, settings)
     captioner.config.eos_token_id = NEVER
+    pixels = jax.device_put(pixels)
     if peer == "native":
         generate = jax.jit(lambda params, pixels: search(captioner, params, captioner.encode(params, pixels), settings))
+        generate = generate.lower(params, pixels).compile()
         return lambda: jax.block_until_ready(generate(params, pixels))
     from repro.models.captioner import normalize
 

@@ -1,10 +1,11 @@
 """One piece of work done by this project's model, by transformers' Flax class and by PyTorch, in turns.
 
 Rules. Each peer lives in a process of its own, with random weights of the same configuration, and is warmed up by one
-run, whose time (compilation included) is reported apart, and two more. Then they take turns, one run each, so that a
-change of the machine's speed meets all of them; the clock stops when the result is there (`block_until_ready`).
-Reported are the median, the spread (minimum to maximum) and, as ratio, the median of the ratios of runs of the same
-turn. Peak memory is the process's largest resident size on a CPU, and on an accelerator what the backend reports.
+run, whose time (making the model and compiling included) is reported apart, and two more. Then they take turns, one run
+each, so that a change of the machine's speed meets all of them; the clock stops when the result is there
+(`block_until_ready`). Reported are the median, the spread (minimum to maximum) and, as ratio, the median of the ratios
+of runs of the same turn. Peak memory is the process's largest resident size on a CPU, and on an accelerator what the
+backend reports.
 
 With `--apart` each peer has the device to itself, one after another, where they would not fit into its memory together;
 the ratio is then that of the medians. A peer that fails, for want of memory or otherwise, is reported with the reason,
@@ -193,8 +194,8 @@ def _take_turns(make: Make, peers: list[str], settings: dict[str, Any], turns: i
 def _work(make: Make, peer: str, settings: dict[str, Any], connection: Any) -> None:
     """Answer each message with (failed, answer)."""
     try:
-        run = make(peer, settings)
         started = time.perf_counter()
+        run = make(peer, settings)
         run()
         first = time.perf_counter() - started
         for _ in range(WARM_UPS):

@@ -21,8 +21,8 @@ from roofline import forward_products, operations
 
 def make_step(peer: str, settings: dict[str, Any]) -> Run:
     batch = draw_batch(settings)
-    if peer == "torch":
-        return _torch_step(settings, batch)
+    if peer.startswith("torch"):
+        return _torch_step(settings, batch, compiled=peer == "torch_compiled")
     import jax
     import optax
 
@@ -33,9 +33,10 @@ def make_step(peer: str, settings: dict[str, Any]) -> Run:
     captioner, params = jax_captioner(peer.split("_")[0], settings)
     schedule = create_learning_rate_fn(3e-5, num_steps=10_000, warmup_steps=0)
     optimizer = create_optimizer(schedule, rule="layer_norms")
-    state = create_train_state(params, optimizer, seed=0, num_replicas=1)
+    replicas = settings.get("replicas", 1)
+    state = create_train_state(params, optimizer, seed=0, num_replicas=replicas)
     del params
-    batch = {name: array[None] for name, array in batch.items()}
+    batch = jax.device_put({name: array.reshape(replicas, -1, *array.shape[1:]) for name, array in batch.items()})
     step = make_train_step(captioner.logits, optimizer, schedule, reduction="tokens")
     if peer == "flax_example":
 
@@ -57,7 +58,7 @@ def make_step(peer: str, settings: dict[str, Any]) -> Run:
             state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, dropout_keys=following[None])
             return state, {"loss": loss}
 
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     holder = [state]
     del state
 
@@ -69,11 +70,15 @@ def make_step(peer: str, settings: dict[str, Any]) -> Run:
     return run
 
 
-def _torch_step(settings: dict[str, Any], batch: dict[str, np.ndarray]) -> Run:
+def _torch_step(settings: dict[str, Any], batch: dict[str, np.ndarray], *, compiled: bool = False) -> Run:
     import torch
 
     model = torch_model(settings | {"dtype": "float32"}).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, weight_decay=0.0)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:  # the same products as JAX's default, TF32
+        torch.set_float32_matmul_precision("high")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, weight_decay=0.0, fused=on_gpu)
+    model = torch.compile(model) if compiled else model
     values = torch_pixels(model, batch["pixels"])
     tokens, mask, labels = (
         torch.tensor(batch[name], dtype=torch.long, device=model.device)
@@ -88,7 +93,7 @@ def _torch_step(settings: dict[str, Any], batch: dict[str, np.ndarray]) -> Run:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return run
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 def versions() -> dict[str, str]:
     """Name this project, Python and the packages that move numbers, with their versions."""
-    found = {"repro": __version__ + (f"+{commit}" if (commit := _commit()) else ""), "python": platform.python_version()}
+    commit = _commit()
+    found = {"repro": f"{__version__}+{commit}" if commit else __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

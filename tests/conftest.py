@@ -22,6 +22,8 @@ import pytest
 import transformers
 from hypothesis import settings
 
+from repro.selftest import GOLDEN
+
 settings.register_profile("repro", database=None, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repro")
 
@@ -34,7 +36,6 @@ if importlib.util.find_spec("torch") is None:
 if importlib.util.find_spec("playwright") is None:
     collect_ignore.append("test_report_browser.py")
 
-GOLDEN = Path(__file__).parent / "golden"
 ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 """Of the documented command."""
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_stub import OWNER, HubStub, drop, hang, late, status
-from test_golden import command_line, read_case
 
 from repro.__main__ import main
 from repro.models.weights import SAFETENSORS_FILE
 from repro.reporting import hub
 from repro.reporting.hub import HubUploader, Patience, take_snapshot
 from repro.reporting.upload import status_of, tried
+from repro.selftest import command_line, read_case
 
 TOKEN = "hf_aVerySecretTokenOfTheTests"
 BARE_TOKEN = "a-token-of-another-kind/+=42"

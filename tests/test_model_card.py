@@ -18,11 +18,11 @@ from hub_stub import wrong_metadata
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_golden import command_line, read_case
 
 from repro.__main__ import main
 from repro.evaluation.evaluator import Evaluation
 from repro.reporting.model_card import CARD, LONGEST_TEXT, SAMPLES, Trained, clean, escaped, is_hub_id, write_card
+from repro.selftest import command_line, read_case
 
 NAME = "ckpt_epoch_1_step_8"
 SPLIT = {"read": 40, "kept": 38, "dropped": 2, "images": 9, "fingerprint": "0123456789abcdef"}

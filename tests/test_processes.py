@@ -13,10 +13,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_golden import check_evaluation, check_parameters, check_steps, command_line, read_case
 
 from repro.__main__ import main
 from repro.errors import InputError
+from repro.selftest import command_line, compare, read_case
 from repro.training.processes import launched_several, start_processes
 
 CASE = read_case("published_8dev")
@@ -56,10 +56,8 @@ def test_processes_together_give_the_numbers_of_the_reference(num_processes, dev
     facts = json.loads((folder / "run.json").read_text())
     assert facts["processes"] == num_processes
     assert len(facts["devices"]) == num_processes * devices_each
-    check_steps(folder, CASE, tolerance=2e-5)
-    for evaluation in CASE["evals"]:
-        check_evaluation(folder, evaluation)
-        check_parameters(folder, evaluation)
+    result = compare(folder, "published_8dev")
+    assert result.passed, result
     if num_processes == 4:  # one process goes on with what they have saved
         assert main(["train", *command_line(CASE, folder), "--resume", "auto"]) == 0
 

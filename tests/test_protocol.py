@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_golden import command_line, read_case
 
 from repro.__main__ import main
 from repro.errors import InputError
 from repro.protocol import EXACT, PUBLISHED, protocol_named
+from repro.selftest import command_line, read_case
 
 
 def test_switches_change_one_choice_each():

@@ -14,6 +14,7 @@ from synthetic_run import write_run
 from test_report import HOSTILE
 
 from repro.report import write_report
+from repro.selftest import GOLDEN
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 SCHEMES = ("light", "dark")
@@ -32,7 +33,7 @@ def browser() -> Iterator[Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two runs whose captions, names and flags are hostile, among pictures that are not."""
     root = tmp_path_factory.mktemp("report")
-    pictures = sorted((Path(__file__).parent / "golden" / "inputs" / "images" / "val").iterdir())
+    pictures = sorted((GOLDEN / "inputs" / "images" / "val").iterdir())
     rows = [(str(path), f"a dog number {place}", "a dog") for place, path in enumerate(pictures)]
     rows += [(f"{text}.jpg", text, text) for text in HOSTILE]
     dropped = [{"split": t, "row": 1, "image_path": t, "caption": t, "reason": t} for t in HOSTILE]

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_golden import command_line, read_case
 
 import repro.run
 from repro.__main__ import main
@@ -25,6 +24,7 @@ from repro.reporting.progress import StepLog
 from repro.reporting.writer import locked
 from repro.resume import check_same
 from repro.run import RunResult, run
+from repro.selftest import command_line, read_case
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 CASE = read_case("current_block0")

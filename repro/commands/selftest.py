@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     start_logging(quiet=True)
     from repro.provenance import describe, environment
-    from repro.selftest import JUDGED, as_json, selftest, table
+    from repro.selftest import JUDGED, as_json, line, selftest, table
 
-    results = selftest(args.dtype, say=lambda case: print(case, file=sys.stderr))
+    results = selftest(args.dtype, say=lambda way, case: print(way + line(way, case), file=sys.stderr))
     passed = all(case.passed for case in results[JUDGED])
     made_by = environment()
     if args.json:

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
-# Under its public name transformers 5.17 offers a stand-in that asks for torchvision, which use_fast=False does not need.
+# Under its public name, transformers 5.17 has a stand-in that asks for torchvision, which use_fast=False does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from repro.data.images import pixel_table, resize_of
