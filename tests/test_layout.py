@@ -25,7 +25,7 @@ LAYERS = {
     "reporting": {"foundation", "data", "models", "training", "evaluation", "reporting"},
     "recipes": {"foundation", "recipes"},
 }
-FOUNDATION = {"errors", "progress_bar", "protocol", "__init__", "__version__", "__doc__"}
+FOUNDATION = {"errors", "progress_bar", "protocol", "provenance", "__init__", "__version__", "__doc__"}
 COMMANDS = {
     "__main__",
     "assemble",
@@ -40,6 +40,7 @@ COMMANDS = {
     "reproduce",
     "resume",
     "run",
+    "selftest",
     "verify",
 }
 TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "README.md"}

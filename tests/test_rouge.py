@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nltk.tokenize import punkt
 from rouge_score import rouge_scorer
 
-from repro.evaluation import rouge
+from repro.evaluation import rouge, rouge_metric
 from repro.evaluation.rouge import TYPES, bootstrap_interval, rouge_scores
 
 words = st.lists(
@@ -43,7 +43,7 @@ def _no_network() -> Iterator[None]:
 
 @pytest.fixture
 def metric() -> evaluate.Metric:
-    return evaluate.load(rouge.__file__)
+    return evaluate.load(rouge_metric.__file__)
 
 
 def evaluations() -> list[tuple[str, list[dict[str, str]], dict[str, float]]]:

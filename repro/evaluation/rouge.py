@@ -1,7 +1,6 @@
-"""ROUGE without a network: a metric of the `evaluate` library, and the same as a pure function with an interval.
+"""ROUGE as runs report it, without a network: F x 100, the plain mean over the rows, with a seeded bootstrap interval.
 
-`evaluate.load` of this file's path gives the metric, with the arguments and the 0..1 scale of the library's own
-"rouge". `rouge_scores` is what runs report: F x 100, the plain mean over the rows, with a seeded bootstrap interval.
+`evaluate.load` of `rouge_metric.py` gives the same scores as a metric of the `evaluate` library.
 
 Source: rouge_score (Lin 2004, with the Porter stemmer) does the scoring.
 """
@@ -14,8 +13,6 @@ from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 from nltk.stem.porter import PorterStemmer
 from nltk.tokenize import punkt
@@ -66,10 +63,8 @@ def rouge_scores(
     stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
     stems = SimpleNamespace(tokenize=lambda text: tokenize.tokenize(text, stemmer))
     scorer = rouge_scorer.RougeScorer(list(TYPES), tokenizer=stems)
-    rows = np.empty((len(predictions), len(TYPES)))
-    for place, pair in enumerate(zip(references, predictions, strict=True)):
-        scores = scorer.score(*("\n".join(split.tokenize(text.strip())) for text in pair))
-        rows[place] = [100.0 * scores[kind].fmeasure for kind in TYPES]
+    lines = [["\n".join(split.tokenize(text.strip())) for text in texts] for texts in (predictions, references)]
+    rows = 100.0 * f_measures(scorer, lines[0], [[reference] for reference in lines[1]])
     low, high = bootstrap_interval(rows, seed=seed)
     return RougeScores(
         rows=rows,
@@ -77,6 +72,14 @@ def rouge_scores(
         intervals={kind: (float(low[i]), float(high[i])) for i, kind in enumerate(TYPES)},
         sentence_splitter=name,
     )
+
+
+def f_measures(
+    scorer: rouge_scorer.RougeScorer, predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """Score each prediction against its references, of which the best of each type counts: float64[N,types], 0..1."""
+    scored = (scorer.score_multi(*pair) for pair in zip(references, predictions, strict=True))
+    return np.array([[scores[kind].fmeasure for kind in scorer.rouge_types] for scores in scored])
 
 
 def bootstrap_interval(rows: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,46 +109,3 @@ def _splitter(name: str | None) -> tuple[str, Any]:
             if name is not None:
                 raise
     return "punkt_default", punkt.PunktSentenceTokenizer()
-
-
-class Rouge(evaluate.Metric):
-    """The `evaluate` form: plain means of F, 0..1, by type; lists of F by row without `use_aggregator`.
-
-    A prediction with several references counts with the best of each type. Sentences must be on lines of their own for
-    rougeLsum, as in the library's own metric.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=str(__doc__),
-            citation="Lin, C.-Y.: ROUGE: A Package for Automatic Evaluation of Summaries. 2004.",
-            inputs_description=str(Rouge.__doc__),
-            features=[
-                datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-                datasets.Features({"predictions": text, "references": text}),
-            ],
-        )
-
-    def _compute(
-        self,
-        *,
-        predictions: Sequence[str],
-        references: Sequence[str] | Sequence[Sequence[str]],
-        rouge_types: Sequence[str] = TYPES,
-        use_aggregator: bool = True,
-        use_stemmer: bool = False,
-        tokenizer: Any = None,
-    ) -> dict[str, Any]:
-        wrapped = None
-        if tokenizer is not None:
-            wrapped = type("Tokenizer", (), {"tokenize": staticmethod(tokenizer)})()
-        scorer = rouge_scorer.RougeScorer(list(rouge_types), use_stemmer=use_stemmer, tokenizer=wrapped)
-        scored = [
-            scorer.score_multi([reference] if isinstance(reference, str) else reference, prediction)
-            for prediction, reference in zip(predictions, references, strict=True)
-        ]
-        values = {kind: [row[kind].fmeasure for row in scored] for kind in rouge_types}
-        if not use_aggregator:
-            return values
-        return {kind: float(np.mean(column)) for kind, column in values.items()}
