@@ -14,6 +14,7 @@ from repro import __version__
 from repro.commands import COMMANDS, INPUT_ERROR, SIGNALLED
 from repro.commands.terminal import printable
 from repro.errors import InputError, Interrupted, RunStopped
+from repro.masking import learn, learn_flags, masked, print_exception
 
 STOPPED = 3
 INTERRUPTED = 130
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         captions any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    learn(os.environ.get("HF_TOKEN"))
+    learn_flags(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else INPUT_ERROR
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: str) -> None:
     """Print on standard error; names in a message may hold anything."""
-    print("\n".join(printable(line, sys.stderr) for line in message.split("\n")), file=sys.stderr)
+    print("\n".join(printable(line, sys.stderr) for line in masked(message).split("\n")), file=sys.stderr)
 
 
 def _help() -> str:
@@ -80,6 +83,7 @@ def program() -> None:
     """
     # transformers 5 says at every start that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    sys.excepthook = print_exception
     status = main()
     jax = sys.modules.get("jax")
     # The other processes of a run wait for a proper end.

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from repro.commands.parser import Parser, add_fields, sentence
 from repro.errors import InputError
+from repro.masking import learn_flags
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMPLEMENTATIONS = ("native", "transformers")
@@ -44,7 +45,7 @@ Arguments = TypeVar("Arguments")
 
 
 def _flag(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": text, **metadata})
+    return field(default=default, repr=not metadata.get("secret"), metadata={"help": text, **metadata})
 
 
 def _free(default: Any, text: str, **metadata: Any) -> Any:
@@ -97,7 +98,7 @@ class ModelArguments:
         None, "Where downloads, rows, tokens and decoded images are kept (default: the Hugging Face cache)."
     )
     use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
-    token: str | None = _free(None, "Hub token, for private models and data sets.")
+    token: str | None = _free(None, "Hub token, for private models and data sets.", secret=True)
     trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
     dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
     model_implementation: str | None = _flag(
@@ -179,7 +180,7 @@ class TrainingArguments:
     seed: int = _flag(42, "Seed of the rows' order and of dropout.")
     push_to_hub: bool = _free(False, "Upload the checkpoints to the Hugging Face Hub.")
     hub_model_id: str | None = _free(None, "Repository there (default: output_dir's name).")
-    hub_token: str | None = _free(None, "Token with write access there.")
+    hub_token: str | None = _free(None, "Token with write access there.", secret=True)
     protocol: str = _flag(
         "exact",
         "Further: whose numeric choices to follow: published, current or exact; with some changed:"
@@ -262,6 +263,7 @@ def parse_arguments(
     known = {f.name for dataclass_type in classes for f in fields(dataclass_type)}  # type: ignore[arg-type]
     if len(argv) == 1 and argv[0].endswith(".json") and not argv[0].startswith("-"):
         argv = _read_flags(argv[0], known)
+        learn_flags(argv)
     parsed, remaining = parser.parse_known_args([_with_underscores(arg) for arg in argv])
     if remaining:
         # Without its value, which may be a token.

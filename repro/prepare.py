@@ -24,6 +24,7 @@ from repro.data.sources import load_splits
 from repro.errors import InputError
 from repro.evaluation.caption_metrics import check_installed
 from repro.flags import DETERMINISTIC, is_deterministic, mesh_shape
+from repro.masking import SECRET_FLAGS, masked_command
 from repro.models.beam_search import check_beams
 from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
@@ -36,7 +37,6 @@ PACKAGES = (
     *("pillow", "nltk", "orbax-checkpoint"),
 )
 SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
-SECRETS = ("token", "hub_token")
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         name: value
         for arguments in (model_args, prepared.data_args, prepared.args)
         for name, value in dataclasses.asdict(arguments).items()
-        if name not in SECRETS
+        if name not in SECRET_FLAGS
     }
     counts = {
         name: {
@@ -283,6 +283,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
     steps = prepared.args.do_train
     is_native = isinstance(prepared.pretrained.captioner, NativeCaptioner)
     return {
+        "command": masked_command(sys.argv),
         "flags": flags,
         "protocol": dataclasses.asdict(prepared.protocol),
         "num_replicas": prepared.num_replicas,

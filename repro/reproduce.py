@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,11 +92,27 @@ def start_recipe(
         raise InputError(f"--output_dir {folder}: holds something else; name a new or an empty folder.")
     parsed = parse_arguments(ARGUMENTS, [*recipe_flags(recipe, folder), *argv], command="reproduce")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"name": recipe["name"], "flags": list(argv)})
+    write_json(marker, {"name": recipe["name"]})
     if "data" in recipe:
         render_pocket(folder / "data", **recipe["data"])
         make_halves(recipe["model"], folder / "data", folder / "model")
     return parsed
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """Take away what a block that trains nothing puts into an empty folder, and the folders that it makes."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    is_new = bool(made) or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    finally:
+        if is_new and folder.is_dir() and not (folder / RUN).exists():
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(OSError):  # somebody else has put something there
+                for path in made:
+                    path.rmdir()
 
 
 def recipe_flags(recipe: Mapping[str, Any], folder: Path) -> list[str]:

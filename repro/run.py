@@ -27,7 +27,7 @@ from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
 from repro.reporting.model_card import Trained, write_card
 from repro.reporting.progress import NonFinite, StepLog
-from repro.reporting.writer import PARTIAL, STATE, Recorded, RunWriter, locked, log, models_in, prefixed, write_json
+from repro.reporting.writer import NON_FINITE, PARTIAL, STATE, Recorded, RunWriter, locked, log, models_in, prefixed
 from repro.resume import Start, check_same, choose_start, settings
 from repro.training.checkpoint import CORRUPT, Checkpoints, Found, set_aside
 from repro.training.interrupt import StopSignals
@@ -305,20 +305,16 @@ class _Run:
         data = self.prepared.splits["train"]
         epoch, index = divmod(error.step - 1, self.prepared.steps_per_epoch)
         rows = data.kept[training.schedule.epoch_rows(epoch, len(data))[index].reshape(-1)]
-        write_json(
-            self.writer.folder / "non_finite.json",
-            {
-                "step": error.step,
-                "metrics": {name: str(value) for name, value in error.metrics.items()},
-                "rows": [
-                    {name: row[name] for name in ("row", "image_path", "caption")} for row in data.dataset.select(rows)
-                ],
-            },
+        told = ("row", "image_path", "caption")
+        self.writer.non_finite(
+            step=error.step,
+            metrics={name: str(value) for name, value in error.metrics.items()},
+            rows=[{name: row[name] for name in told} for row in data.dataset.select(rows)],
         )
         values = ", ".join(f"{name} {value:g}" for name, value in error.metrics.items())
         states.wait()
         return (
-            f"step {error.step} is not finite ({values}). Its rows are in {self.folder / 'non_finite.json'};"
+            f"step {error.step} is not finite ({values}). Its rows are in {self.folder / NON_FINITE};"
             f" {_how_to_go_on(states)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
         )
 

@@ -6,6 +6,8 @@ Collected where transformers has the class, which is before version 5.
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,7 @@ from repro.models.captioner import NativeCaptioner
 from repro.models.layers import ACTIVATIONS
 from repro.models.pretrained import Options, Source, create_model, load_model, save_model
 from repro.models.transformers_flax import FlaxClassCaptioner
+from repro.models.weights import FLAX_FILE, FLAX_INDEX, SAFETENSORS_FILE
 from repro.training.losses import row_losses
 
 VOCABULARY, LENGTH, ROWS = 41, 7, 3
@@ -336,3 +339,12 @@ def test_what_one_implementation_saves_the_other_loads(native, flax_class, tmp_p
         save_model(saver, randomized(saver.params, 1), folder)
         loaded = load_model(str(folder), Options(implementation=loader))
         jax.tree.map(np.testing.assert_array_equal, loaded.params, randomized(saver.params, 1))
+
+
+def test_a_shard_outside_of_the_models_folder_is_refused(golden_inputs, tmp_path):
+    model = Path(shutil.copytree(golden_inputs / "model", tmp_path / "model"))
+    for file in (FLAX_FILE, SAFETENSORS_FILE):
+        (model / file).unlink(missing_ok=True)
+    (model / FLAX_INDEX).write_text(json.dumps({"weight_map": {"a": "../x.msgpack"}}))
+    with pytest.raises(InputError, match=FLAX_INDEX):
+        load_model(str(model), Options(implementation="transformers"))

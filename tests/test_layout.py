@@ -25,7 +25,7 @@ LAYERS = {
     "reporting": {"foundation", "data", "models", "training", "evaluation", "reporting"},
     "recipes": {"foundation", "recipes"},
 }
-FOUNDATION = {"errors", "progress_bar", "protocol", "provenance", "__init__", "__version__", "__doc__"}
+FOUNDATION = {"errors", "masking", "progress_bar", "protocol", "provenance", "__init__", "__version__", "__doc__"}
 COMMANDS = {
     "__main__",
     "assemble",

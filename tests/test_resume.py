@@ -353,6 +353,9 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_rows_and_the_state_befo
     assert all(Path(row["image_path"]).is_file() and row["caption"] for row in report["rows"])
     assert not list(folder.glob("ckpt_*"))
     assert sorted(int(path.name) for path in (folder / "state").iterdir()) == [3, 6]
+    monkeypatch.undo()
+    start(folder, "--log_grad_norm", "--resume", "auto")
+    assert not (folder / "non_finite.json").exists(), "it is not true any more"
 
 
 def test_save_steps_0_saves_no_state(tmp_path):

@@ -38,14 +38,15 @@ def main(argv: list[str]) -> int:
     start_logging()
     from repro.recipes import read_recipe
     from repro.report import report_at_end
-    from repro.reproduce import reproduce, start_recipe
+    from repro.reproduce import leaving_nothing, reproduce, start_recipe
     from repro.verify import table
 
     folder = args.output_dir or Path(f"repro-{recipe}")
     if args.dry_run:
         from repro.dry_run import describe, dry_run
 
-        found = dry_run(*start_recipe(read_recipe(recipe), folder, flags))
+        with leaving_nothing(folder):
+            found = dry_run(*start_recipe(read_recipe(recipe), folder, flags))
         print(describe(found))
         return INPUT_ERROR if found.problems else 0
     done = reproduce(recipe, folder, flags, keep_going=args.keep_going)

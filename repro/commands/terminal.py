@@ -8,6 +8,8 @@ import sys
 from collections.abc import MutableMapping
 from typing import TextIO
 
+from repro.masking import MaskingFormatter
+
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
     """Set what XLA needs on a GPU to compute the same bits in every run; before JAX starts."""
@@ -30,7 +32,9 @@ def start_logging(*, quiet: bool = False) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not logger.handlers and not quiet:
-        logger.addHandler(Terminal())
+        terminal = Terminal()
+        terminal.setFormatter(MaskingFormatter())
+        logger.addHandler(terminal)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

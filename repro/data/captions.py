@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from repro.data.whole_file import whole_file
+from repro.data.whole_file import whole_file, writing_only_below
 from repro.errors import InputError
 
 CHUNK = 10_000
@@ -125,7 +125,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash all that a tokenizer saves, but for the truncation and padding of its last call."""
     digest = sha256(type(tokenizer).__name__.encode())
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        with writing_only_below(Path(folder)):
+            tokenizer.save_pretrained(folder)
         for file in sorted(Path(folder).rglob("*")):
             content = file.read_bytes() if file.is_file() else b""
             if file.name == "tokenizer.json":

@@ -1,14 +1,27 @@
-"""Files that are there whole or not at all, whoever else writes them at the same time; and what is in them."""
+"""Files that are there whole or not at all, whoever else writes them, and where they may be; and what is in them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from repro.errors import InputError
+
+PLAIN_NAME = re.compile(r"\w[\w.+ -]{0,199}", re.ASCII)
+# What makes, moves or removes files, by how many of an audit event's first arguments are paths.
+ONE_PATH = ("open", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+TWO_PATHS = ("os.rename", "os.link", "os.symlink")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+_below: ContextVar[Path | None] = ContextVar("below", default=None)
 
 
 @contextmanager
@@ -40,3 +53,55 @@ def sha256_of(file: Path) -> str:
     """Hash a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_plain_names(source: str | Path, names: Iterable[Any]) -> None:
+    """Check that what a model says its files are called leads nowhere else.
+
+    Raises:
+        InputError: a name has a folder in it, or could not be that of a file.
+    """
+    for name in names:
+        if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+            raise InputError(
+                f"{source}: names a file or chat template {name!r}, which could lie outside of the model's folder;"
+                " take it out, or give it a name of ASCII letters, digits, dots and dashes."
+            )
+
+
+@contextmanager
+def writing_only_below(folder: Path) -> Iterator[None]:
+    """Keep this thread's Python code from writing anywhere else, whatever names a library takes from a model.
+
+    Raises:
+        InputError: it tried to.
+    """
+    _watch_files()
+    token = _below.set(Path(os.path.realpath(folder)))
+    try:
+        yield
+    except _Outside as error:
+        raise InputError(f"{error}: would be written outside of {folder}; use another model.") from error
+    finally:
+        _below.reset(token)
+
+
+class _Outside(PermissionError):
+    """Where it is raised for a module's compiled form, Python goes on without."""
+
+
+@cache
+def _watch_files() -> None:
+    """Have Python report each file that is about to be opened or changed, for good: it cannot be undone."""
+    sys.addaudithook(_refuse_outside)
+
+
+def _refuse_outside(event: str, arguments: tuple[Any, ...]) -> None:
+    folder = _below.get()
+    if folder is None or (event == "open" and not arguments[2] & WRITING):
+        return
+    for path in arguments[: 2 * (event in TWO_PATHS) or (event in ONE_PATH)]:
+        if isinstance(path, str | bytes | os.PathLike):
+            found = Path(os.path.realpath(os.fsdecode(path)))
+            if found != folder and folder not in found.parents:
+                raise _Outside(str(found))

@@ -25,11 +25,13 @@ from transformers import (
     ViTImageProcessor,
 )
 from transformers import __version__ as transformers_version
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 # Under its public name, transformers 5.17 has a stand-in that asks for torchvision, which use_fast=False does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from repro.data.images import pixel_table, resize_of
+from repro.data.whole_file import check_plain_names, writing_only_below
 from repro.errors import InputError
 from repro.models.captioner import NativeCaptioner, Params, check_config, is_supported
 from repro.models.weights import DECODER, ENCODER, WHOLE, load_weights, save_weights
@@ -37,6 +39,7 @@ from repro.models.weights import DECODER, ENCODER, WHOLE, load_weights, save_wei
 Implementation = Literal["native", "transformers"]
 Loaded = TypeVar("Loaded")
 
+VOCABULARIES = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
 SPARE_TOKENS = 128
 """Rows by which an embedding may exceed the tokenizer: vocabularies are rounded up to a multiple of at most this."""
 
@@ -106,7 +109,7 @@ class Options:
     gradient_checkpointing: bool = False
     seed: int = 42
     use_fast_tokenizer: bool = True
-    hub: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hub: dict[str, Any] = dataclasses.field(default_factory=lambda: {"trust_remote_code": False}, repr=False)
 
     @property
     def download(self) -> dict[str, Any]:
@@ -186,19 +189,20 @@ def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
     A native model's weights are written twice, for Flax and for PyTorch; another pair's for Flax alone.
     """
     captioner = pretrained.captioner
-    if isinstance(captioner, NativeCaptioner):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(params, folder)
-        captioner.config.save_pretrained(folder)
-        captioner.generation_config.save_pretrained(folder)
-    else:
-        captioner.model.save_pretrained(folder, params=params)
-    tokenizer = copy.deepcopy(pretrained.tokenizer)
-    if tokenizer.is_fast:  # a call's truncation and padding stay in it, and would be saved
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
-    pretrained.image_processor.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing_only_below(folder):
+        if isinstance(captioner, NativeCaptioner):
+            save_weights(params, folder)
+            captioner.config.save_pretrained(folder)
+            captioner.generation_config.save_pretrained(folder)
+        else:
+            captioner.model.save_pretrained(folder, params=params)
+        tokenizer = copy.deepcopy(pretrained.tokenizer)
+        if tokenizer.is_fast:  # a call's truncation and padding stay in it, and would be saved
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+        tokenizer.save_pretrained(folder)
+        pretrained.image_processor.save_pretrained(folder)
 
 
 def _implementation(config: Any, options: Options) -> Implementation:
@@ -272,11 +276,17 @@ def _read_config(path: str, hub: dict[str, Any]) -> Any:
 
 
 def _read_tokenizer(path: str, options: Options) -> Any:
-    return _read(
-        path,
-        "the tokenizer",
-        lambda: AutoTokenizer.from_pretrained(path, use_fast=options.use_fast_tokenizer, **options.hub),
-    )
+    def load() -> Any:
+        said = get_tokenizer_config(path, **options.download)
+        # transformers 4 opens these wherever they lie; a path of another machine is none that can be read.
+        named = [file for file in map(said.get, VOCABULARIES) if file is not None and Path(file).exists()]
+        check_plain_names(f"{path}: tokenizer_config.json", [*named, *(said.get("fast_tokenizer_files") or ())])
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=options.use_fast_tokenizer, **options.hub)
+        templates = tokenizer.chat_template
+        check_plain_names(f"{path}: tokenizer_config.json", templates if isinstance(templates, dict) else ())
+        return tokenizer
+
+    return _read(path, "the tokenizer", load)
 
 
 def _image_processor(encoder: Source, config: PretrainedConfig, hub: dict[str, Any]) -> Any:

@@ -6,15 +6,18 @@ transformers 5 has no Flax classes; nothing but this module needs one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import FlaxAutoModel, FlaxAutoModelForCausalLM, FlaxVisionEncoderDecoderModel
+from transformers.utils import cached_file
 
 from repro.models.beam_search import Captions
 from repro.models.captioner import Params, normalize, search
+from repro.models.weights import FLAX_INDEX, shards_of
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def _decode(
 
 def load(path: str, *, dtype: str, **hub: Any) -> tuple[FlaxVisionEncoderDecoderModel, Params]:
     """Load a whole model and its parameters."""
+    _check_index(path, hub)
     model = FlaxVisionEncoderDecoderModel.from_pretrained(path, dtype=jnp.dtype(dtype), **hub)
     return model, model.params
 
@@ -142,5 +146,13 @@ def create(
     for half, kind in (("encoder", FlaxAutoModel), ("decoder", FlaxAutoModelForCausalLM)):
         path = halves[half]
         if path is not None:
+            _check_index(path, hub)
             params[half] = kind.from_pretrained(path, config=getattr(config, half), seed=seed, **hub).params
     return model, params
+
+
+def _check_index(path: str, hub: dict[str, Any]) -> None:
+    download = {name: value for name, value in hub.items() if name != "trust_remote_code"}
+    index = cached_file(path, FLAX_INDEX, _raise_exceptions_for_missing_entries=False, **download)
+    if index is not None:
+        shards_of(Path(index))

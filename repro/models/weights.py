@@ -19,6 +19,7 @@ from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
+from repro.data.whole_file import check_plain_names
 from repro.errors import InputError
 
 Params = Any
@@ -27,6 +28,7 @@ Weights = dict[str, np.ndarray]
 FLAX_FILE = "flax_model.msgpack"
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
+FLAX_INDEX = "flax_model.msgpack.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 
 WHOLE, ENCODER, DECODER = "", "encoder.", "decoder."
@@ -101,6 +103,8 @@ def save_weights(params: Params, folder: Path) -> None:
     (folder / FLAX_FILE).write_bytes(serialization.msgpack_serialize(params))
     state = {torch_name(name): to_torch_layout(name, array) for name, array in flatten(params).items()}
     save_file(state, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
+    # safetensors makes a file that nobody else may read.
+    (folder / SAFETENSORS_FILE).chmod((folder / FLAX_FILE).stat().st_mode)
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -164,9 +168,20 @@ def _read_msgpack(file: Path) -> Weights:
     return flatten(serialization.msgpack_restore(file.read_bytes()))
 
 
+def shards_of(index: Path) -> list[str]:
+    """List the files that hold a model's weights together.
+
+    Raises:
+        InputError: one is named that could lie outside of the model's folder.
+    """
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    check_plain_names(index, names)
+    return sorted(names)
+
+
 def _read_shards(index: Path, *, find: Callable[[str], Path | None]) -> Weights:
     weights: Weights = {}
-    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    for name in shards_of(index):
         shard = find(name)
         if shard is None:
             raise InputError(f"{index}: names {name}, which is not there; copy all parts, or save the model again.")

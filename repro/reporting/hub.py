@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,16 +18,15 @@ from typing import Any
 
 from huggingface_hub import constants, get_token
 
+from repro.masking import learn, masked
 from repro.reporting import upload
-from repro.reporting.writer import LOCK, PARTIAL, REPORT, STATE, log, models_in
+from repro.reporting.writer import LOCK, NON_FINITE, PARTIAL, REPORT, STATE, log, models_in
 
-LEFT_AT_HOME = (STATE, LOCK, REPORT, f"*{PARTIAL}", "*_images.json", ".*")
+LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ".*")
 """What stays here of a run's folder: states, where the images are, and the report with small copies of them."""
 SNAPSHOTS = f"upload{PARTIAL}"
 """Folder in the run's, with copies of files that grow while they are being uploaded."""
 CARD = "README.md"
-SECRETS = re.compile(r"hf_\w+|(?<=://)[^/\s@]+@|(?<=\?)[^\s'\"<>)]+")
-"""Tokens, passwords in addresses, and what signed addresses are signed with."""
 REMEDIES = {
     400: "Give the repository's name as --hub_model_id OWNER/NAME; a README.md of your own needs valid metadata.",
     401: "The token is not valid: make one with write permission at huggingface.co/settings/tokens, and log in with"
@@ -91,6 +89,7 @@ class HubUploader:
         self._folder, self._patience = folder, PATIENCE
         self._repository, self._is_made = repository or folder.resolve().name, False
         self._token = token or get_token()
+        learn(self._token)
         self._uploaded: dict[str, Version] = {}
         self._number = 0
         self._background = ThreadPoolExecutor(1, "hub")
@@ -195,7 +194,7 @@ class HubUploader:
         self._repository, self._is_made = answer["repository"], True
         self._uploaded |= {name: job.files[name][1] for name in files}
         if files:
-            log.info("--push_to_hub: %s is at %s", job.message, self._redacted(answer["url"]))
+            log.info("--push_to_hub: %s is at %s", job.message, answer["url"])
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """Run an upload in a process of its own, which this one's end, a signal or `__exit__` ends too."""
@@ -221,16 +220,13 @@ class HubUploader:
     def _warn(self, text: str) -> None:
         log.warning(
             "--push_to_hub: %s The run does not depend on it; `hf upload %s %s . --exclude '%s/*'` does it by hand.",
-            *(self._redacted(text), self._repository, self._folder, STATE),
+            *(masked(text), self._repository, self._folder, STATE),
         )
 
     def _give_up(self, text: str) -> None:
         """Warn, and try no further upload in this run."""
         self._closed = True
         self._warn(text)
-
-    def _redacted(self, text: str) -> str:
-        return SECRETS.sub("***", text.replace(self._token, "***") if self._token else text)
 
 
 def take_snapshot(folder: Path, snapshot: Path) -> dict[str, tuple[Path, Version]]:

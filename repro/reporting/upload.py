@@ -91,15 +91,14 @@ def is_misnamed(error: BaseException) -> bool:
 def limit_silence(seconds: float) -> None:
     """Give every request of this process a timeout: huggingface_hub's have none."""
     import huggingface_hub
+    from huggingface_hub.utils import get_session
 
-    if hasattr(huggingface_hub, "set_client_factory"):  # from 1.0 on
-        import httpx
-
-        huggingface_hub.set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=seconds))
+    client = type(get_session())
+    if hasattr(huggingface_hub, "set_client_factory"):  # from 1.0 on, of httpx; from 2.0 on of httpx2
+        huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, timeout=seconds))
     else:
-        import requests
 
-        class Session(requests.Session):
+        class Session(client):
             def request(self, *arguments: Any, **settings: Any) -> Any:
                 return super().request(*arguments, **{**settings, "timeout": settings.get("timeout") or seconds})
 

@@ -19,12 +19,14 @@ from repro.data.census import picture_sheet
 from repro.data.whole_file import sha256_of
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_results
+from repro.masking import MaskingFormatter
 
 LOCK = "run.lock"
 STATE = "state"
 REPORT = "report.html"
+NON_FINITE = "non_finite.json"
 RUN_FILES = (
-    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", "non_finite.json", STATE, REPORT),
+    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", NON_FINITE, STATE, REPORT),
     *("eval_results.json", "eval_generation.json", "eval_captions.json", "eval_images.json"),
     *("test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
 )
@@ -183,9 +185,10 @@ class RunWriter:
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        # A model that was being written when the run was killed is not one; nothing else is removed of a run.
+        # Of a run that goes on, only what is no longer true is removed: half a model, and why it had stopped.
         stays = recorded is not None and not branches_off
-        for path in folder.glob(f"*{PARTIAL}") if stays else _files_of_a_run(folder):
+        ended = [*folder.glob(f"*{PARTIAL}"), *folder.glob(NON_FINITE)]
+        for path in ended if stays else _files_of_a_run(folder):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -193,7 +196,7 @@ class RunWriter:
         self.folder = folder
         self.recorded = recorded or Recorded([])
         self._handler = logging.FileHandler(folder / "log", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s - %(levelname)s - %(message)s"))
+        self._handler.setFormatter(MaskingFormatter("%(asctime)s - %(levelname)s - %(message)s"))
         log.addHandler(self._handler)
         path = folder / "metrics.jsonl"
         _write_whole(path, "".join(json.dumps(row) + "\n" for row in self.recorded.rows).encode())
@@ -230,6 +233,10 @@ class RunWriter:
         write_json(self.folder / "run.json", facts)
         lines = [json.dumps(row) + "\n" for row in dropped]
         (self.folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def non_finite(self, **report: Any) -> None:
+        """Write which step had numbers that are not finite, and its rows; going on with the run removes it."""
+        write_json(self.folder / NON_FINITE, report)
 
     def train_steps(self, rows: Iterable[dict[str, float]]) -> None:
         """Append {"step", "loss", "learning_rate"} of each step to `metrics.jsonl`."""
