@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -57,26 +57,15 @@ class Patience:
 
 
 PATIENCE = Patience()
-
-
-Version = tuple[int, int]
-"""Of a file: its bytes, and when it was modified, in ns."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The folder at a moment: content and version of each file, by its path in the repository."""
-
-    message: str
-    files: dict[str, tuple[Path, Version]]
-    snapshot: Path
+Job = dict[str, str | None]
+"""An upload: its message, and the folder with what there is to upload."""
 
 
 class HubUploader:
     """Uploads a run's folder; a failure is a warning, and the next upload has what the last one lacked.
 
-    One upload is under way at a time, in a process of its own. Of those that come up meanwhile only the newest is kept.
-    Leaving the context ends what is under way.
+    A process of its own does one upload at a time. Of those that come up meanwhile only the newest is kept. Leaving the
+    context ends what is under way.
     """
 
     def __init__(self, folder: Path, *, repository: str | None, token: str | None) -> None:
@@ -86,36 +75,35 @@ class HubUploader:
             repository: name of the model repository, None for the folder's.
             token: None for the one of the Hugging Face login.
         """
-        self._folder, self._patience = folder, PATIENCE
-        self._repository, self._is_made = repository or folder.resolve().name, False
-        self._token = token or get_token()
-        learn(self._token)
-        self._uploaded: dict[str, Version] = {}
-        self._number = 0
-        self._background = ThreadPoolExecutor(1, "hub")
-        self._lock = threading.Lock()
-        self._next: _Job | None = None
-        self._last: Future[None] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._folder, self._patience, self._number = folder, PATIENCE, 0
+        self._repository, token = repository or folder.resolve().name, token or get_token()
+        learn(token)
+        self._changed = threading.Condition(threading.RLock())
+        self._current: Job | None = None
+        self._next: Job | None = None
+        self._process: subprocess.Popen[str] | None = None
         self._closed = False
         if constants.HF_HUB_OFFLINE:
             self._give_up("the Hub cannot be reached: HF_HUB_OFFLINE is set.")
-        elif self._token is None:
+        elif token is None:
             self._give_up("there is no token: log in with `hf auth login`, or give one as --hub_token.")
         else:
-            self._submit(_Job("", {}, folder / SNAPSHOTS / "0"))
+            limits = {name: value for name, value in asdict(self._patience).items() if name != "at_end"}
+            self._start({"repository": self._repository, "token": token, **limits})
+            self._submit({"message": "", "folder": None})
 
     def __enter__(self) -> HubUploader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            if not self._closed and self._last is not None and not self._last.done():
-                self._give_up("the upload under way is ended.")
-            self._closed = True
-            if self._process is not None:
-                self._process.kill()
-        self._background.shutdown()
+        if not self._closed and self._current is not None:
+            self._give_up("the upload under way is ended.")
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
+            self._listener.join()
+            with suppress(OSError), self._process:  # closes what is left of the pipes
+                pass
         shutil.rmtree(self._folder / SNAPSHOTS, ignore_errors=True)
 
     def push(self, message: str) -> None:
@@ -125,9 +113,11 @@ class HubUploader:
         self._number += 1
         snapshot = self._folder / SNAPSHOTS / str(self._number)
         try:
-            self._submit(_Job(message, take_snapshot(self._folder, snapshot), snapshot))
+            take_snapshot(self._folder, snapshot)
         except OSError as error:
             self._warn(f"the files cannot be copied: {error}")
+        else:
+            self._submit({"message": message, "folder": str(snapshot.absolute())})
 
     def finish(self, message: str, *, stopped: Callable[[], bool]) -> None:
         """Upload the folder as it is now, and wait for it as long as `Patience` says.
@@ -136,86 +126,72 @@ class HubUploader:
             stopped: asked again and again; True ends the waiting.
         """
         self.push(message)
-        if self._closed or self._last is None:
+        if self._closed:
             return
         deadline = time.monotonic() + self._patience.at_end
         log.info("--push_to_hub: waits for the upload, %g seconds at most", self._patience.at_end)
-        while not stopped():
-            left = deadline - time.monotonic()
-            if wait([self._last], timeout=max(0.0, min(left, 0.2))).done:
-                return
-            if left <= 0:
-                break
-        self._give_up("the upload was not finished " + ("when a signal came." if stopped() else "in time."))
+        with self._changed:
+            while self._current is not None and not self._closed:
+                if stopped() or time.monotonic() > deadline:
+                    reason = "when a signal came." if stopped() else "in time."
+                    return self._give_up(f"the upload was not finished {reason}")
+                self._changed.wait(0.2)
 
-    def _submit(self, job: _Job) -> None:
-        with self._lock:
-            dropped, self._next = self._next, job
-            self._last = self._background.submit(self._upload_newest)
-        if dropped:
-            shutil.rmtree(dropped.snapshot, ignore_errors=True)
-
-    def _upload_newest(self) -> None:
-        with self._lock:
-            job, self._next = self._next, None
-        if job is None or self._closed:
-            return
-        try:
-            self._upload(job)
-        except Exception as error:  # whatever it is, training goes on
-            if not self._closed:
-                self._warn(f"{type(error).__name__}: {error}")
-        shutil.rmtree(job.snapshot, ignore_errors=True)
-
-    def _upload(self, job: _Job) -> None:
-        files = {name: path for name, (path, version) in job.files.items() if self._uploaded.get(name) != version}
-        if self._is_made and not files:
-            return
-        limits = {name: value for name, value in asdict(self._patience).items() if name != "at_end"}
-        answer = self._ask(
-            {
-                "repository": self._repository,
-                "create": not self._is_made,
-                "token": self._token,
-                "message": job.message,
-                "files": {name: str(path.absolute()) for name, path in files.items()},
-                **limits,
-            }
+    def _start(self, shared: dict[str, Any]) -> None:
+        """Start the process, which this one's end, a signal or `__exit__` ends too."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", upload.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+            start_new_session=True,  # Ctrl-C is for the run, which then decides
         )
-        if self._closed:
-            return
-        if "error" in answer:
-            status = answer["status"]
-            if status in REMEDIES:
-                self._give_up(f"the Hub refuses ({answer['error']}). {REMEDIES[status]}")
-            else:
-                self._warn(f"{self._repository}: the upload failed ({answer['error']}).")
-            return
-        self._repository, self._is_made = answer["repository"], True
-        self._uploaded |= {name: job.files[name][1] for name in files}
-        if files:
-            log.info("--push_to_hub: %s is at %s", job.message, answer["url"])
+        self._tell(shared)
+        self._listener = threading.Thread(target=self._listen, name="hub", daemon=True)
+        self._listener.start()
 
-    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Run an upload in a process of its own, which this one's end, a signal or `__exit__` ends too."""
-        with self._lock:
-            if self._closed:
-                return {}
-            process = self._process = subprocess.Popen(
-                [sys.executable, "-P", upload.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
-                start_new_session=True,  # Ctrl-C is for the run, which then decides
-            )
-        with process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        return json.loads(line or '{"error": "the uploading process died", "status": null}')
+    def _tell(self, what: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(OSError):  # of a process that died, which the listener notices
+            print(json.dumps(what), file=self._process.stdin, flush=True)
+
+    def _submit(self, job: Job) -> None:
+        with self._changed:
+            if self._current is None:
+                self._current = job
+                self._tell(job)
+            else:
+                _remove(self._next)
+                self._next = job
+
+    def _listen(self) -> None:
+        """Say what became of each upload, and have the next one done."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._changed:
+                if not self._closed:
+                    self._conclude(json.loads(line))
+                _remove(self._current)
+                self._current, following, self._next = None, self._next, None
+                if following is not None and not self._closed:
+                    self._submit(following)
+                self._changed.notify_all()
+        if not self._closed:
+            self._give_up("the uploading process died.")
+
+    def _conclude(self, answer: dict[str, Any]) -> None:
+        assert self._current is not None
+        if "error" not in answer:
+            if self._current["folder"]:
+                log.info("--push_to_hub: %s is at %s", self._current["message"], answer["url"])
+        elif answer["status"] in REMEDIES:
+            self._give_up(f"the Hub refuses ({answer['error']}). {REMEDIES[answer['status']]}")
+        else:
+            self._warn(f"{self._repository}: the upload failed ({answer['error']}).")
 
     def _warn(self, text: str) -> None:
         log.warning(
@@ -229,27 +205,26 @@ class HubUploader:
         self._warn(text)
 
 
-def take_snapshot(folder: Path, snapshot: Path) -> dict[str, tuple[Path, Version]]:
-    """List what is to be uploaded of a run's folder, with copies of the files in it that may still change.
+def _remove(job: Job | None) -> None:
+    if job is not None and job["folder"]:
+        shutil.rmtree(job["folder"], ignore_errors=True)
+
+
+def take_snapshot(folder: Path, snapshot: Path) -> None:
+    """Lay out what is to be uploaded of a run's folder: copies of files that may still change, links to the others.
 
     The folders of finished models do not change. The last model's card stands for the whole repository, unless the
     folder has one of its own.
-
-    Returns:
-        Path of the content, and its version, by path in the repository.
     """
-    snapshot.mkdir(parents=True, exist_ok=True)
-    found: dict[str, tuple[Path, Version]] = {}
-    for path in _files(folder):
-        name, status = path.relative_to(folder).as_posix(), path.stat()
-        if path.parent == folder:
-            path = Path(shutil.copyfile(path, snapshot / path.name))
-        found[name] = (path, (status.st_size, status.st_mtime_ns))
-    cards = [f"{model.name}/{CARD}" for model in models_in(folder) if f"{model.name}/{CARD}" in found]
-    return {CARD: found[cards[-1]], **found} if cards else found
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if not any(fnmatchcase(entry.name, pattern) for pattern in LEFT_AT_HOME):
-            yield from (path for path in ([entry] if entry.is_file() else sorted(entry.rglob("*"))) if path.is_file())
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(fnmatchcase(name.parts[0], pattern) for pattern in LEFT_AT_HOME):
+            place = snapshot / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if len(name.parts) == 1:
+                shutil.copyfile(path, place)
+            else:
+                place.symlink_to(path.resolve())
+    cards = [path for model in models_in(snapshot) if (path := model / CARD).is_file()]
+    if cards and not (snapshot / CARD).exists():
+        shutil.copyfile(cards[-1], snapshot / CARD)

@@ -1,8 +1,9 @@
-"""One upload to the Hugging Face Hub, in a process of its own, which can be ended whatever the network does.
+"""Uploads to the Hugging Face Hub in a process of its own, which can be ended whatever the network does.
 
-Nothing in this file belongs to the package when it is at work: `repro.reporting.hub` starts it by its path, without
-importing JAX. A job comes as one line of JSON on standard input, which carries the token past command line and
-environment; what became of it goes as one line to standard output. If the input ends, so does the process.
+Nothing else of the package is at work in it: `repro.reporting.hub` starts this file by its path, without importing JAX.
+Standard input carries lines of JSON: what all uploads share, with the token, which is thus on no command line and in no
+environment; then one upload a line. What became of each goes as one line to standard output. If the input ends, so does
+the process.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 AGAIN = (408, 429)
@@ -21,40 +22,27 @@ LONGEST_TEXT = 400
 
 
 def upload(
-    *,
-    repository: str,
-    create: bool,
-    token: str,
-    message: str,
-    files: dict[str, str],
-    attempts: int,
-    pause: float,
-    silence: float,
+    *, repository: str, token: str, message: str, folder: str | None, attempts: int, pause: float
 ) -> dict[str, Any]:
-    """Commit files to a model repository, again if need be.
+    """Commit what has changed in a folder to a model repository, which is made if there is none.
 
     Args:
-        create: make the repository if there is none, and find out whose it is.
-        files: paths of their contents by their paths in the repository.
+        folder: None to make the repository alone.
         attempts: how often it is tried.
         pause: seconds before the second attempt, and twice as long before each further one.
-        silence: seconds after which a request that hears nothing has failed.
 
     Returns:
-        {"repository", "url"}; or {"error", "status"}, with the Hub's last answer (None if it was not one) in words.
+        {"url"}; or {"error", "status"}, with the Hub's last answer (None if it was not one) in words.
     """
-    limit_silence(silence)
 
     def attempt() -> dict[str, Any]:
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import HfApi
 
-        api, found = HfApi(token=token), repository
-        if create:
-            found = api.create_repo(repository, exist_ok=True).repo_id
-        if files:
-            additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-            api.create_commit(found, additions, commit_message=message)
-        return {"repository": found, "url": f"{api.endpoint}/{found}"}
+        api = HfApi(token=token)
+        found = api.create_repo(repository, exist_ok=True).repo_id
+        if folder is not None:
+            api.upload_folder(repo_id=found, folder_path=folder, commit_message=message)
+        return {"url": f"{api.endpoint}/{found}"}
 
     return tried(attempt, attempts=attempts, pause=pause)
 
@@ -66,26 +54,20 @@ def tried(attempt: Callable[[], dict[str, Any]], *, attempts: int, pause: float)
             return attempt()
         except Exception as error:
             attempts, status = attempts - 1, status_of(error)
-            refused = status is not None and 400 <= status < 500 and status not in AGAIN
-            if not attempts or refused or is_misnamed(error):
-                text = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_TEXT]
-                return {"error": text, "status": 400 if is_misnamed(error) else status}
+            if not attempts or (status is not None and 400 <= status < 500 and status not in AGAIN):
+                return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_TEXT], "status": status}
         time.sleep(pause)
         pause *= 2
 
 
-def status_of(error: BaseException) -> int | None:
-    """Find the HTTP status that an error comes from; None if the Hub did not answer."""
-    for cause in _causes(error):
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status is not None:
-            return int(status)
+def status_of(error: BaseException | None) -> int | None:
+    """Find the HTTP status that an error comes from: 400 for a name that cannot be one, None without any answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None or type(error).__name__ == "HFValidationError":
+            return int(status or 400)
+        error = error.__cause__ or error.__context__
     return None
-
-
-def is_misnamed(error: BaseException) -> bool:
-    """Tell whether the repository's name cannot be one, which is found out without the Hub."""
-    return any(type(cause).__name__ == "HFValidationError" for cause in _causes(error))
 
 
 def limit_silence(seconds: float) -> None:
@@ -93,7 +75,7 @@ def limit_silence(seconds: float) -> None:
     import huggingface_hub
     from huggingface_hub.utils import get_session
 
-    client = type(get_session())
+    client: Any = type(get_session())
     if hasattr(huggingface_hub, "set_client_factory"):  # from 1.0 on, of httpx; from 2.0 on of httpx2
         huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, timeout=seconds))
     else:
@@ -105,23 +87,19 @@ def limit_silence(seconds: float) -> None:
         huggingface_hub.configure_http_backend(Session)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _end_with_the_input() -> None:
-    sys.stdin.read()
-    os._exit(1)
-
-
 def main() -> None:
-    """Do the job on standard input."""
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_input, daemon=True).start()
-    print(json.dumps(upload(**job)), flush=True)
-    os._exit(0)  # threads of the libraries that wait for the network are not waited for
+    """Do the uploads that standard input asks for, one after another."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    shared = json.loads(sys.stdin.readline())
+    limit_silence(shared.pop("silence"))
+
+    def work(line: str) -> None:
+        print(json.dumps(upload(**shared, **json.loads(line))), file=answers, flush=True)
+
+    worker = ThreadPoolExecutor(1)
+    for line in sys.stdin:
+        worker.submit(work, line)
+    os._exit(0)  # whatever the upload under way waits for
 
 
 if __name__ == "__main__":
