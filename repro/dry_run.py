@@ -114,7 +114,7 @@ def _prepare_small(
     small_args = dataclasses.replace(
         args, do_train=True, do_eval=True, do_predict=False, num_replicas=replicas, block_size=0, num_train_epochs=1
     )
-    small_data = dataclasses.replace(data_args, image_cache=False, **wanted)
+    small_data = dataclasses.replace(data_args, image_cache=False, overwrite_cache=False, **wanted)
     prepared = prepare(model_args, small_data, small_args, protocol, devices[:replicas], progress=False)
     some = list(number_images([rows["train"].dataset.select(range(min(TIMED_IMAGES, len(rows["train"].dataset))))]))
     started = time.perf_counter()

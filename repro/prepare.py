@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.protocol import Protocol
 from repro.training.optimizer import count_parameters
+from repro.training.processes import decided_by_first
 from repro.training.sharding import create_mesh
 
 PACKAGES = (
@@ -113,7 +115,7 @@ def read_rows(model_args: ModelArguments, data_args: DataArguments, splits: Sequ
         cache_dir=model_args.cache_dir,
         token=model_args.token,
         rows_dir=cache_folder(model_args) / "rows",
-        overwrite_cache=data_args.overwrite_cache,
+        rebuild=_rebuilding(data_args),
     )
     return {split: _first(found, limits[split]) for split, found in rows.items()}
 
@@ -218,7 +220,7 @@ def _decode(
     progress: bool,
 ) -> tuple[dict[str, CaptionedImages], list[dict[str, Any]]]:
     """Decode the images and tokenize the captions of all splits; the rows that cannot be used are returned too."""
-    folder = cache_folder(model_args)
+    folder, rebuild = cache_folder(model_args), _rebuilding(data_args)
     splits, dropped = {}, []
     converted = {name: converts_to_rgb(protocol, name) for name in rows}
     for convert in sorted(set(converted.values())):
@@ -231,7 +233,7 @@ def _decode(
             cache_dir=folder / "images" if data_args.image_cache else None,
             capacity=args.block_size or None,
             num_workers=data_args.preprocessing_num_workers,
-            overwrite_cache=data_args.overwrite_cache,
+            rebuild=rebuild,
             progress=progress,
         )
         for name, split in together.items():
@@ -247,6 +249,11 @@ def _decode(
             )
             dropped += [*split.dropped, *failed]
     return splits, dropped
+
+
+def _rebuilding(data_args: DataArguments) -> str | None:
+    """Name this run to a cache that it is to build again, once for all of its processes."""
+    return decided_by_first(lambda: uuid4().hex) if data_args.overwrite_cache else None
 
 
 def converts_to_rgb(protocol: Protocol, split: str) -> bool:

@@ -91,7 +91,9 @@ def test_an_image_is_decoded_again_only_if_something_changed(pictures, decoded, 
     assert count() == COUNT
     assert count() == 0
     assert count(pictures[10:20]) == 0  # a part of what another run has decoded
-    assert count(overwrite_cache=True) == COUNT
+    # Each process of a run asks for the cache to be built again; the first one discards what other runs have left.
+    assert [count(rebuild="one run"), count(rebuild="one run")] == [COUNT, 0]
+    assert [count(rebuild="another"), count(), count(rebuild="another")] == [COUNT, 0, 0]
     assert count(convert_to_rgb=False) == COUNT  # another geometry is another cache
     Image.new("RGB", (30, 9), (7, 7, 7)).save(pictures[7])
     assert count() == 1
@@ -231,7 +233,7 @@ def test_a_cache_that_is_not_whole_is_mended(pictures, decoded, tmp_path: Path, 
 def test_a_run_keeps_its_images_while_another_one_discards_the_cache(pictures, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     store = load(pictures, cache)
-    load(list(reversed(pictures)), cache, overwrite_cache=True)
+    load(list(reversed(pictures)), cache, rebuild="another run")
     check(store, pictures)
 
 

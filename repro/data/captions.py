@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from repro.data.whole_file import whole_file, writing_only_below
+from repro.data.whole_file import build_once, writing_only_below
 from repro.errors import InputError
 
 CHUNK = 10_000
@@ -104,8 +105,7 @@ def tokenize_captions(
         folder, fingerprint = cache
         parts = (fingerprint, num_captions, max_length, tokenizer_fingerprint(tokenizer))
         file = folder / f"{sha256(repr(parts).encode()).hexdigest()[:32]}.npy"
-        if not file.is_file():
-            _save(file, chunks, num_captions)
+        build_once(file, "the tokens of the captions", partial(_save, chunks=chunks, count=num_captions))
         records = np.load(file, mmap_mode="r")
     assert len(records) == num_captions
     return TokenizedCaptions(records, decoder_start_token_id)
@@ -165,7 +165,7 @@ def _target_texts(captions: Iterator[str | None], tokenizer: Any) -> Iterator[tu
 
 
 def _save(file: Path, chunks: Iterator[np.ndarray], count: int) -> None:
-    with whole_file(file, "the tokens of the captions") as partial, partial.open("wb") as opened:
+    with file.open("wb") as opened:
         for number, chunk in enumerate(chunks):
             if number == 0:
                 descr = np.lib.format.dtype_to_descr(chunk.dtype)

@@ -15,7 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -24,9 +24,9 @@ from uuid import uuid4
 
 import numpy as np
 import PIL
-from filelock import FileLock, Timeout
 
 from repro.data.images import ImageError, Resize, image_key
+from repro.data.whole_file import alone
 from repro.errors import InputError
 
 CHUNK = 16
@@ -76,6 +76,7 @@ class ImageCache:
         self.image_bytes = int(np.prod(resize.shape))
         self._pixels, self._index = self.folder / "pixels", self.folder / "index"
         self._failures, self._settings = self.folder / "failures.jsonl", self.folder / "settings.json"
+        self._lock = self.folder / "lock"
 
     def load(
         self,
@@ -83,22 +84,23 @@ class ImageCache:
         decode: Callable[[str], Decoded],
         *,
         num_workers: int,
-        overwrite: bool,
+        rebuild: str | None,
         bar: Any,
     ) -> tuple[MappedImages | np.ndarray, dict[str, str]]:
         """Find the references, decoding those that are not there; tells also why some cannot be used."""
         stamps: dict[str, tuple[int, ...]] = {}
         keys = [image_key(reference, stamps) for reference in references]
-        if overwrite:
-            with self._locked():
-                self._discard()
+        if rebuild is not None:
+            with alone(self._lock):
+                if self._generation() != rebuild:  # of all processes of a run, the first one discards
+                    self._begin_anew(rebuild)
         generation = self._generation()
         slots, failures = self._look_up(references, keys)
         bar.update(int(np.sum(slots >= 0)) + len(failures))
         images = self._open(slots)
         # Another run may have discarded what the index told of, and begun anew.
         if np.any(slots < 0) or generation != self._generation():
-            with self._locked():
+            with alone(self._lock):
                 slots, failures = self._look_up(references, keys)  # another run may have been quicker
                 missing = [place for place in np.flatnonzero(slots < 0).tolist() if references[place] not in failures]
                 if missing:
@@ -228,8 +230,7 @@ class ImageCache:
     def _repair(self) -> np.ndarray:
         """Make the files ready to grow: without what a killed writer, a truncation or other settings left behind."""
         if self._generation() is None:
-            self._discard()
-            self._settings.write_text(json.dumps({**self.settings, "generation": uuid4().hex}))
+            self._begin_anew(uuid4().hex)
         records = self._records()
         for file in (self._pixels, self._index, self._failures):
             file.touch()
@@ -243,24 +244,11 @@ class ImageCache:
             self._failures.write_text(text + "\n")
         return records
 
-    def _discard(self) -> None:
+    def _begin_anew(self, generation: str) -> None:
         # Unlinked, not emptied: a run that reads them keeps them.
         for file in (self._settings, self._index, self._pixels, self._failures):
             file.unlink(missing_ok=True)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s: another run is decoding images there; waiting for it", self.folder)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        self._settings.write_text(json.dumps({**self.settings, "generation": generation}))
 
 
 def cores() -> int:

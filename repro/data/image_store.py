@@ -102,7 +102,7 @@ def load_images(
     cache_dir: Path | None,
     capacity: int | None = None,
     num_workers: int | None = None,
-    overwrite_cache: bool = False,
+    rebuild: str | None = None,
     progress: bool = True,
 ) -> ImageStore:
     """Decode each reference once, but for what earlier runs have decoded.
@@ -112,7 +112,7 @@ def load_images(
         cache_dir: folder of the cache, which runs may share and build at the same time; None for none.
         capacity: without a cache, how many decoded images are kept in memory; None for all.
         num_workers: threads that decode; None for one on each core.
-        overwrite_cache: first discard what the cache holds of this geometry.
+        rebuild: a run's own name, to discard what other runs have decoded in this geometry; None to use it.
 
     Raises:
         InputError: there is no room for the images, or the cache cannot be written.
@@ -126,9 +126,7 @@ def load_images(
             return _load_into_memory(references, decode, resize, capacity, num_workers, bar)
         cache = ImageCache(cache_dir, resize, convert_to_rgb=convert_to_rgb)
         try:
-            return ImageStore(
-                *cache.load(references, decode, num_workers=num_workers, overwrite=overwrite_cache, bar=bar)
-            )
+            return ImageStore(*cache.load(references, decode, num_workers=num_workers, rebuild=rebuild, bar=bar))
         except OSError as error:
             raise InputError(
                 f"{cache.folder}: decoded images cannot be kept there ({error}); make room or mend it, name another"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import PIL
 
@@ -77,7 +77,7 @@ def render_pocket(
         raise InputError(
             f"{target} holds something other than rendered scenes, and is left as it is; name a new or an empty folder"
         )
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    building = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
     try:
         (building / "annotations").mkdir(parents=True)
         rng = random.Random(seed)

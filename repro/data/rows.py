@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pyarrow
 from datasets import Dataset
 
-from repro.data.whole_file import whole_file
+from repro.data.whole_file import build_once, whole_file
 from repro.errors import InputError
 
 SCHEMA = pyarrow.schema(
     {"row": pyarrow.int64(), "image_path": pyarrow.string(), "image_id": pyarrow.string(), "caption": pyarrow.string()}
 )
+BUILT_BY = b"built_by"
 CHUNK = 10_000
 """Rows held in memory at once."""
 
@@ -40,7 +42,7 @@ class Rows:
 
 
 def make_rows(
-    records: Iterable[Record], *, split: str, source: str, file: Path | None = None, overwrite: bool = False
+    records: Iterable[Record], *, split: str, source: str, file: Path | None = None, rebuild: str | None = None
 ) -> Rows:
     """Check records one by one and make a split of them.
 
@@ -49,7 +51,7 @@ def make_rows(
     Args:
         records: not touched where the file is there already.
         file: where the split is kept; it appears there whole or not at all. None keeps it in memory.
-        overwrite: read again what the file has.
+        rebuild: a run's own name, to read again what another run has put into the file; None to take it as it is.
 
     Raises:
         InputError: a caption is null where captions are learned from or scored, no row is left, or the file cannot be
@@ -60,11 +62,17 @@ def make_rows(
         dropped = _write(sink, records, split, source)
         return Rows(Dataset(pyarrow.ipc.open_stream(sink.getvalue()).read_all()), dropped)
     notes = file.with_suffix(".dropped.jsonl")
-    if overwrite or not file.is_file():
-        with whole_file(file, f"the rows of {source}") as partial:
-            with pyarrow.OSFile(str(partial), "wb") as sink:
-                dropped = _write(sink, records, split, source)
-            notes.write_text("".join(json.dumps(row) + "\n" for row in dropped))
+
+    def build(partial: Path) -> None:
+        with pyarrow.OSFile(str(partial), "wb") as sink:
+            dropped = _write(sink, records, split, source, built_by=rebuild or "")
+        with whole_file(notes, f"the rows of {source}") as partial_notes:
+            partial_notes.write_text("".join(json.dumps(row) + "\n" for row in dropped))
+
+    def is_there(file: Path) -> bool:
+        return file.is_file() and (rebuild is None or _built_by(file) == rebuild)
+
+    build_once(file, f"the rows of {source}", build, is_there=is_there)
     return Rows(Dataset.from_file(str(file)), [json.loads(line) for line in notes.read_text().splitlines()])
 
 
@@ -75,11 +83,18 @@ def column(dataset: Dataset, name: str) -> Iterator[Any]:
         yield from table[start : start + CHUNK][name].to_pylist()
 
 
-def _write(sink: Any, records: Iterable[Record], split: str, source: str) -> list[Dropped]:
+def _built_by(file: Path) -> str | None:
+    """Name the run that has built a file again, if one has."""
+    with suppress(OSError, pyarrow.ArrowInvalid), pyarrow.OSFile(str(file)) as opened:
+        return pyarrow.ipc.open_stream(opened).schema.metadata[BUILT_BY].decode()
+    return None
+
+
+def _write(sink: Any, records: Iterable[Record], split: str, source: str, *, built_by: str = "") -> list[Dropped]:
     dropped: list[Dropped] = []
     kept: list[Record] = []
     num_kept = 0
-    with pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
+    with pyarrow.ipc.new_stream(sink, SCHEMA.with_metadata({BUILT_BY: built_by})) as writer:
         for record in records:
             for row in _checked(record, split, source):
                 if "reason" in row:

@@ -50,7 +50,7 @@ def load_splits(
     cache_dir: str | None = None,
     token: str | None = None,
     rows_dir: Path | None = None,
-    overwrite_cache: bool = False,
+    rebuild: str | None = None,
 ) -> dict[str, Rows]:
     """Load the asked-for splits (`train`, `validation`, `test`) from what the flags name.
 
@@ -59,7 +59,7 @@ def load_splits(
     Args:
         cache_dir: the datasets library's.
         rows_dir: where rows are kept once they have been read; None to keep them in memory.
-        overwrite_cache: read them again.
+        rebuild: see `make_rows`.
 
     Raises:
         InputError: a source, a split or a column is missing, a caption is null, or an image is on the web.
@@ -92,7 +92,7 @@ def load_splits(
         source = find(split)
         records = _without_urls(source, allowed=allow_image_urls)
         file = rows_dir / f"{_key(source, split, allow_image_urls)}.arrow" if rows_dir else None
-        result[split] = make_rows(records, split=split, source=source.name, file=file, overwrite=overwrite_cache)
+        result[split] = make_rows(records, split=split, source=source.name, file=file, rebuild=rebuild)
     return result
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -22,6 +23,11 @@ TWO_PATHS = ("os.rename", "os.link", "os.symlink")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 _below: ContextVar[Path | None] = ContextVar("below", default=None)
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger("repro")
 
 
 @contextmanager
@@ -34,19 +40,75 @@ def whole_file(file: Path, content: str) -> Iterator[Path]:
     Raises:
         InputError: it cannot be written.
     """
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    # Hosts and containers that share a disk may have processes of the same id.
+    partial = file.with_name(f"{file.name}.{uuid4().hex}.partial")
+    with _kept_there(file, content):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            partial.replace(file)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+
+def build_once(
+    file: Path, content: str, build: Callable[[Path], None], *, is_there: Callable[[Path], bool] = Path.is_file
+) -> None:
+    """Have one of the processes that want a file write it, on whatever host they are; the others wait for it.
+
+    Args:
+        content: what it is, for messages.
+        build: writes it to the path that it is given.
+        is_there: tells whether the file is there and of use.
+
+    Raises:
+        InputError: it cannot be written or locked.
+    """
+    if is_there(file):
+        return
+    with _kept_there(file, content), alone(file.with_name(f"{file.name}.lock")):
+        if not is_there(file):
+            for left in file.parent.glob(f"{file.name}.*.partial"):  # by a builder that was killed
+                left.unlink()
+            with whole_file(file, content) as partial:
+                build(partial)
+
+
+@contextmanager
+def alone(lock_file: Path) -> Iterator[None]:
+    """Keep out all others that lock this file; the system lets go of it when this process ends, however it does.
+
+    Across hosts that takes a file system with `flock`, as NFS has since Linux 2.6.12.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: another process is building there; waiting for it", lock_file)
+            lock.acquire()
+    except NotImplementedError as error:
+        raise OSError(str(error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _kept_there(file: Path, content: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"{file}: {content} cannot be kept there ({error}); make room or mend it, or name another folder with"
             " --cache_dir."
         ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def sha256_of(file: Path) -> str:

@@ -25,10 +25,10 @@ from transformers import (
     ViTImageProcessor,
 )
 from transformers import __version__ as transformers_version
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 # Under its public name, transformers 5.17 has a stand-in that asks for torchvision, which use_fast=False does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from repro.data.images import pixel_table, resize_of
 from repro.data.whole_file import check_plain_names, writing_only_below
