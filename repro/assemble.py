@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,14 +14,23 @@ from jax.sharding import NamedSharding
 from repro.data.pipeline import Schedule
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator
+from repro.evaluation.programs import Programs, compile_programs
 from repro.prepare import PreparedRun
 from repro.reporting.writer import log
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult, after_step, take_steps
-from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes
+from repro.training.memory import (
+    SHARE,
+    choices,
+    compile_step,
+    compile_what_fits,
+    device_bytes,
+    step_bytes,
+    tree_bytes,
+)
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
-from repro.training.sharding import put, put_rows, replicated, rows_sharding, state_sharding, train_batch_sharding
+from repro.training.sharding import put, state_sharding, train_batch_sharding
 from repro.training.state import TrainState, create_train_state
 from repro.training.steps import TrainStep, make_eval_step, make_train_step
 
@@ -90,8 +99,9 @@ def build_training(prepared: PreparedRun) -> Training:
         lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
         _at_once(prepared),
         limit=SHARE * device_bytes(mesh.local_devices[0]),
+        bytes_of=step_bytes,
     )
-    facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step)}
+    facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step), "state_bytes": tree_bytes(like)}
     if at_once < num_replicas:
         log.info(
             "%d of %d replicas at once: a step takes %.1f GiB", at_once, num_replicas, facts["step_bytes"] / GIBIBYTE
@@ -141,45 +151,67 @@ def _smallest_batch(prepared: PreparedRun, batch_size: int) -> int | None:
     return batch_size // 4 if prepared.mesh.size == 1 and batch_size >= SHRINKS_FROM else None
 
 
-def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None) -> Evaluator:
-    """Put together what evaluates; a signal ends it between two batches."""
-    args, data_args, captioner = prepared.args, prepared.data_args, prepared.pretrained.captioner
-    batch_size = prepared.num_replicas * args.per_device_eval_batch_size
-    everywhere = replicated(prepared.mesh)
-    generate: Callable[[Any, Any], Any] | None = None
-    if data_args.predict_with_generate:
-        settings = captioner.generation_config
-        generate = jax.jit(
-            lambda params, memory: captioner.generate(
-                params,
-                memory,
-                max_length=data_args.val_max_target_length or data_args.max_target_length,
-                num_beams=data_args.num_beams or settings.num_beams or 1,
-                stop_rule=prepared.protocol.stop_rule,
-                group_size=args.per_device_eval_batch_size,
-                smallest_batch=_smallest_batch(prepared, batch_size),
-            ).tokens[:, 0],
-            out_shardings=everywhere,
+def build_evaluator(
+    prepared: PreparedRun, signals: StopSignals | None = None, *, held_bytes: int = 0, limit: float | None = None
+) -> Evaluator:
+    """Put together what evaluates, as many device batches at once as the memory holds; a signal ends it between turns.
+
+    Args:
+        held_bytes: what else is on a device: the state, where it is evaluated in the middle of training.
+        limit: bytes that a device has to give; None to ask it.
+    """
+    args, data_args, captioner, mesh = prepared.args, prepared.data_args, prepared.pretrained.captioner, prepared.mesh
+    num_replicas, replica_batch = prepared.num_replicas, args.per_device_eval_batch_size
+    possible = choices(mesh, num_replicas=num_replicas, replica_batch=replica_batch) or [num_replicas]
+    asked = [number for number in possible if number <= (args.replicas_at_once or num_replicas)]
+    if limit is None:
+        limit = SHARE * device_bytes(mesh.local_devices[0]) - held_bytes
+
+    def generate(params: Any, memory: Any, *, num_rows: int) -> Any:
+        return captioner.generate(
+            params,
+            memory,
+            max_length=data_args.val_max_target_length or data_args.max_target_length,
+            num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
+            stop_rule=prepared.protocol.stop_rule,
+            group_size=replica_batch,
+            smallest_batch=_smallest_batch(prepared, num_rows),
+        ).tokens[:, 0]
+
+    def compile_batches(number: int) -> Programs:
+        num_rows = number * replica_batch
+        return compile_programs(
+            captioner.encode,
+            make_eval_step(captioner.decode, label_smoothing=args.label_smoothing_factor),
+            partial(generate, num_rows=num_rows) if data_args.predict_with_generate else None,
+            prepared.pretrained.params,
+            prepared.evaluated.batch(np.zeros(1, np.int64)),
+            mesh,
+            num_rows=num_rows,
         )
-    encode = jax.jit(captioner.encode)
 
-    def encode_if_not_stopped(params: Any, pixels: Any) -> Any:
-        if signals:
-            signals.raise_if_received()
-        return encode(params, pixels)
+    @cache
+    def programs() -> Programs:
+        at_once, found = compile_what_fits(
+            compile_batches, asked or possible[-1:], limit=limit, bytes_of=lambda found: found.num_bytes
+        )
+        if at_once < num_replicas:
+            size = found.num_bytes / GIBIBYTE
+            log.info("%d of %d device batches are evaluated at once: %.1f GiB", at_once, num_replicas, size)
 
-    sharding = rows_sharding(prepared.mesh, num_rows=batch_size)
+        def encode(params: Any, pixels: Any) -> Any:
+            if signals:
+                signals.raise_if_received()
+            return found.encode(params, pixels)
+
+        return replace(found, encode=encode)
+
     return Evaluator(
-        place=lambda load, rows: put_rows(load, sharding, rows),
-        encode=encode_if_not_stopped,
-        row_losses=jax.jit(
-            make_eval_step(captioner.decode, label_smoothing=args.label_smoothing_factor), out_shardings=everywhere
-        ),
-        generate=generate,
+        programs=programs,
         tokenizer=prepared.pretrained.tokenizer,
         protocol=prepared.protocol,
-        num_replicas=prepared.num_replicas,
-        replica_batch=args.per_device_eval_batch_size,
-        caption_metrics=prepared.data_args.caption_metrics,
+        num_replicas=num_replicas,
+        replica_batch=replica_batch,
+        caption_metrics=data_args.caption_metrics,
         progress=prepared.progress,
     )

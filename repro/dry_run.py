@@ -20,17 +20,16 @@ from repro.data.image_cache import cores
 from repro.data.image_store import load_images
 from repro.data.images import resize_of
 from repro.data.pipeline import number_images
-from repro.data.rows import Rows
-from repro.flags import check_values
-from repro.prepare import PreparedRun, cache_folder, prepare, read_rows
+from repro.data.rows import Rows, column
+from repro.flags import check_values, mesh_shape
+from repro.prepare import PreparedRun, cache_folder, check_fills_a_batch, prepare, read_rows
 from repro.protocol import Protocol, protocol_named
 from repro.training.memory import device_bytes
 from repro.training.optimizer import count_parameters
+from repro.training.sharding import create_mesh, put, replicated
 
 STEPS, WARM_UPS = 3, 1
 TIMED_IMAGES = 500
-BATCHES = 2
-"""Evaluation batches that are timed, once to compile and once for the clock."""
 BYTES_OF_STATE = 3 * 4
 """A parameter in a state, with AdamW's two moments."""
 GIBIBYTE = 2**30
@@ -50,10 +49,10 @@ class DryRun:
 
 
 def dry_run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> DryRun:
-    """Read all rows and some images, load the weights, compile and time a few steps and two evaluation batches.
+    """Read all rows and some images, load the weights, compile and time a few steps and one turn of evaluation.
 
-    The steps and batches are real ones of the first rows, computed as many replicas at a time as there are devices;
-    the run's time is projected from them.
+    They are real ones of the first rows: the steps with as many replicas as there are devices, the turn with as many
+    device batches as the run evaluates at once beside its state. The run's time is projected from them.
 
     Raises:
         InputError: a flag, the weights or the data cannot be used at all.
@@ -65,7 +64,8 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         rows = read_rows(model_args, data_args, ["train", "validation"])
         reading = time.perf_counter() - started
         small, decoding = _prepare_small(model_args, data_args, args, protocol, rows)
-        timed = {**_time_steps(small), **_time_evaluation(small)}
+        timed = _time_steps(small)
+        timed |= _time_evaluation(small, args.num_replicas or jax.device_count(), held_bytes=timed["state_bytes"])
     images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
     global_batch = (args.num_replicas or jax.device_count()) * args.per_device_train_batch_size
     steps = len(rows["train"].dataset) // global_batch * int(args.num_train_epochs)
@@ -74,7 +74,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     seconds = {
         "rows": reading,
         "images": decoding * sum(images.values()),
-        "compiling": timed["compile_seconds"],
+        "compiling": timed["compile_seconds"] + timed["evaluation_compile_seconds"],
         "training": steps * global_batch / timed["train_rows_per_second"],
         "evaluations": evaluations * evaluated / timed["evaluation_rows_per_second"],
     }
@@ -90,6 +90,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         "rows_dropped_of_those_tried": [row["reason"] for row in small.dropped],
         "steps": steps,
         "evaluations": evaluations,
+        "evaluated": "images" if protocol.generate_per_image else "rows",
         **timed,
         "bytes_needed": needs,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -109,7 +110,7 @@ def _prepare_small(
     replicas = min(args.num_replicas or len(devices), len(devices))
     wanted: dict[str, Any] = {
         "max_train_samples": 2 * (STEPS + WARM_UPS) * replicas * args.per_device_train_batch_size,
-        "max_eval_samples": 2 * BATCHES * replicas * args.per_device_eval_batch_size,
+        "max_eval_samples": _enough_rows(rows["validation"], args, protocol),
     }
     small_args = dataclasses.replace(
         args, do_train=True, do_eval=True, do_predict=False, num_replicas=replicas, block_size=0, num_train_epochs=1
@@ -129,6 +130,15 @@ def _prepare_small(
     return prepared, (time.perf_counter() - started) / len(some)
 
 
+def _enough_rows(split: Rows, args: TrainingArguments, protocol: Protocol) -> int:
+    """Count the first rows that fill a global evaluation batch: with images, or twice with rows, some being dropped."""
+    batch = (args.num_replicas or jax.device_count()) * args.per_device_eval_batch_size
+    if not protocol.generate_per_image:
+        return 2 * batch
+    firsts = list({path: row for row, path in reversed(list(enumerate(column(split.dataset, "image_path"))))}.values())
+    return sorted([*firsts, len(split.dataset)])[min(batch, len(firsts))]
+
+
 def _time_steps(prepared: PreparedRun) -> dict[str, Any]:
     started = time.perf_counter()
     training = build_training(prepared)
@@ -143,20 +153,43 @@ def _time_steps(prepared: PreparedRun) -> dict[str, Any]:
     return {
         "compile_seconds": round(compiled, 1),
         "step_bytes": training.facts["step_bytes"],
+        "state_bytes": training.facts["state_bytes"],
         "train_rows_per_second": round(prepared.train_batch / float(np.median(times[WARM_UPS:] or times)), 2),
     }
 
 
-def _time_evaluation(prepared: PreparedRun) -> dict[str, Any]:
-    evaluator, data = build_evaluator(prepared), prepared.splits["validation"]
-    size = BATCHES * evaluator.batch_size
+def _time_evaluation(prepared: PreparedRun, num_replicas: int, *, held_bytes: int) -> dict[str, Any]:
+    """Time the first turn of an evaluation by the run's replicas on the run's devices."""
+    args, data = prepared.args, prepared.splits["validation"]
+    mesh = create_mesh(
+        jax.devices(),
+        num_replicas=num_replicas,
+        replica_batch=args.per_device_train_batch_size,
+        shape=mesh_shape(args.mesh),
+    )
+    prepared = dataclasses.replace(prepared, num_replicas=num_replicas, mesh=mesh, progress=False)
+    check_fills_a_batch(len(data), num_replicas * args.per_device_eval_batch_size, "validation", prepared.protocol)
+    started = time.perf_counter()
+    evaluator = build_evaluator(prepared, held_bytes=held_bytes)
+    programs = evaluator.programs()
+    compiled = time.perf_counter() - started
+    size = programs.num_rows
+    if prepared.protocol.generate_per_image:  # all rows of so many images
+        firsts = np.sort(np.unique(data.image_index, return_index=True)[1])
+        size = [*firsts, len(data)][min(size, len(firsts))]
     data = dataclasses.replace(data, kept=data.kept[:size], image_index=data.image_index[:size])
-    for _ in range(2):
-        started = time.perf_counter()
-        evaluation = dataclasses.replace(evaluator, progress=False).evaluate(prepared.pretrained.params, data)
-        seconds = time.perf_counter() - started
+    turn = dataclasses.replace(evaluator, num_replicas=programs.num_rows // args.per_device_eval_batch_size)
+    params = put(prepared.pretrained.params, replicated(mesh))
+    started = time.perf_counter()
+    evaluation = turn.evaluate(params, data)
+    seconds = time.perf_counter() - started
     units = len(set(evaluation.image_paths)) if prepared.protocol.generate_per_image else evaluation.details["rows"]
-    return {"evaluation_rows_per_second": round(units / seconds, 2)}
+    return {
+        "evaluation_rows_at_once": programs.num_rows,
+        "evaluation_bytes": programs.num_bytes,
+        "evaluation_compile_seconds": round(compiled, 1),
+        "evaluation_rows_per_second": round(units / seconds, 2),
+    }
 
 
 def _evaluations(args: TrainingArguments, protocol: Protocol, steps: int) -> int:
@@ -207,6 +240,13 @@ def _problems(facts: dict[str, Any], model_args: ModelArguments, args: TrainingA
             f"one replica's step takes {facts['step_bytes'] / GIBIBYTE:.1f} GiB and a device has"
             f" {facts['device_bytes'] / GIBIBYTE:.1f}; add --gradient_checkpointing or --mesh fsdp=N"
         )
+    evaluation = facts["evaluation_bytes"] + facts["state_bytes"]
+    if evaluation > facts["device_bytes"]:
+        problems.append(
+            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {evaluation / GIBIBYTE:.1f} GiB"
+            f" and a device has {facts['device_bytes'] / GIBIBYTE:.1f}; lower --per_device_eval_batch_size or"
+            " --num_beams, or add --mesh fsdp=N"
+        )
     if facts["steps"] == 0:
         problems.append("the rows do not fill one batch")
     return problems
@@ -226,6 +266,8 @@ def describe(found: DryRun) -> str:
         f" {needs['states'] / 1e9:.1f} GB for states",
         f"step: {facts['step_bytes'] / GIBIBYTE:.1f} GiB with one replica on each device,"
         f" {facts['train_rows_per_second']:.0f} rows/s",
+        f"evaluation: {facts['evaluation_bytes'] / GIBIBYTE:.1f} GiB with {facts['evaluation_rows_at_once']} at once,"
+        f" {facts['evaluation_rows_per_second']:.0f} {facts['evaluated']}/s",
         f"time: {_duration(sum(seconds.values()))} for {facts['steps']} steps and {facts['evaluations']} evaluations ("
         + ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
         + "), before rows are dropped",

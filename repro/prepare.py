@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ class PreparedRun:
     @property
     def shuffle(self) -> bool:
         return self.args.block_size > 0 or self.protocol.shuffle_without_blocks
+
+    @property
+    def evaluated(self) -> CaptionedImages:
+        """A split that is evaluated; both have rows of one shape."""
+        return next(self.splits[name] for name in ("validation", "test") if name in self.splits)
 
     @property
     def train_batch(self) -> int:
@@ -284,6 +290,9 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
             "dropped": sum(row["split"] == name for row in prepared.dropped),
             "images": len(np.unique(prepared.splits[name].image_index)),
             "fingerprint": prepared.splits[name].fingerprint(),
+            "captions": int(prepared.splits[name].have_captions(np.arange(len(prepared.splits[name]))).sum()),
+            "captions_cut": prepared.splits[name].num_cut,
+            "max_length": target_length(prepared.data_args, name),
         }
         for name, split in rows.items()
     }
@@ -311,3 +320,21 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         "num_steps": prepared.num_steps if steps else 0,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def data_in_words(data: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
+    """Say what the splits of `run.json` hold, with the level of the log at which it is said."""
+    for name, counts in data.items():
+        read, kept, dropped, images = list(counts.values())[:4]
+        yield logging.INFO, f"{name}: {read} rows read, {kept} kept, {dropped} dropped, {images} images"
+        captions, cut = counts["captions"], counts["captions_cut"]
+        if cut:
+            use = "trained on" if name == "train" else "scored against"
+            yield (
+                logging.WARNING,
+                f"{name}: {cut} of {captions} captions are longer than {counts['max_length']} tokens; what is left of"
+                f" them is {use}",
+            )
+        if captions < kept:
+            what = f"loss and scores are of the other {captions}" if captions else "there are no loss and no scores"
+            yield logging.WARNING, f"{name}: {kept - captions} of {kept} rows have no caption; {what}"

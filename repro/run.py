@@ -22,7 +22,7 @@ from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
 from repro.flags import check_flags
 from repro.models.pretrained import save_model
-from repro.prepare import PreparedRun, prepare
+from repro.prepare import PreparedRun, data_in_words, prepare
 from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
 from repro.reporting.model_card import Trained, write_card
@@ -153,11 +153,11 @@ class _Run:
                 log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
             log.info("goes on after step %d of %s", self.start.step, self.start.found.folder)
         self.writer.describe(facts, prepared.dropped)
-        for name, counts in facts["data"].items():
-            log.info("%s: %d rows read, %d kept, %d dropped, %d images", name, *list(counts.values())[:4])
+        for level, line in data_in_words(facts["data"]):
+            log.log(level, line)
         for note in prepared.pretrained.notes:
             log.info("model: %s", note)
-        evaluator = build_evaluator(prepared, self.signals)
+        evaluator = build_evaluator(prepared, self.signals, held_bytes=facts.get("state_bytes", 0))
         self._look(facts)
         if self.training is not None:
             params = self._train(self.training, evaluator, facts)

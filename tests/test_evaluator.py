@@ -6,21 +6,26 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+import repro.evaluation.evaluator
 from repro.assemble import build_evaluator
 from repro.config import DataArguments, TrainingArguments
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, mean_of_batch_losses
+from repro.evaluation.programs import Programs
+from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.models.beam_search import Captions
 from repro.prepare import check_fills_a_batch
 from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
+from repro.training.memory import SHARE, device_bytes
 from repro.training.sharding import create_mesh
 
 LENGTH, SIDE = 5, 2
@@ -55,28 +60,37 @@ class FakeModel:
         return np.where(is_token, 40 + images[:, None], 0).astype(np.int32)
 
 
-def make_data(num_rows: int, *, captions: bool = True, seed: int = 0, images=None) -> CaptionedImages:
+def make_data(num_rows: int, *, captions=True, seed: int = 0, images=None) -> CaptionedImages:
     """Rows of images 0 0 0 1 1 1 ..., or of others, whose bytes are their numbers; captions of 1 to 5 tokens."""
     random = np.random.default_rng(seed)
     labels = random.integers(40, 60, (num_rows, LENGTH), dtype=np.int32)
     mask = (np.arange(LENGTH) < random.integers(1, LENGTH + 1, num_rows)[:, None]).astype(np.int32)
+    given = np.broadcast_to(captions, num_rows)
+    mask *= given[:, None]
+    texts = [f"caption {row}" if is_given else None for row, is_given in enumerate(given)]
     images = np.arange(num_rows) // ROWS_PER_IMAGE if images is None else np.asarray(images)
     numbers = np.arange(images.max() + 1, dtype=np.uint8)
     return CaptionedImages(
-        dataset=Dataset.from_dict({"image_path": [f"{i}.png" for i in images], "image_id": [str(i) for i in images]}),
+        dataset=Dataset.from_dict(
+            {"image_path": [f"{i}.png" for i in images], "image_id": [str(i) for i in images], "caption": texts}
+        ),
         kept=np.arange(num_rows),
-        captions=TokenizedCaptions(pack_tokens(labels * mask, mask if captions else 0 * mask), 0),
+        captions=TokenizedCaptions(pack_tokens(labels * mask, mask), 0),
         image_index=images,
         images=np.broadcast_to(numbers[:, None, None, None], (len(numbers), SIDE, SIDE, 3)),
     )
 
 
-def make_evaluator(model, tokenizer, protocol=EXACT, *, replicas=2, rows=2, generate=True) -> Evaluator:
-    return Evaluator(
+def make_evaluator(model, tokenizer, protocol=EXACT, *, replicas=2, rows=2, at_once=None, generate=True):
+    programs = Programs(
+        num_rows=(at_once or replicas) * rows,
         place=lambda load, rows: load(rows),
         encode=model.encode,
         row_losses=model.row_losses,
         generate=model.generate if generate else None,
+    )
+    return Evaluator(
+        programs=lambda: programs,
         tokenizer=tokenizer,
         protocol=protocol,
         num_replicas=replicas,
@@ -222,6 +236,56 @@ def test_without_captions_there_is_neither_loss_nor_rouge(tokenizer):
     assert len(evaluation.generations) == 5
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_rows_without_a_caption_take_the_scores_of_no_other(tokenizer, protocol):
+    # Row 1 is of an image that has others; rows 3 to 5 are all of theirs, rows 8 to 11 a whole batch.
+    missing = {1, 3, 4, 5, 8, 9, 10, 11}
+    given = np.array([row not in missing for row in range(16)])
+    data, whole = make_data(16, captions=given), make_data(16)
+    evaluate = make_evaluator(FakeModel(), tokenizer, protocol).evaluate
+    found, all_given = evaluate(1.0, data), evaluate(1.0, whole)
+    assert [row["pred"] for row in found.generations] == [row["pred"] for row in all_given.generations]
+    assert [bool(row["label"]) for row in found.generations] == given.tolist()
+    assert found.details["rows"] == 16
+    assert found.details["rows_scored"] == given.sum()
+    assert "rows_scored" not in all_given.details
+    assert found.metrics["gen_len"] == all_given.metrics["gen_len"]
+    pairs = zip(
+        *((row["pred"], row["label"]) for row in all_given.generations if row in found.generations), strict=True
+    )
+    assert {kind: found.metrics[kind] for kind in TYPES} == rouge_scores(*pairs).means
+    sums, counts = (token_losses(whole) * given[:, None]).sum(axis=1), mask_of(whole).sum(axis=1) * given
+    groups = [range(16)] if protocol is EXACT else [range(start, start + 4) for start in range(0, 16, 4)]
+    if protocol is PUBLISHED:  # the mean over a batch's replicas that have a caption, then over batches that have one
+        by_batch = [[range(start, start + 2), range(start + 2, start + 4)] for start in range(0, 16, 4)]
+        means = [[sums[r].sum() / counts[r].sum() for r in map(list, b) if counts[r].sum()] for b in by_batch]
+        expected = np.mean([np.mean(of_batch) for of_batch in means if of_batch])
+    else:
+        expected = np.mean([sums[g].sum() / counts[g].sum() for g in map(list, groups) if counts[g].sum()])
+    assert found.metrics["loss"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_bleu_is_of_the_images_that_have_a_caption(tokenizer):
+    given = np.array([True, False, True, False, False, False, True, True, True])
+    seen = {}
+
+    def score(captions, references):
+        seen.update(captions=captions, references=references)
+        return SimpleNamespace(means={"bleu4": 0.5}, tokenizer="split_words")
+
+    evaluator = replace(make_evaluator(FakeModel(), tokenizer), caption_metrics=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repro.evaluation.evaluator, "caption_scores", score)
+        evaluation = evaluator.evaluate(1.0, make_data(9, captions=given))
+    assert evaluation.metrics["bleu4"] == 0.5
+    assert seen["references"] == {
+        "0.png": ["caption 0", "caption 2"],
+        "2.png": ["caption 6", "caption 7", "caption 8"],
+    }
+    assert seen["captions"].keys() == seen["references"].keys()
+    assert seen["captions"]["2.png"] == evaluation.generations[6]["pred"]
+
+
 def test_without_generation_there_is_the_loss_alone():
     evaluation = make_evaluator(FakeModel(), None, generate=False).evaluate(1.0, make_data(5))
     assert set(evaluation.metrics) == {"loss"}
@@ -239,38 +303,86 @@ def test_the_given_parameters_are_evaluated():
     assert twice == pytest.approx(2 * once)
 
 
+class TracedModel:
+    """A captioner that can be compiled: images are their first byte, and so are the tokens of their captions."""
+
+    generation_config = SimpleNamespace(num_beams=3)
+
+    def __init__(self) -> None:
+        self.asked: list[dict] = []
+
+    def encode(self, params, pixels):
+        return pixels[:, 0, 0, 0].astype(jnp.int32)
+
+    def decode(self, params, images, inputs, mask):
+        return jax.nn.one_hot(inputs + images[:, None], 64) * params["scale"]
+
+    def generate(self, params, images, **settings):
+        self.asked.append({"rows": len(images), **settings})
+        return Captions(jnp.tile(images[:, None, None], (1, 1, settings["max_length"])), images[:, None])
+
+
+def build(data, *, devices=1, replicas=1, rows=2, protocol=EXACT, asked=None, tokenizer=None, **more):
+    model = TracedModel()
+    evaluator = build_evaluator(
+        SimpleNamespace(
+            args=TrainingArguments(output_dir="unused", per_device_eval_batch_size=rows, replicas_at_once=asked),
+            data_args=DataArguments(predict_with_generate=True, max_target_length=LENGTH),
+            pretrained=SimpleNamespace(captioner=model, tokenizer=tokenizer, params={"scale": np.float32(2)}),
+            mesh=create_mesh(jax.devices()[:devices], num_replicas=replicas, replica_batch=rows),
+            num_replicas=replicas,
+            protocol=protocol,
+            progress=False,
+            evaluated=data,
+        ),
+        **more,
+    )
+    return evaluator, model
+
+
 @pytest.mark.parametrize(
     ("devices", "rows", "smallest"), [(1, 32, 8), (1, 256, 64), (1, 31, None), (8, 32, None)], ids=str
 )
 def test_captions_that_have_ended_leave_large_batches_on_one_device(devices, rows, smallest):
-    asked = {}
+    evaluator, model = build(make_data(3), devices=devices, rows=rows)
+    assert evaluator.programs().num_rows == rows
+    assert model.asked == [
+        {
+            **{"rows": rows, "max_length": LENGTH, "num_beams": 3, "stop_rule": "exact", "group_size": rows},
+            "smallest_batch": smallest,
+        }
+    ]
 
-    def generate(params, memory, **settings):
-        asked.update(settings)
-        return Captions(memory[:, None, :], memory[:, :1])
 
-    captioner = SimpleNamespace(
-        generate=generate, encode=len, decode=len, generation_config=SimpleNamespace(num_beams=3)
-    )
-    evaluator = build_evaluator(
-        SimpleNamespace(
-            args=TrainingArguments(output_dir="unused", per_device_eval_batch_size=rows),
-            data_args=DataArguments(predict_with_generate=True, max_target_length=LENGTH),
-            pretrained=SimpleNamespace(captioner=captioner, tokenizer=None),
-            mesh=create_mesh(jax.devices()[:devices], num_replicas=1, replica_batch=rows),
-            num_replicas=1,
-            protocol=EXACT,
-            progress=False,
-        )
-    )
-    evaluator.generate({}, np.zeros((rows, LENGTH), np.int32))
-    assert asked == {
-        "max_length": LENGTH,
-        "num_beams": 3,
-        "stop_rule": "exact",
-        "group_size": rows,
-        "smallest_batch": smallest,
-    }
+def test_nothing_is_compiled_for_an_evaluation_that_does_not_come():
+    assert build(make_data(3))[1].asked == []
+
+
+def test_as_many_device_batches_are_evaluated_at_once_as_fit_beside_the_state():
+    data = make_data(48)
+    needs = [build(data, replicas=8, asked=number)[0].programs().num_bytes for number in (8, 4, 2, 1)]
+    assert needs == sorted(set(needs), reverse=True), "fewer rows take less"
+    for limit, rows in ((needs[0], 16), (needs[0] - 1, 8), (needs[2], 4), (needs[3], 2), (1, 2)):
+        evaluator, model = build(data, replicas=8, limit=limit)
+        assert evaluator.programs().num_rows == rows
+        assert {settings["group_size"] for settings in model.asked} == {2}
+    # What else is on the device counts.
+    everything = int(SHARE * device_bytes(jax.devices()[0]))
+    assert build(data, replicas=8, held_bytes=everything - needs[2])[0].programs().num_rows == 4
+    # Devices share each turn evenly: two of them never take the batch of one.
+    evaluator, _ = build(data, devices=2, replicas=8, rows=3, limit=1)
+    assert evaluator.programs().num_rows == 6
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_turns_change_no_number(tokenizer, protocol):
+    data = make_data(43)
+    found = [
+        make_evaluator(FakeModel(), tokenizer, protocol, replicas=8, at_once=at_once).evaluate(1.0, data)
+        for at_once in (8, 4, 2, 1)
+    ]
+    assert found[0].details["rows"] == (43 if protocol is EXACT else 32)
+    assert all(other == found[0] for other in found[1:])
 
 
 def test_an_incomplete_batch_counts_as_a_batch_of_the_rows_that_it_has():

@@ -25,7 +25,10 @@ from repro.reporting.model_card import CARD, LONGEST_TEXT, SAMPLES, Trained, cle
 from repro.selftest import command_line, read_case
 
 NAME = "ckpt_epoch_1_step_8"
-SPLIT = {"read": 40, "kept": 38, "dropped": 2, "images": 9, "fingerprint": "0123456789abcdef"}
+SPLIT = {
+    **{"read": 40, "kept": 38, "dropped": 2, "images": 9, "fingerprint": "0123456789abcdef"},
+    **{"captions": 38, "captions_cut": 0, "max_length": 32},
+}
 any_text = st.text(st.characters(exclude_categories=()))
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 IS_4 = transformers.__version__.startswith("4.")

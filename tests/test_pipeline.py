@@ -94,7 +94,7 @@ def test_rows_share_their_image_and_lose_it_together(tokenizer) -> None:
     batch = split.batch(np.array([2, 0]))
     np.testing.assert_array_equal(batch["pixels"], store.images[[2, 0]])
     np.testing.assert_array_equal(batch["labels"], labels[[2, 0]])
-    assert split.have_captions(every)
+    assert split.have_captions(every).all()
 
 
 def test_a_fingerprint_tells_tokens_shared_images_and_pixels_but_not_where_images_lie(tokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ def test_reproduce_passes_or_fails_by_its_targets(
     assert len(rows) == 7 * 5
     facts = json.loads((folder / "run" / "run.json").read_text())
     assert facts["data"]["validation"] | {"fingerprint": ""} == {
-        **{"read": 35, "kept": 35, "dropped": 0, "images": 7},
+        **{"read": 35, "kept": 35, "dropped": 0, "images": 7, "captions": 35, "captions_cut": 1, "max_length": 20},
         "fingerprint": "",
     }
 
@@ -72,6 +73,7 @@ def test_a_dry_run_projects_and_trains_nothing(
     printed = capsys.readouterr().out
     assert "train: 120 rows of 24 images" in printed
     assert "for 7 steps and 1 evaluations" in printed
+    assert re.search(r"evaluation: \d+\.\d GiB with \d+ at once, \d+ images/s", printed)
     assert not (folder / "run").exists()
     monkeypatch.setattr(repro.dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert main(["reproduce", "--dry_run", "--output_dir", str(folder)]) == 2

@@ -453,6 +453,8 @@ def test_as_many_replicas_are_computed_at_once_as_fit():
     assert choices(mesh, num_replicas=8, replica_batch=3) == [8, 4, 2]
     assert choices(mesh, num_replicas=8, replica_batch=4) == [8, 4, 2, 1]
     fits = {1000: 8, 809: 4, 410: 4, 300: 2, 50: 1}
-    assert {limit: compile_what_fits(Compiled, [8, 4, 2, 1], limit=limit)[0] for limit in fits} == fits
+    assert {
+        limit: compile_what_fits(Compiled, [8, 4, 2, 1], limit=limit, bytes_of=step_bytes)[0] for limit in fits
+    } == fits
     assert step_bytes(Compiled(3)) == 310
     assert device_bytes(jax.devices()[0]) > 2**27

@@ -54,6 +54,11 @@ class TokenizedCaptions:
         """Tell which of rows int[B] have a caption, bool[B]: even an empty one has an eos token."""
         return np.any(self.records["mask"][rows], axis=1)
 
+    def full(self, rows: np.ndarray) -> np.ndarray:
+        """Tell which of rows int[B] have all of T tokens, bool[B], and so may have been cut."""
+        ones = np.packbits(np.ones(self.records.dtype["labels"].shape, bool))
+        return np.all(self.records["mask"][rows] == ones, axis=1)
+
 
 def shift_right(labels: np.ndarray, decoder_start_token_id: int) -> np.ndarray:
     """Make each position the one before it predicts.

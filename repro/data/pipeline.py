@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from datasets import Dataset
 
-from repro.data.captions import TokenizedCaptions, tokenize_captions
+from repro.data.captions import TokenizedCaptions, caption_lengths, tokenize_captions
 from repro.data.image_store import Images, ImageStore
 from repro.data.rows import column
 from repro.errors import InputError
@@ -103,6 +103,7 @@ class CaptionedImages:
         captions: of all rows of `dataset`.
         image_index: int64[N], each row's place in `images`.
         images: distinct images, uint8[S,S,3] each.
+        num_cut: rows whose caption had more than T tokens.
     """
 
     dataset: Dataset
@@ -110,6 +111,7 @@ class CaptionedImages:
     captions: TokenizedCaptions
     image_index: np.ndarray
     images: Images
+    num_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -122,9 +124,9 @@ class CaptionedImages:
         """Gather the captions of rows int[B], the three int32[B,T]."""
         return self.captions[self.kept[rows]]
 
-    def have_captions(self, rows: np.ndarray) -> bool:
-        """Tell whether all of rows int[B] have a caption."""
-        return bool(self.captions.given(self.kept[rows]).all())
+    def have_captions(self, rows: np.ndarray) -> np.ndarray:
+        """Tell which of rows int[B] have a caption, bool[B]."""
+        return self.captions.given(self.kept[rows])
 
     def image_paths(self, rows: np.ndarray) -> list[str]:
         """Name the images of rows int[B]."""
@@ -208,7 +210,9 @@ def prepare_split(
         cache=(tokens_dir, _captions_fingerprint(dataset)) if tokens_dir else None,
     )
     kept = np.flatnonzero(~failed)
-    return CaptionedImages(dataset, kept, captions, index[kept], store.images), dropped
+    full = dataset.select(kept[captions.full(kept)])
+    num_cut = int(np.sum(caption_lengths(column(full, "caption"), tokenizer) > max_length))
+    return CaptionedImages(dataset, kept, captions, index[kept], store.images, num_cut), dropped
 
 
 def _captions_fingerprint(dataset: Dataset) -> str:

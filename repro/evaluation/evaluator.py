@@ -10,15 +10,10 @@ import numpy as np
 
 from repro.data.pipeline import CaptionedImages, prefetch
 from repro.evaluation.caption_metrics import caption_scores
+from repro.evaluation.programs import Generate, Programs
 from repro.evaluation.rouge import rouge_scores
 from repro.progress_bar import progress_bar
 from repro.protocol import LossReduction, Protocol
-
-Load = Callable[[np.ndarray], dict[str, np.ndarray]]
-Place = Callable[[Load, np.ndarray], dict[str, Any]]
-Encode = Callable[[Any, Any], Any]
-RowLosses = Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]]
-Generate = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -26,8 +21,8 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        metrics: `loss`, and if captions were generated `gen_len` (tokens) and ROUGE F x 100 as plain means; a loss only
-            where there are reference captions.
+        metrics: `loss`, and if captions were generated `gen_len` (tokens) and ROUGE F x 100 as plain means; loss and
+            scores are of the rows that have a reference caption.
         details: how the metrics came about: rows, bootstrap intervals, sentence splitter.
         generations: {"label", "pred"} of each evaluated row, in order.
         image_paths, image_ids: of the same rows.
@@ -45,19 +40,14 @@ class Evaluator:
     """How to evaluate, whatever the split and the parameters.
 
     Attributes:
-        place: (what loads rows int[n], rows int[B]) to their arrays on the devices; several processes each load some.
-        encode: (params, pixels uint8[B,S,S,3]) to whatever the other two take for these images.
-        row_losses: (params, encoded images, a caption [B,T] of each) to the captions' loss (sums, counts), float32[B].
-        generate: (params, encoded images) to captions int32[B,L]; None to compute the loss alone.
-        num_replicas, replica_batch: their product is B; under the example's protocols a batch's loss depends on both.
+        programs: gives, compiled once it is asked for, what computes a number of device batches [replica_batch]
+            together; how many changes time and memory alone.
+        num_replicas, replica_batch: the rows of a global batch; under the example's protocols, losses depend on both.
         caption_metrics: compute BLEU and CIDEr-D too.
         progress: whether to draw progress bars.
     """
 
-    place: Place
-    encode: Encode
-    row_losses: RowLosses
-    generate: Generate | None
+    programs: Callable[[], Programs]
     tokenizer: Any
     protocol: Protocol
     num_replicas: int
@@ -76,34 +66,38 @@ class Evaluator:
             num_rows -= num_rows % self.batch_size
         assert num_rows, "the caller checks that there is a whole batch"
         rows = np.arange(num_rows)
-        has_captions = data.have_captions(rows)
-        per_image = self.generate if self.protocol.generate_per_image else None
-        sums, counts, tokens = self._by_image(params, data, rows, name, losses=has_captions, generate=per_image)
-        if self.generate is not None and per_image is None:
-            tokens = self._by_row(params, data, rows, f"{name} captions", generate=self.generate)
+        given = data.have_captions(rows)
+        programs = self.programs()
+        per_image = programs.generate if self.protocol.generate_per_image else None
+        sums, counts, tokens = self._by_image(params, data, rows, name, given=given, generate=per_image)
+        if programs.generate is not None and per_image is None:
+            tokens = self._by_row(params, data, rows, f"{name} captions", generate=programs.generate)
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {"rows": num_rows}
-        if has_captions:
+        if given.any():
             metrics["loss"] = self._mean_loss(sums, counts)
+        if given.any() and not given.all():
+            details["rows_scored"] = int(given.sum())
         generations: list[dict[str, str]] = []
         if tokens is not None:
             metrics["gen_len"] = float((tokens != self.tokenizer.pad_token_id).sum(axis=1).mean())
             generations = self._texts(tokens, data.tokens(rows)["labels"])
-        if generations and has_captions:
-            scores = rouge_scores([row["pred"] for row in generations], [row["label"] for row in generations])
+        scored = [row for row, is_given in zip(generations, given, strict=False) if is_given]
+        if scored:
+            scores = rouge_scores([row["pred"] for row in scored], [row["label"] for row in scored])
             metrics.update(scores.means)
             details["rouge_intervals"] = scores.intervals
             details["sentence_splitter"] = scores.sentence_splitter
-        paths = data.image_paths(rows)
-        if generations and has_captions and self.caption_metrics:
-            found = caption_scores(caption_of_each_image(paths, generations), data.captions_of_images(rows))
+        if scored and self.caption_metrics:
+            captions = caption_of_each_image(data.image_paths(rows[given]), scored)
+            found = caption_scores(captions, data.captions_of_images(rows[given]))
             metrics.update(found.means)
             details["caption_tokenizer"] = found.tokenizer
         return Evaluation(
             metrics=metrics,
             details=details,
             generations=generations,
-            image_paths=paths,
+            image_paths=data.image_paths(rows),
             image_ids=data.image_ids(rows),
         )
 
@@ -121,24 +115,29 @@ class Evaluator:
         rows: np.ndarray,
         name: str,
         *,
-        losses: bool,
+        given: np.ndarray,
         generate: Generate | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Encode each distinct image once for the losses of its rows, float64[N] twice, and a caption, int32[N,L]."""
+        """Encode each distinct image once for the losses of its rows, float64[N] twice, and a caption, int32[N,L].
+
+        The losses are 0 but for the rows whose caption is given, bool[N].
+        """
         sums, counts = np.zeros((2, len(rows)))
-        if not losses and generate is None:
+        programs = self.programs()
+        if not given.any() and generate is None:
             return sums, counts, None
-        images, of_row, num_captions = np.unique(data.image_index[rows], return_inverse=True, return_counts=True)
+        images, of_row, num_rows = np.unique(data.image_index[rows], return_inverse=True, return_counts=True)
+        num_captions = np.bincount(of_row[given], minlength=len(images))
         # Images with as many captions share batches, in which all have their first, then all their second.
         order = np.argsort(-num_captions, kind="stable")
-        rows_by_image, first = np.argsort(of_row, kind="stable"), np.cumsum(num_captions) - num_captions
+        rows_by_image, first = np.lexsort((~given, of_row)), np.cumsum(num_rows) - num_rows
         tokens: list[np.ndarray] = []
         for places, memory in self._encoded(params, data, images[order], name):
-            batch = np.resize(order[places], self.batch_size)
-            for turn in range(num_captions[batch].max() if losses else 0):
-                has_turn = (num_captions[batch] > turn) & (np.arange(self.batch_size) < len(places))
+            batch = np.resize(order[places], programs.num_rows)
+            for turn in range(num_captions[batch].max()):
+                has_turn = (num_captions[batch] > turn) & (np.arange(programs.num_rows) < len(places))
                 turns = rows_by_image[first[batch] + turn * has_turn]
-                values = self.row_losses(params, memory, self.place(data.tokens, rows[turns]))
+                values = programs.row_losses(params, memory, programs.place(data.tokens, rows[turns]))
                 sums[turns[has_turn]], counts[turns[has_turn]] = (np.asarray(value)[has_turn] for value in values)
             if generate is not None:
                 tokens.append(np.asarray(generate(params, memory))[: len(places)])
@@ -155,21 +154,22 @@ class Evaluator:
         self, params: Any, data: CaptionedImages, images: np.ndarray, description: str
     ) -> Iterator[tuple[np.ndarray, Any]]:
         """Yield places in `images`, in order, with these images encoded; the last batch is padded to B with others."""
-        starts = range(0, len(images), self.batch_size)
+        programs = self.programs()
+        starts = range(0, len(images), programs.num_rows)
 
         def load(numbers: np.ndarray) -> dict[str, np.ndarray]:
             return {"pixels": data.images[numbers]}
 
         def loaded() -> Iterator[tuple[np.ndarray, Any]]:
             for start in starts:
-                places = np.arange(start, min(start + self.batch_size, len(images)))
-                yield places, self.place(load, images[np.resize(places, self.batch_size)])["pixels"]
+                places = np.arange(start, min(start + programs.num_rows, len(images)))
+                yield places, programs.place(load, images[np.resize(places, programs.num_rows)])["pixels"]
 
         with progress_bar(
             progress=self.progress, total=len(images), desc=description, unit="image", leave=False
         ) as bar:
             for places, pixels in prefetch(loaded()):
-                yield places, self.encode(params, pixels)
+                yield places, programs.encode(params, pixels)
                 bar.update(len(places))
 
     def _texts(self, tokens: np.ndarray, labels: np.ndarray) -> list[dict[str, str]]:
@@ -215,8 +215,8 @@ def mean_of_batch_losses(sums: np.ndarray, counts: np.ndarray, reduction: LossRe
         reduction: how the loss of one batch comes from its rows, as in training.
     """
     by_replica = (len(sums), num_replicas, -1)
-    total = sums.reshape(by_replica).sum(axis=2)
-    count = counts.reshape(by_replica).sum(axis=2)
+    scored = counts.any(axis=1)  # where captions are missing, a batch may have none at all
+    total, count = (values.reshape(by_replica).sum(axis=2)[scored] for values in (sums, counts))
     if reduction == "replica_means":
         means = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
         return float((means.sum(axis=1) / (count > 0).sum(axis=1)).mean())

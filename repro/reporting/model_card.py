@@ -184,6 +184,9 @@ def _results(trained: Trained) -> Iterable[str]:
         f"{escaped(_data(trained)[0])}, validation: {details['rows']} rows. The loss is the mean cross-entropy"
         f" {loss}, in nats."
     )
+    if trained.facts["data"]["validation"]["captions_cut"]:
+        cut = cut_in_words(trained.facts["data"]["validation"])
+        yield f"Of the references, {cut}, and the scores are against what is left of them."
     intervals = details.get("rouge_intervals", {})
     yield _table(
         ("metric", "value", "95 % interval (bootstrap)"),
@@ -269,9 +272,14 @@ def _training(trained: Trained) -> Iterable[str]:
     )
     yield "Data, in rows of an image and a caption:"
     yield _table(
-        ("split", "read", "kept", "dropped", "images", "fingerprint"),
+        ("split", "read", "kept", "dropped", "images", "captions cut", "fingerprint"),
         [
-            (split, *(f"{counts[key]:,}" for key in ("read", "kept", "dropped", "images")), counts["fingerprint"])
+            (
+                split,
+                *(f"{counts[key]:,}" for key in ("read", "kept", "dropped", "images")),
+                cut_in_words(counts),
+                counts["fingerprint"],
+            )
             for split, counts in facts["data"].items()
         ],
     )
@@ -292,6 +300,11 @@ def _licence(trained: Trained) -> Iterable[str]:
             "The annotations of COCO, captions included, are under CC BY 4.0; its images belong to their authors, under"
             " the terms of Flickr (https://cocodataset.org/#termsofuse)."
         )
+
+
+def cut_in_words(counts: Mapping[str, Any]) -> str:
+    """Say how many captions of a split had more tokens than a row holds, and lost their end."""
+    return f"{counts['captions_cut']:,} of {counts['captions']:,} were cut at {counts['max_length']} tokens"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -45,6 +45,7 @@ THUMBNAILS = 200
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 78
 REFERENCES = 5
 """Of an image, that are shown."""
+DATA = {"kept": "rows", "captions": "rows with a caption", "captions_cut": "captions cut to the greatest length"}
 TIMES = {
     "startup_seconds": "seconds before the first step",
     "train_seconds": "seconds of training",
@@ -219,6 +220,9 @@ def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
         scale = f", {SCALES[metric]}" if metric in SCALES else ""
         rows.append((f"{label}{scale}", [run.final.get(metric) for run in runs]))
     rows.append(("rows evaluated", [run.final.get("rows") for run in runs]))
+    for split in ("train", "validation", "test"):
+        found = [(f"{split}: {label}", [run.fact("data", split, name) for run in runs]) for name, label in DATA.items()]
+        rows += [(label, values) for label, values in found if any(values)]
     rows += [(label, [run.fact(name) for run in runs]) for name, label in TIMES.items()]
     evaluating = [[found.get("seconds") for found in run.evaluations.get("eval", {}).values()] for run in runs]
     return [*rows, ("seconds of evaluation", [sum(filter(finite, seconds)) for seconds in evaluating])]

@@ -46,7 +46,10 @@ RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
 PICTURES = 8
 """Drawn for TensorBoard at each evaluation."""
-DETAILS = ("rows", "rouge_intervals", "sentence_splitter", "caption_tokenizer", "seconds", "saving_seconds")
+DETAILS = (
+    *("rows", "rows_scored", "rouge_intervals", "sentence_splitter", "caption_tokenizer"),
+    *("seconds", "saving_seconds"),
+)
 """What `metrics.jsonl` says of an evaluation besides its metrics."""
 
 log = logging.getLogger("repro")

@@ -1,21 +1,25 @@
-"""The training step compiled from shapes alone, for as many replicas at once as fit what a device has."""
+"""Programs compiled from shapes alone, for as many replicas at once as fit what a device has; the training step."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from repro.training.processes import true_in_all
 from repro.training.sharding import make_whole, replicated, train_batch_sharding
 from repro.training.state import TrainState
 from repro.training.steps import TrainStep
 
 SHARE = 0.92
 """Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest."""
+
+Program = TypeVar("Program")
 
 
 def compile_step(
@@ -37,13 +41,26 @@ def compile_step(
     """
     step = make_step(replicas_at_once=replicas_at_once, gather=partial(make_whole, mesh=mesh))
     sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=replicas_at_once)
-    batch = {
-        name: jax.ShapeDtypeStruct((num_replicas, replica_batch, *array.shape[1:]), array.dtype, sharding=sharding)
-        for name, array in row.items()
-    }
+    batch = batch_shapes(row, (num_replicas, replica_batch), sharding)
     places = jax.tree.map(lambda array: array.sharding, like)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
     return jitted.lower(like, batch).compile()
+
+
+def batch_shapes(
+    row: Mapping[str, Any], sizes: tuple[int, ...], sharding: NamedSharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Batches of such sizes, from one row [1,...]."""
+    return {
+        name: jax.ShapeDtypeStruct((*sizes, *array.shape[1:]), array.dtype, sharding=sharding)
+        for name, array in row.items()
+    }
+
+
+def tree_bytes(tree: Any) -> int:
+    """Sum what arrays, or shapes with shardings, take on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> int:
@@ -73,15 +90,19 @@ def choices(mesh: Mesh, *, num_replicas: int, replica_batch: int) -> list[int]:
 
 
 def compile_what_fits(
-    compile_step: Callable[[int], jax.stages.Compiled], at_once: list[int], *, limit: float
-) -> tuple[int, Any]:
-    """Compile the step for the most replicas at once that take at most `limit` bytes, or else for the fewest.
+    compile_program: Callable[[int], Program],
+    at_once: list[int],
+    *,
+    limit: float,
+    bytes_of: Callable[[Program], int],
+) -> tuple[int, Program]:
+    """Compile for the most replicas at once that take at most `limit` bytes in every process, or else for the fewest.
 
     Returns:
-        The number, and the compiled step.
+        The number, and what was compiled.
     """
     for number in at_once:
-        compiled = compile_step(number)
-        if number == at_once[-1] or step_bytes(compiled) <= limit:
+        compiled = compile_program(number)
+        if number == at_once[-1] or true_in_all(bytes_of(compiled) <= limit):
             return number, compiled
     raise AssertionError("the caller gives at least one")

@@ -93,6 +93,11 @@ def decided_by_first(decide: Callable[[], Value]) -> Value:
     return outcome["value"]
 
 
+def true_in_all(mine: bool) -> bool:
+    """Tell whether something is true in every process, so that all of them act alike."""
+    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(mine)).all())
+
+
 def wait_for_all(name: str) -> None:
     """Go on once every process has come here."""
     if jax.process_count() > 1:
