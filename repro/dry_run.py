@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from repro.data.image_cache import cores
 from repro.data.image_store import load_images
 from repro.data.images import resize_of
 from repro.data.pipeline import number_images
-from repro.data.rows import Rows, column
-from repro.flags import check_values, mesh_shape
-from repro.prepare import PreparedRun, cache_folder, check_fills_a_batch, prepare, read_rows
+from repro.data.rows import Rows
+from repro.flags import check_values
+from repro.prepare import PreparedRun, cache_folder, check_fills_a_batch, mesh_of, prepare, read_rows
 from repro.protocol import Protocol, protocol_named
 from repro.training.memory import device_bytes
 from repro.training.optimizer import count_parameters
-from repro.training.sharding import create_mesh, put, replicated
+from repro.training.sharding import put, replicated
 
 STEPS, WARM_UPS = 3, 1
 TIMED_IMAGES = 500
@@ -108,9 +109,12 @@ def _prepare_small(
     """Prepare a run of the first rows with one replica for each device; and the seconds that an image takes."""
     devices = jax.devices()
     replicas = min(args.num_replicas or len(devices), len(devices))
+    batch = (args.num_replicas or len(devices)) * args.per_device_eval_batch_size
+    paths = rows["validation"].dataset["image_path"][:]
     wanted: dict[str, Any] = {
         "max_train_samples": 2 * (STEPS + WARM_UPS) * replicas * args.per_device_train_batch_size,
-        "max_eval_samples": _enough_rows(rows["validation"], args, protocol),
+        # A global batch, with room for rows that are dropped.
+        "max_eval_samples": _rows_of(paths, batch) if protocol.generate_per_image else min(2 * batch, len(paths)),
     }
     small_args = dataclasses.replace(
         args, do_train=True, do_eval=True, do_predict=False, num_replicas=replicas, block_size=0, num_train_epochs=1
@@ -130,13 +134,10 @@ def _prepare_small(
     return prepared, (time.perf_counter() - started) / len(some)
 
 
-def _enough_rows(split: Rows, args: TrainingArguments, protocol: Protocol) -> int:
-    """Count the first rows that fill a global evaluation batch: with images, or twice with rows, some being dropped."""
-    batch = (args.num_replicas or jax.device_count()) * args.per_device_eval_batch_size
-    if not protocol.generate_per_image:
-        return 2 * batch
-    firsts = list({path: row for row, path in reversed(list(enumerate(column(split.dataset, "image_path"))))}.values())
-    return sorted([*firsts, len(split.dataset)])[min(batch, len(firsts))]
+def _rows_of(images: Sequence[Any], number: int) -> int:
+    """Count the rows that come before the first row of another image than the first `number`."""
+    firsts = np.sort(np.unique(images, return_index=True)[1])
+    return int([*firsts, len(images)][min(number, len(firsts))])
 
 
 def _time_steps(prepared: PreparedRun) -> dict[str, Any]:
@@ -161,29 +162,22 @@ def _time_steps(prepared: PreparedRun) -> dict[str, Any]:
 def _time_evaluation(prepared: PreparedRun, num_replicas: int, *, held_bytes: int) -> dict[str, Any]:
     """Time the first turn of an evaluation by the run's replicas on the run's devices."""
     args, data = prepared.args, prepared.splits["validation"]
-    mesh = create_mesh(
-        jax.devices(),
-        num_replicas=num_replicas,
-        replica_batch=args.per_device_train_batch_size,
-        shape=mesh_shape(args.mesh),
-    )
+    mesh = mesh_of(args, jax.devices(), num_replicas)
     prepared = dataclasses.replace(prepared, num_replicas=num_replicas, mesh=mesh, progress=False)
     check_fills_a_batch(len(data), num_replicas * args.per_device_eval_batch_size, "validation", prepared.protocol)
     started = time.perf_counter()
     evaluator = build_evaluator(prepared, held_bytes=held_bytes)
     programs = evaluator.programs()
     compiled = time.perf_counter() - started
-    size = programs.num_rows
-    if prepared.protocol.generate_per_image:  # all rows of so many images
-        firsts = np.sort(np.unique(data.image_index, return_index=True)[1])
-        size = [*firsts, len(data)][min(size, len(firsts))]
+    per_image, size = prepared.protocol.generate_per_image, programs.num_rows
+    size = _rows_of(data.image_index, size) if per_image else size
     data = dataclasses.replace(data, kept=data.kept[:size], image_index=data.image_index[:size])
     turn = dataclasses.replace(evaluator, num_replicas=programs.num_rows // args.per_device_eval_batch_size)
     params = put(prepared.pretrained.params, replicated(mesh))
     started = time.perf_counter()
     evaluation = turn.evaluate(params, data)
     seconds = time.perf_counter() - started
-    units = len(set(evaluation.image_paths)) if prepared.protocol.generate_per_image else evaluation.details["rows"]
+    units = len(set(evaluation.image_paths)) if per_image else evaluation.details["rows"]
     return {
         "evaluation_rows_at_once": programs.num_rows,
         "evaluation_bytes": programs.num_bytes,

@@ -154,12 +154,7 @@ def prepare(
             vocab_size=captioner.config.decoder.vocab_size,
         )
     num_replicas = args.num_replicas or len(devices)
-    mesh = create_mesh(
-        devices,
-        num_replicas=num_replicas,
-        replica_batch=args.per_device_train_batch_size,
-        shape=mesh_shape(args.mesh),
-    )
+    mesh = mesh_of(args, devices, num_replicas)
     batches = {
         "train_batch": num_replicas * args.per_device_train_batch_size,
         "eval_batch": num_replicas * args.per_device_eval_batch_size,
@@ -187,6 +182,12 @@ def prepare(
         progress=progress,
     )
     return dataclasses.replace(prepared, facts=_facts(prepared, rows, model_args))
+
+
+def mesh_of(args: TrainingArguments, devices: Sequence[jax.Device], num_replicas: int) -> Mesh:
+    """Lay out the devices as the flags say."""
+    rows, shape = args.per_device_train_batch_size, mesh_shape(args.mesh)
+    return create_mesh(devices, num_replicas=num_replicas, replica_batch=rows, shape=shape)
 
 
 def check_fills_a_batch(num_rows: int, batch_size: int, split: str, protocol: Protocol) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from repro.data import captions as module
-from repro.data.captions import TokenizedCaptions, pack_tokens, shift_right, tokenize_captions
+from repro.data.captions import TokenizedCaptions, caption_lengths, pack_tokens, shift_right, tokenize_captions
 from repro.errors import InputError
 
 START, LENGTH = 7, 12
@@ -39,6 +39,13 @@ def test_a_caption_that_is_too_long_loses_its_eos_token(tokenizer) -> None:
     tokens = tokenize(["red " * 40], tokenizer)
     assert tokenizer.eos_token_id not in tokens["labels"]
     assert tokens["decoder_attention_mask"].all()
+
+
+@given(st.lists(texts, min_size=1, max_size=5))
+def test_captions_that_fill_a_row_are_those_that_may_have_been_cut(tokenizer, captions: list[str]) -> None:
+    tokens = tokenize_captions(captions, len(captions), tokenizer, max_length=LENGTH, decoder_start_token_id=START)
+    lengths = caption_lengths(captions, tokenizer)
+    assert tokens.full(np.arange(len(captions))).tolist() == (lengths >= LENGTH).tolist()
 
 
 def test_a_row_without_a_caption_is_all_padding(tokenizer) -> None:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repro.data.captions import caption_lengths
 from repro.data.image_store import ImageStore
 from repro.data.pipeline import Schedule, check_sizes, epoch_order, number_images, prefetch, prepare_split
 from repro.errors import InputError
@@ -68,7 +69,7 @@ def test_sizes_that_do_not_fit_are_refused(num_rows: int, block_size: int, words
     check_sizes(8, train_batch=8, eval_batch=16, block_size=32)
 
 
-def make_split(tokenizer, failures: dict[str, str]):
+def make_split(tokenizer, failures: dict[str, str], max_length: int = 6):
     paths = ["a.jpg", "b.jpg", "a.jpg", "c.jpg"]
     dataset = Dataset.from_dict(
         {"row": [0, 1, 2, 5], "image_path": paths, "image_id": paths, "caption": ["one", "two", "three", "four"]}
@@ -76,7 +77,7 @@ def make_split(tokenizer, failures: dict[str, str]):
     store = ImageStore(np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3), failures)
     places = number_images([dataset])
     assert places == {"a.jpg": 0, "b.jpg": 1, "c.jpg": 2}
-    settings = {"max_length": 6, "decoder_start_token_id": 0, "split": "train"}
+    settings = {"max_length": max_length, "decoder_start_token_id": 0, "split": "train"}
     return prepare_split(dataset, tokenizer, places, store, **settings), store
 
 
@@ -95,6 +96,14 @@ def test_rows_share_their_image_and_lose_it_together(tokenizer) -> None:
     np.testing.assert_array_equal(batch["pixels"], store.images[[2, 0]])
     np.testing.assert_array_equal(batch["labels"], labels[[2, 0]])
     assert split.have_captions(every).all()
+
+
+def test_captions_that_are_cut_are_counted_among_the_rows_that_are_kept(tokenizer) -> None:
+    lengths = caption_lengths(["one", "two", "three", "four"], tokenizer).tolist()
+    for failures, kept in (({}, lengths), ({"b.jpg": "gone"}, [lengths[0], *lengths[2:]])):
+        for max_length in range(2, max(lengths) + 2):
+            split = make_split(tokenizer, failures, max_length)[0][0]
+            assert split.num_cut == sum(length > max_length for length in kept), max_length
 
 
 def test_a_fingerprint_tells_tokens_shared_images_and_pixels_but_not_where_images_lie(tokenizer) -> None:

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import jax
+import pyarrow
 import pytest
 
 from repro.__main__ import main
+from repro.data.rows import BUILT_BY
 from repro.errors import InputError
 from repro.selftest import command_line, compare, read_case
 from repro.training.processes import launched_several, start_processes
@@ -23,13 +25,25 @@ CASE = read_case("published_8dev")
 PATIENCE = 300
 
 
-def start(folder: Path, num_processes: int, devices_each: int, *more: str) -> list[subprocess.Popen[str]]:
+MAIN = ("-m", "repro")
+SMALL_SECOND = """
+import jax, sys, repro.assemble
+from repro.__main__ import main
+repro.assemble.device_bytes = lambda _: 1 if jax.process_index() else 1 << 40
+repro.assemble.choices = lambda *_, **__: [8, 4]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(
+    folder: Path, num_processes: int, devices_each: int, *more: str, program: tuple[str, str] = MAIN
+) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}"}
     together = ["--coordinator", address, "--num_processes", str(num_processes), *more]
-    command = [sys.executable, "-m", "repro", "train", *command_line(CASE, folder), *together]
+    command = [sys.executable, *program, "train", *command_line(CASE, folder), *together]
     return [
         subprocess.Popen([*command, "--process_id", str(i)], env=environment, stderr=subprocess.PIPE, text=True)
         for i in range(num_processes)
@@ -60,6 +74,25 @@ def test_processes_together_give_the_numbers_of_the_reference(num_processes, dev
     assert result.passed, result
     if num_processes == 4:  # one process goes on with what they have saved
         assert main(["train", *command_line(CASE, folder), "--resume", "auto"]) == 0
+
+
+@pytest.mark.slow
+def test_processes_decide_together_what_fits_and_build_a_cache_anew_once(tmp_path):
+    folder = tmp_path / "run"
+    processes = start(folder, 2, 1, "--overwrite_cache", program=("-c", SMALL_SECOND))
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["replicas_at_once"] == 4, "the second process has no room for more"
+    assert "4 of 8 device batches are evaluated at once" in (folder / "log").read_text()
+    for evaluation in CASE["evals"]:
+        check_evaluation(folder, evaluation)
+    assert sum(message.count("images into") for message in said) == 1, said
+    files = list((tmp_path / "cache" / "repro" / "rows").glob("*.arrow"))
+    runs = {pyarrow.ipc.open_stream(pyarrow.OSFile(str(file))).schema.metadata[BUILT_BY] for file in files}
+    assert len(files) == 3
+    assert len(runs) == 1
+    assert runs != {b""}
 
 
 @pytest.mark.slow

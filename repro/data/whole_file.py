@@ -13,6 +13,9 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
 
 from repro.errors import InputError
 
@@ -23,10 +26,6 @@ TWO_PATHS = ("os.rename", "os.link", "os.symlink")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 _below: ContextVar[Path | None] = ContextVar("below", default=None)
-from uuid import uuid4
-
-from filelock import FileLock, Timeout
-
 log = logging.getLogger("repro")
 
 
