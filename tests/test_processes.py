@@ -90,7 +90,7 @@ def test_processes_decide_together_what_fits_and_build_a_cache_anew_once(tmp_pat
     assert sum(message.count("images into") for message in said) == 1, said
     files = list((tmp_path / "cache" / "repro" / "rows").glob("*.arrow"))
     runs = {pyarrow.ipc.open_stream(pyarrow.OSFile(str(file))).schema.metadata[BUILT_BY] for file in files}
-    assert len(files) == 3
+    assert len(files) == 2
     assert len(runs) == 1
     assert runs != {b""}
 
