@@ -134,7 +134,7 @@ def _prepare_small(
     return prepared, (time.perf_counter() - started) / len(some)
 
 
-def _rows_of(images: Sequence[Any], number: int) -> int:
+def _rows_of(images: Sequence[str] | np.ndarray, number: int) -> int:
     """Count the rows that come before the first row of another image than the first `number`."""
     firsts = np.sort(np.unique(images, return_index=True)[1])
     return int([*firsts, len(images)][min(number, len(firsts))])
