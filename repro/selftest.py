@@ -1,4 +1,4 @@
-"""The golden cases on this machine: does what is installed here still compute what the reference computed?
+"""The golden cases on this machine: whether what is installed here still computes what the reference computed.
 
 A case is a run of the reference on a tiny model, recorded step by step and caption by caption (`golden/README.md`). It
 is run again by `repro.run`, and its files are held against the record, for a test, or for a person after an upgrade.
