@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from repro.data.image_cache import cores, in_parallel
-from repro.data.images import URL_SCHEMES, ImageError, Resize, read_image, resize_image, resize_of
+from repro.data.images import URL_SCHEMES, ImageError, Resize, open_image, resize_image, resize_of
 from repro.data.pipeline import prefetch
 from repro.errors import InputError
 from repro.models.beam_search import check_beams
@@ -32,9 +31,6 @@ MAX_LENGTH = 32
 """Of a caption in tokens where the model names none: the documented run's `--max_target_length`."""
 UNNAMED_LENGTHS = (None, 20)
 """What transformers 5 and 4 give for the `max_length` of a model that names none."""
-LARGEST_FILE = 1 << 30
-"""Bytes; what Pillow would still decode is smaller in every format but an uncompressed one of many channels."""
-
 
 log = logging.getLogger("repro")
 
@@ -258,7 +254,8 @@ def _decode(image: Picture, *, resize: Resize, allow_image_urls: bool, lock: thr
                 image.load()
             read = image
         else:
-            read = read_image(_reference(image, allow_image_urls=allow_image_urls))
+            with open_image(_reference(image, allow_image_urls=allow_image_urls)) as read:
+                return resize_image(_upright(read), resize, convert_to_rgb=True)
         return resize_image(_upright(read), resize, convert_to_rgb=True)
     except ImageError as error:
         return error
@@ -274,22 +271,16 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _reference(image: str | os.PathLike[str], *, allow_image_urls: bool) -> str:
-    """What `read_image` is to read: a file that can be read to its end, or an address where it is allowed."""
+    """What `open_image` is to read: a file, or an address where it is allowed."""
     if isinstance(image, str) and image.startswith(URL_SCHEMES):
         if not allow_image_urls:
             raise ImageError("is an address, which is fetched only with allow_image_urls (--allow_image_urls)")
         return image
     try:
         # Absolute, so that no name is taken for an address or a place in an archive.
-        path = os.path.abspath(os.fsdecode(image))
-        status = os.stat(path)
-    except (OSError, TypeError, ValueError) as error:
-        raise ImageError(getattr(error, "strerror", None) or str(error), passing=True) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
-    if not 0 < status.st_size <= LARGEST_FILE:
-        raise ImageError(f"has {status.st_size} bytes; images of 1 to {LARGEST_FILE} are read")
-    return path
+        return os.path.abspath(os.fsdecode(image))
+    except (TypeError, ValueError) as error:
+        raise ImageError(str(error), passing=True) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

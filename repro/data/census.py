@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from repro.data.image_cache import CHUNK, in_parallel
-from repro.data.images import ImageError, Resize, read_image, resize_image
+from repro.data.images import ImageError, Resize, open_image, resize_image
 from repro.progress_bar import progress_bar
 
 SHEET_COLUMNS = 4
@@ -42,15 +42,14 @@ def inspect_images(
     """Decode and resize every image as a run does, and keep nothing but what is said of it."""
 
     def inspect(reference: str) -> tuple[str | None, tuple[int, int], str | None]:
+        mode, size = None, (0, 0)
         try:
-            image = read_image(reference)
+            with open_image(reference) as image:
+                mode, size = image.mode, image.size
+                resize_image(image, resize, convert_to_rgb=convert_to_rgb)
         except ImageError as error:
-            return None, (0, 0), str(error)
-        try:
-            resize_image(image, resize, convert_to_rgb=convert_to_rgb)
-        except ImageError as error:
-            return image.mode, image.size, str(error)
-        return image.mode, image.size, None
+            return mode, size, str(error)
+        return mode, size, None
 
     modes: Counter[str] = Counter()
     sizes = np.zeros((len(references), 2), np.int32)
@@ -84,8 +83,9 @@ def picture_sheet(rows: Sequence[tuple[str, str | None]]) -> Image.Image:
     for number, (reference, caption) in enumerate(rows):
         left, top = number % SHEET_COLUMNS * width + MARGIN, number // SHEET_COLUMNS * height + MARGIN
         try:
-            picture = read_image(reference).convert("RGB")
-            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            with open_image(reference) as image:
+                picture = image.convert("RGB")
+                picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             sheet.paste(picture, (left + (PICTURE_SIDE - picture.width) // 2, top + PICTURE_SIDE - picture.height))
         except ImageError as error:
             caption = f"[{error}] {caption}"

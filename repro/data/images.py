@@ -10,24 +10,44 @@ from __future__ import annotations
 
 import io
 import os
-import struct
+import time
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from repro.data.limits import (
+    DOWNLOAD_BYTES,
+    FORMATS,
+    IMAGE_BYTES,
+    IMAGE_PIXELS,
+    LIST_BYTES,
+    BoundedReads,
+    Budget,
+    Content,
+    Refused,
+    bounded,
+    check_image,
+    is_plain_jpeg,
+    open_file,
+    read_file,
+    size_of,
+)
 from repro.errors import InputError
 
 URL_SCHEMES = ("http://", "https://")
 ZIP, ARROW = "zip://", "arrow://"
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")
-DOWNLOAD_SECONDS = 30
+DOWNLOAD_SECONDS = 20
+BYTES, PIXELS = Budget(IMAGE_BYTES), Budget(IMAGE_PIXELS)
+"""Of images that are being decoded."""
 
 # Several threads decode, and what a `catch_warnings` in one of them does reaches the others. Pillow refuses images of
 # more than twice the number of pixels from which on it warns; that is a reason to drop one.
@@ -84,29 +104,50 @@ def resize_of(image_processor: Any) -> Resize:
     return Resize(size["height"], size["width"], int(image_processor.resample))
 
 
-def read_image(reference: str) -> Image.Image:
-    """Read and decode an image in its own mode and size, ignoring EXIF orientation as the example does.
+@contextmanager
+def open_image(reference: str) -> Iterator[Image.Image]:
+    """Give an image, decoded in its own mode and size, ignoring EXIF orientation as the example does.
+
+    While the block lasts, its memory counts among what threads may hold; what is raised there is about the image, too.
 
     Raises:
         ImageError: it cannot be read or decoded.
     """
     try:
-        image = Image.open(io.BytesIO(_read_bytes(reference)))
-        if image.format == "EPS":
-            raise ImageError("PostScript, a program that would have to be run; save the image in another format")
-        image.load()
+        size, read = _source(reference)
+        with BYTES.held(size):
+            content = read()
+            plain = is_plain_jpeg(content)
+            image = Image.open(io.BytesIO(content) if plain else Content(content), formats=formats())
+            check_image(image, content, plain=plain)
+            with PIXELS.held(image.width * image.height):
+                image.load()
+                yield image
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:  # whose message has the address of a buffer
-        raise ImageError("not in a format that Pillow knows") from error
+        raise ImageError(f"not in a format that is read: {', '.join(formats())}") from error
+    except Refused as error:
+        raise ImageError(str(error)) from error
     except OSError as error:
         # What the system or a server says has a number or a response; Pillow's own OSErrors are about the content.
         passing = error.errno is not None or hasattr(error, "response")
-        raise ImageError(_reason(error), passing=passing) from error
-    except (
-        *(ValueError, TypeError, AttributeError, SyntaxError, LookupError, EOFError, OverflowError, MemoryError),
-        *(struct.error, zipfile.BadZipFile, NotImplementedError, RuntimeError, Image.DecompressionBombError),
-    ) as error:
+        raise ImageError(error.strerror or _reason(error), passing=passing) from error
+    except Exception as error:  # Pillow's readers of rare formats raise whatever comes when the content is broken
         raise ImageError(_reason(error)) from error
-    return image
+
+
+def read_image(reference: str) -> Image.Image:
+    """The image of `open_image`, for one thread that keeps it."""
+    with open_image(reference) as image:
+        return image
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Which of `FORMATS` this Pillow knows; it looks for no other behind them."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
@@ -120,6 +161,8 @@ def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) ->
     Raises:
         ImageError: it is refused.
     """
+    if resize.width * image.height > IMAGE_PIXELS:  # Pillow makes it narrow first, or wide, and then lower
+        raise ImageError(f"{image.width} x {image.height} pixels are too many, made {resize.width} wide")
     if convert_to_rgb:
         if image.mode in SIXTEEN_BITS:  # Pillow's own conversion makes everything above 255 white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -135,8 +178,9 @@ def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) ->
 
 
 def decode_image(reference: str, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
-    """`read_image`, then `resize_image`: uint8[S,S,3]."""
-    return resize_image(read_image(reference), resize, convert_to_rgb=convert_to_rgb)
+    """`open_image`, then `resize_image`: uint8[S,S,3]."""
+    with open_image(reference) as image:
+        return resize_image(image, resize, convert_to_rgb=convert_to_rgb)
 
 
 def image_key(reference: str, stamps: dict[str, tuple[int, ...]]) -> bytes | None:
@@ -176,31 +220,55 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _read_bytes(reference: str) -> bytes:
+def _source(reference: str) -> tuple[int, Callable[[], bytes]]:
+    """An image's size in bytes, as far as it is known, and what reads them."""
     if reference.startswith(URL_SCHEMES):
-        import requests
-
-        response = requests.get(reference, timeout=DOWNLOAD_SECONDS)
-        response.raise_for_status()
-        return response.content
+        return 0, partial(_fetch, reference)
     if reference.startswith(ZIP):
         member, _, archive = reference.removeprefix(ZIP).partition("::")
-        return _archive(archive).read(member)
+        info = find_member(open_zip(archive), member, IMAGE_BYTES)
+        return info.file_size, partial(open_zip(archive).read, info)
     if reference.startswith(ARROW):
         place, _, file = reference.removeprefix(ARROW).partition("::")
         row, _, column = place.partition("/")
-        value = _arrow_column(file, column)[int(row)].as_py()
-        return value["bytes"] if isinstance(value, dict) else value
-    return Path(reference).read_bytes()
+        value = _arrow_column(file, column)[int(row)]
+        value = value["bytes"] if hasattr(value, "keys") else value
+        return bounded(len(value.as_buffer()), IMAGE_BYTES), value.as_py
+    return size_of(reference, IMAGE_BYTES), partial(read_file, reference, IMAGE_BYTES)
+
+
+def _fetch(url: str) -> bytes:
+    import requests
+
+    end = time.monotonic() + DOWNLOAD_SECONDS
+    with requests.get(url, timeout=DOWNLOAD_SECONDS, stream=True) as response:
+        response.raise_for_status()
+        content = bytearray()
+        for chunk in response.iter_content(1 << 14):
+            content += chunk
+            if len(content) > DOWNLOAD_BYTES or time.monotonic() > end:
+                raise Refused(f"more than {DOWNLOAD_BYTES:,} bytes, or {DOWNLOAD_SECONDS} s, would be fetched")
+    return bytes(content)
 
 
 @lru_cache(maxsize=8)
-def _archive(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
+def open_zip(path: str) -> zipfile.ZipFile:
+    """Open a zip file, for several threads."""
+    return zipfile.ZipFile(BoundedReads(open_file(path, LIST_BYTES), IMAGE_BYTES))
+
+
+def find_member(archive: zipfile.ZipFile, name: str, largest: int) -> zipfile.ZipInfo:
+    """Find what a zip file holds under a name, if it can be read piece by piece."""
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Refused("is compressed by another method than deflate, whose memory has no bound")
+    bounded(info.file_size, largest)
+    return info
 
 
 @lru_cache(maxsize=64)
 def _arrow_column(file: str, column: str) -> Any:
     import pyarrow
 
+    size_of(file, LIST_BYTES)
     return pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()[column]

@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from repro.data.images import ImageError, read_image
+from repro.data.images import ImageError, open_image
 from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.reporting.charts import draw, line_class, number
 from repro.reporting.curves import LABELS, SCALES, Trajectory, curves_of, label_of, metric_names
@@ -179,8 +179,9 @@ def thumbnail(reference: str) -> str:
     Raises:
         ImageError: it cannot be read any more.
     """
-    image = read_image(reference).convert("RGB")
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    with open_image(reference) as opened:
+        image = opened.convert("RGB")
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,280 @@
+"""What is read of files that others made: regular files alone, and of each no more than any real one holds.
+
+Every limit that input meets is here. What exceeds one drops its row (images, captions) or is refused by name.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO, TextIO
+
+import numpy as np
+from PIL import Image
+
+from repro.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
+"""Pillow's names of the only formats that are opened: none starts a program, or takes memory beyond its pixels."""
+IMAGE_BYTES, DOWNLOAD_BYTES = 96 << 20, 32 << 20
+"""Of an image's file, or of a zip file's list of members (train2017.zip's has 12 MB); of an image that is fetched."""
+IMAGE_PIXELS, IMAGE_SIDE = 110_000_000, 1 << 18
+"""Of an image, also half-way through a resize. Phones make 108 million; a pixel of WebP takes 16 bytes (Pillow 13)."""
+SCANNED_PIXELS = 1 << 32
+"""Of a JPEG, pixels times scans: about 2 ns each. A progressive photograph has ten scans."""
+SEGMENTS = 1000
+"""Of a JPEG before its first scan; one that has more is read with `Content`'s care."""
+IMAGE_READS = 1 << 20
+"""Of pieces of an image. Of a real one, GIF's are the smallest with 255 bytes."""
+LIST_BYTES = 1 << 36
+"""Of a list of rows, which is streamed."""
+RECORD_CHARACTERS = 1 << 24
+"""Of one line, row or object of a list. COCO's largest annotation has some 10,000."""
+CAPTION_CHARACTERS = 1 << 14
+JSON_DEPTH = 100
+NAMED_BYTES = 1 << 30
+"""Of the images that a COCO file names, as they are held."""
+DROPPED_CHARACTERS = 1 << 28
+"""Of the rows that are left out, as they are listed."""
+SETTINGS_BYTES = 48 << 20
+"""Of a configuration or a tokenizer; Gemma's has 33 MB. Python's objects take up to 30 times as much as their JSON."""
+SETTINGS = (
+    *("config", "generation_config", "preprocessor_config", "processor_config", "tokenizer", "vocab", "merges"),
+    *("special_tokens_map", "added_tokens", "chat_template", "sentencepiece", "spiece", "spm"),
+)
+"""How the names begin of what is read of a model's folder besides its weights."""
+WEIGHTS_BYTES = 768 << 20
+"""Of weights, beyond the configuration's float32: GPT-2 XL's buffers and second embedding have 520 MB."""
+LAYERS = 1000
+RECORDED_BYTES = 1 << 26
+"""Of each file of a run that a report reads."""
+LISTED_BYTES = 1 << 25
+"""Of the names on standard input."""
+
+
+class Refused(OSError):
+    """A file is not read; the message says why."""
+
+
+def bounded(size: int, largest: int) -> int:
+    if size > largest:
+        raise Refused(f"has {size:,} bytes; at most {largest:,} are read")
+    return size
+
+
+def size_of(path: str | Path, largest: int) -> int:
+    """Tell a regular file's size in bytes.
+
+    Raises:
+        Refused: it is something else, such as a pipe or a device, on which one may wait for ever, or larger.
+        OSError: it cannot be found.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise Refused("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file")
+    return bounded(status.st_size, largest)
+
+
+def open_file(path: str | Path, largest: int) -> BinaryIO:
+    """Open a regular file of at most `largest` bytes; raises as `size_of` does."""
+    if not size_of(path, largest):  # what the kernel makes up, such as its log, has no size and may have no end
+        return io.BytesIO()
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
+def read_file(path: str | Path, largest: int) -> bytes:
+    """Read what `open_file` opens."""
+    with open_file(path, largest) as opened:
+        return opened.read()
+
+
+class Lines(Iterator[str]):
+    """A file's lines; a Refused ends them where those of one record are too long.
+
+    Attributes:
+        taken: characters since the last record, at whose end the reader sets it to 0.
+    """
+
+    def __init__(self, opened: TextIO) -> None:
+        self._opened, self._number, self.taken = opened, 0, 0
+
+    def __next__(self) -> str:
+        line = self._opened.readline(RECORD_CHARACTERS - self.taken + 1)
+        self._number, self.taken = self._number + 1, self.taken + len(line)
+        if self.taken > RECORD_CHARACTERS:
+            raise Refused(f"line {self._number} ends a row of more than {RECORD_CHARACTERS:,} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+
+class BoundedReads(io.BufferedReader):
+    """A file of which little is read at once."""
+
+    def __init__(self, opened: Any, most: int) -> None:
+        super().__init__(opened)
+        self._most = most
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        to_end = size is None or size < 0
+        data = super().read(self._most + 1 if to_end else bounded(size or 0, self._most))
+        bounded(len(data), self._most)
+        return data
+
+
+class CheckedJson:
+    """JSON on its way to a streaming parser, which takes memory with the square of the depth, and with each object.
+
+    Args:
+        list_depth: brackets around the objects of the list that is read.
+    """
+
+    _IGNORED = bytes(set(range(256)) - set(b'"[]{},'))
+    _STEP = np.zeros(256, np.int8)
+    _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
+
+    def __init__(self, opened: IO[bytes], list_depth: int = 2) -> None:
+        self._opened, self._list_depth = opened, list_depth
+        self._rest, self._in_string, self._depth, self._record = b"", 0, 0, 0
+
+    def __enter__(self) -> CheckedJson:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = self._opened.read(size)
+        text = self._rest + chunk
+        if b"\\" in text:
+            text = text.replace(rb"\\", b"").replace(rb"\"", b"")
+        self._rest = text[-1:] if text.endswith(b"\\") else b""  # it belongs to what comes next
+        signs = np.frombuffer(text.translate(None, self._IGNORED), np.uint8)
+        self._record += len(chunk)
+        if len(signs):
+            quotes = self._in_string + np.cumsum(signs == ord('"'), dtype=np.int32)
+            outside = (quotes & 1) == 0
+            depths = self._depth + np.cumsum(self._STEP[signs] * outside, dtype=np.int32)
+            self._in_string, self._depth = int(quotes[-1] & 1), int(depths[-1])
+            if depths.max() > JSON_DEPTH:
+                raise Refused(f"is nested more than {JSON_DEPTH} deep")
+            if np.any(outside & (depths <= self._list_depth)):
+                self._record = 0
+        if self._record > RECORD_CHARACTERS:
+            raise Refused(f"has an object of more than {RECORD_CHARACTERS:,} bytes")
+        return chunk
+
+
+def check_settings(folder: Path) -> None:
+    """Refuse a model's folder, if it is one, where reading its configuration or tokenizer could take for ever.
+
+    Raises:
+        InputError: a file there is no regular file, too large, or nested too deep.
+    """
+    if not folder.is_dir():
+        return
+    for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        if file.is_dir() or not (file.name.startswith(SETTINGS) or file.parent != folder):
+            continue
+        try:
+            with CheckedJson(open_file(file, SETTINGS_BYTES), JSON_DEPTH) as opened:
+                while file.suffix == ".json" and opened.read(1 << 16):
+                    pass
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror or error}; get the model again.") from error
+
+
+class Content(io.BytesIO):
+    """An image's bytes, for Pillow's readers, which are Python where there are pieces, and keep them."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self._reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > IMAGE_READS:
+            raise Refused(f"has more than {IMAGE_READS:,} pieces")
+        return io.BytesIO.read(self, size)
+
+
+class Budget:
+    """What threads may hold at once; one of them alone may hold anything."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._changed = most, 0, threading.Condition()
+
+    @contextmanager
+    def held(self, amount: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + amount <= self._most)
+            self._held += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= amount
+                self._changed.notify_all()
+
+
+def check_image(image: Image.Image, content: bytes, *, plain: bool) -> None:
+    """Refuse an image that would take too much memory or time, before it is decoded.
+
+    Args:
+        plain: what `is_plain_jpeg` says of the content.
+    """
+    width, height = image.size
+    if width * height > IMAGE_PIXELS or max(width, height) > IMAGE_SIDE:
+        raise Refused(
+            f"has {width} x {height} pixels; at most {IMAGE_PIXELS:,}, and {IMAGE_SIDE:,} on a side, are decoded"
+        )
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if tags.get(TILE_WIDTH, 1) * tags.get(TILE_LENGTH, 1) > IMAGE_PIXELS:
+            raise Refused(f"has tiles of more than {IMAGE_PIXELS:,} pixels")
+    if not plain and image.format in ("JPEG", "MPO"):
+        scans = _scans(content, SCANNED_PIXELS // (width * height))
+        if scans * width * height > SCANNED_PIXELS:
+            raise Refused(f"has {scans} scans of {width} x {height} pixels; {SCANNED_PIXELS:,} in all are decoded")
+
+
+TILE_WIDTH, TILE_LENGTH = 322, 323
+START_OF_IMAGE, START_OF_SCAN, END_OF_IMAGE = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+FRAMES = b"\xc0\xc1"
+"""Of a sequential JPEG."""
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""Of those that stand in a JPEG, the ones before a length; the last ends it."""
+
+
+def is_plain_jpeg(content: bytes) -> bool:
+    """Tell whether an image is a JPEG with all components in its first scan, before which there is nothing unusual."""
+    if not content.startswith(START_OF_IMAGE):
+        return False
+    place, components = 2, 0
+    for _ in range(SEGMENTS):
+        header = content[place : place + 10]
+        if len(header) < 10 or header[0] != 0xFF:
+            return False
+        if header[1] in FRAMES:
+            components = header[9]
+        elif header.startswith(START_OF_SCAN):
+            return 0 < components == header[4]
+        place += 2 + header[2] * 256 + header[3]
+    return False
+
+
+def _scans(content: bytes, most: int) -> int:
+    """Count a JPEG's scans, and its thumbnails' and what follows it too as long as they are at most so many."""
+    if (scans := content.count(START_OF_SCAN)) <= most:
+        return scans
+    scans, place = 0, 2
+    while (found := MARKER.search(content, place)) and found[0] != END_OF_IMAGE:
+        scans += found[0] == START_OF_SCAN
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    return scans
