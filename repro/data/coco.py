@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ijson
 
 from repro.data.files import one_line, open_json
-from repro.data.images import ZIP
+from repro.data.images import ZIP, find_member, open_zip
+from repro.data.limits import LIST_BYTES, NAMED_BYTES, CheckedJson, Refused
 from repro.data.rows import Record
 from repro.errors import InputError
 
@@ -25,6 +26,8 @@ DOWNLOADS = "http://images.cocodataset.org"
 YEARS = ("2017", "2014")
 PROBED = 1000
 """Images that are looked for before a folder is given up: some may be missing."""
+NAME_BYTES = 200
+"""That a name takes, and its number, besides its characters."""
 
 
 def check_folder(data_dir: str | Path) -> Path:
@@ -130,9 +133,13 @@ def _records(
 ) -> Iterator[Record]:
     names: dict[Any, str] = {}
     ambiguous: dict[Any, str] = {}
+    held = 0
     with _opened(file, member) as opened:
         for image in ijson.items(opened, "images.item", use_float=True):
             other = names.setdefault(image["id"], image["file_name"])
+            held += len(other) + NAME_BYTES
+            if held > NAMED_BYTES:
+                raise Refused(f"names more than {len(names):,} images")
             if other != image["file_name"]:
                 ambiguous[image["id"]] = f"image_id {image['id']} is both {other} and {image['file_name']}"
     if not names:
@@ -155,12 +162,13 @@ def _records(
 
 
 @contextmanager
-def _opened(file: Path, member: str) -> Iterator[BinaryIO]:
+def _opened(file: Path, member: str) -> Iterator[CheckedJson]:
     """Open an annotation file, or its member if it is a zip; what is wrong with its content is told by its name."""
     try:
         if file.suffix == ".zip":
-            with zipfile.ZipFile(file) as archive, archive.open(member) as opened:
-                yield opened  # type: ignore[misc]
+            archive = open_zip(str(file))
+            with CheckedJson(archive.open(find_member(archive, member, LIST_BYTES))) as opened:
+                yield opened
         else:
             with open_json(file) as opened:
                 yield opened
@@ -229,9 +237,8 @@ class _ImageFinder:
         member, _, file = reference.removeprefix(ZIP).partition("::")
         if file not in self._members:
             self._members[file] = set()
-            if zipfile.is_zipfile(file):
-                with zipfile.ZipFile(file) as archive:
-                    self._members[file] = set(archive.namelist())
+            with suppress(OSError, zipfile.BadZipFile):
+                self._members[file] = set(open_zip(file).namelist())
         return member in self._members[file]
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ijson
 
+from repro.data.limits import LIST_BYTES, RECORD_CHARACTERS, CheckedJson, Lines, open_file
 from repro.errors import InputError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 FORMATS = (*SEPARATORS, ".json", ".jsonl")
 BOM = b"\xef\xbb\xbf"
-LONGEST_FIELD = 1 << 30
 
 
 def read_file(path: str) -> Iterator[dict[str, Any]]:
@@ -30,7 +31,7 @@ def read_file(path: str) -> Iterator[dict[str, Any]]:
     file = Path(path)
     if file.suffix not in FORMATS:
         raise InputError(f"{path}: cannot tell the format; name it {', '.join(FORMATS)}.")
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{path}: there is no such file.")
     if file.suffix in SEPARATORS:
         records = _separated(file, SEPARATORS[file.suffix])
@@ -55,12 +56,16 @@ def read_file(path: str) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: is empty; it needs one object for each caption.")
 
 
-def open_json(file: Path) -> BinaryIO:
+def open_json(file: Path, list_depth: int = 2) -> CheckedJson:
     """Open a file behind its byte order mark, if it has one."""
-    opened = file.open("rb")
+    opened = open_file(file, LIST_BYTES)
     if opened.read(len(BOM)) != BOM:
         opened.seek(0)
-    return opened
+    return CheckedJson(opened, list_depth)
+
+
+def _open_text(file: Path, newline: str) -> TextIOWrapper:
+    return TextIOWrapper(open_file(file, LIST_BYTES), "utf-8-sig", newline=newline)
 
 
 def one_line(error: Exception) -> str:
@@ -86,19 +91,21 @@ def json_prefix(file: Path) -> str | None:
                     lists.append(prefix)
                 if event == "end_map" and prefix == "":
                     break
-    except ijson.JSONError as error:
+    except (OSError, ijson.JSONError) as error:
         raise InputError(f"{file}: cannot be read as json: {one_line(error)}") from error
     return f"{lists[0]}.item" if lists else None
 
 
 def _separated(file: Path, separator: str) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(LONGEST_FIELD)
-    with file.open(encoding="utf-8-sig", newline="") as opened:
-        reader = csv.reader(opened, delimiter=separator, strict=True)
+    csv.field_size_limit(RECORD_CHARACTERS)
+    with _open_text(file, newline="") as opened:
+        lines = Lines(opened)
+        reader = csv.reader(lines, delimiter=separator, strict=True)
         header = next(reader, None)
         if header is None:
             return
         for values in reader:
+            lines.taken = 0
             if not values:
                 continue
             if len(values) != len(header):
@@ -111,15 +118,17 @@ def _separated(file: Path, separator: str) -> Iterator[dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    with file.open(encoding="utf-8-sig", newline="\n") as opened:
-        for number, line in enumerate(opened, start=1):
+    with _open_text(file, newline="\n") as opened:
+        lines = Lines(opened)
+        for number, line in enumerate(lines, start=1):
+            lines.taken = 0
             if line.strip():
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise ValueError(f"line {number}: {error}") from error
 
 
 def _items(file: Path, prefix: str) -> Iterator[Any]:
-    with open_json(file) as opened:
+    with open_json(file, prefix.count(".") + 1) as opened:
         yield from ijson.items(opened, prefix, use_float=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 from datasets import Dataset
 
+from repro.data.limits import CAPTION_CHARACTERS, DROPPED_CHARACTERS
 from repro.data.whole_file import build_once, whole_file
 from repro.errors import InputError
 
@@ -93,13 +94,19 @@ def _built_by(file: Path) -> str | None:
 def _write(sink: Any, records: Iterable[Record], split: str, source: str, *, built_by: str = "") -> list[Dropped]:
     dropped: list[Dropped] = []
     kept: list[Record] = []
-    num_kept = 0
+    num_kept = listed = 0
     with pyarrow.ipc.new_stream(sink, SCHEMA.with_metadata({BUILT_BY: built_by})) as writer:
         for record in records:
             for row in _checked(record, split, source):
                 if "reason" in row:
                     names = ("row", "image_path", "caption", "reason")
                     dropped.append({"split": split, **{name: row.get(name) for name in names}})
+                    listed += len(json.dumps(dropped[-1]))
+                    if listed > DROPPED_CHARACTERS:
+                        raise InputError(
+                            f"{source}: {len(dropped)} rows cannot be used, more than can be listed; the first was"
+                            f" dropped because {dropped[0]['reason']}."
+                        )
                 else:
                     kept.append(row)
             if len(kept) >= CHUNK:
@@ -138,6 +145,8 @@ def _fault(caption: Any, image_path: Any) -> str | None:
         return "it has no image"
     if caption is not None and not isinstance(caption, str):
         return "it has no caption" if caption == [] else f"its caption is {type(caption).__name__}, not text"
+    if caption and len(caption) > CAPTION_CHARACTERS:
+        return f"its caption has {len(caption):,} characters; at most {CAPTION_CHARACTERS:,} are read"
     for what, text in (("caption", caption or ""), ("image's path", image_path)):
         try:
             text.encode("utf-8")

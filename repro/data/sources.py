@@ -124,7 +124,7 @@ def _file(
     file = Path(path)
     if file.suffix not in FORMATS:
         raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *tables.BUILDERS))}.")
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{path}: there is no such file.")
 
     def records() -> Iterator[Record]:

@@ -14,6 +14,7 @@ import pyarrow
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from repro.data.images import ARROW, content_digest
+from repro.data.limits import LIST_BYTES, size_of
 from repro.data.rows import Record
 from repro.errors import InputError
 
@@ -47,6 +48,8 @@ def load_files(files: Sequence[str], *, cache_dir: str | None) -> Dataset:
         InputError: they cannot be read.
     """
     try:
+        for file in files:
+            size_of(file, LIST_BYTES)
         return load_dataset(
             BUILDERS[Path(files[0]).suffix], data_files={"train": list(files)}, split="train", cache_dir=cache_dir
         )
