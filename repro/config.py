@@ -9,10 +9,10 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from repro.commands.parser import Parser, add_fields, sentence
+from repro.data.limits import SETTINGS_BYTES, read_file
 from repro.errors import InputError
 from repro.masking import learn_flags
 
@@ -281,8 +281,8 @@ def _with_underscores(arg: str) -> str:
 def _read_flags(path: str, known: set[str]) -> list[str]:
     """Turn a JSON object of flags into the command line that says the same, so that both are checked alike."""
     try:
-        flags = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        flags = json.loads(read_file(path, SETTINGS_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a JSON file of flags: {error}") from error
     if not isinstance(flags, dict):
         raise InputError(f"{path}: expected one JSON object of flags and their values.")

@@ -347,7 +347,7 @@ def test_a_folder_without_images_is_told_and_no_model_is_loaded(capfd, tmp_path)
     err = capfd.readouterr().err.splitlines()
     assert err[:2] == [
         f"{tmp_path}: 1 other file left out",
-        f"{tmp_path}: holds no images (avif, bmp, gif, jfif, jp2, jpe, jpeg, jpg, pbm, pgm, png, pnm, ppm, tga, tif,"
+        f"{tmp_path}: holds no images (avif, bmp, gif, jfif, jpe, jpeg, jpg, pbm, pgm, png, pnm, ppm, tga, tif,"
         " tiff, webp)",
     ]
     assert err[2] == f"{tmp_path}/*.jpg: no file matches"

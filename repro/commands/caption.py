@@ -19,11 +19,12 @@ from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import printable, start_logging
 from repro.config import DTYPES, IMPLEMENTATIONS
 from repro.data.images import URL_SCHEMES
+from repro.data.limits import LISTED_BYTES
 from repro.errors import InputError
 from repro.progress_bar import progress_bar
 
 SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
 )
 """Of the files that are taken from a folder; a file that is named may have any."""
@@ -123,7 +124,10 @@ def _find(name: str, skipped: dict[str, int], *, null: bool) -> Iterator[Found]:
 
 
 def _listed(stream: BinaryIO, end: bytes) -> Iterator[str]:
-    return (os.fsdecode(name) for name in stream.read().split(end) if name)
+    names = stream.read(LISTED_BYTES + 1)
+    if len(names) > LISTED_BYTES:
+        raise InputError(f"standard input: has more than {LISTED_BYTES:,} bytes of names; name a folder instead.")
+    return (os.fsdecode(name) for name in names.split(end) if name)
 
 
 def _expanded(path: str, skipped: dict[str, int]) -> Iterator[Found]:

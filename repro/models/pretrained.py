@@ -31,6 +31,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from repro.data.images import pixel_table, resize_of
+from repro.data.limits import LAYERS, check_settings
 from repro.data.whole_file import check_plain_names, writing_only_below
 from repro.errors import InputError
 from repro.models.captioner import NativeCaptioner, Params, check_config, is_supported
@@ -127,6 +128,7 @@ def load_model(path: str, options: Options | None = None) -> Pretrained:
         InputError: configuration, weights, tokenizer or image processor are missing, unusable, or do not go together.
     """
     options = options or Options()
+    check_settings(Path(path))
     config = _read(path, "the configuration", lambda: VisionEncoderDecoderConfig.from_pretrained(path, **options.hub))
     tokenizer = _read_tokenizer(path, options)
     processor = _read(
@@ -159,6 +161,8 @@ def create_model(encoder: Source, decoder: Source, options: Options | None = Non
             raise InputError(
                 f"no {half} is named: give --{half}_model_name_or_path, or --{half}_config_name for random weights."
             )
+    for named in {encoder.weights, encoder.config, decoder.weights, decoder.config} - {None}:
+        check_settings(Path(str(named)))
     config = _joined_config(*(_read_config(source.config_path, options.hub) for source in (encoder, decoder)))
     path = decoder.weights or decoder.config_path
     tokenizer = _read_tokenizer(path, options)
@@ -206,6 +210,10 @@ def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
 
 
 def _implementation(config: Any, options: Options) -> Implementation:
+    for name, half in (("encoder", config.encoder), ("decoder", config.decoder)):
+        layers = getattr(half, "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > LAYERS:
+            raise InputError(f"config.json, {name}: {layers} layers; at most {LAYERS} are built.")
     native = is_supported(config)
     chosen = options.implementation or ("native" if native else "transformers")
     pair = f"{config.encoder.model_type} with {config.decoder.model_type}"

@@ -19,6 +19,7 @@ from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
+from repro.data.limits import SETTINGS_BYTES, WEIGHTS_BYTES, read_file, size_of
 from repro.data.whole_file import check_plain_names
 from repro.errors import InputError
 
@@ -63,8 +64,8 @@ def load_weights(
     Raises:
         InputError: there is no weight file, or weights are missing, unexpected, misshapen or not finite.
     """
-    file, weights = _read(path, hub)
     shapes = {name: leaf for name, leaf in flatten(jax.eval_shape(initial)).items() if name.startswith(holds)}
+    file, weights = _read(path, hub, WEIGHTS_BYTES + sum(4 * leaf.size for leaf in shapes.values()))
     is_flax = file.name == FLAX_FILE
     names = {(name if is_flax else torch_name(name)): name for name in shapes}
     found: Weights = {}
@@ -147,7 +148,7 @@ def _in_tree(weights: Weights, holds: str) -> Weights:
     return named
 
 
-def _read(path: str, hub: Mapping[str, Any]) -> tuple[Path, Weights]:
+def _read(path: str, hub: Mapping[str, Any], largest: int) -> tuple[Path, Weights]:
     def find(name: str) -> Path | None:
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
         return None if found is None else Path(found)
@@ -155,12 +156,12 @@ def _read(path: str, hub: Mapping[str, Any]) -> tuple[Path, Weights]:
     readers: dict[str, Callable[[Path], Weights]] = {
         FLAX_FILE: _read_msgpack,
         SAFETENSORS_FILE: load_file,
-        SAFETENSORS_INDEX: partial(_read_shards, find=find),
+        SAFETENSORS_INDEX: partial(_read_shards, find=find, largest=largest),
         PICKLE_FILE: _read_pickle,
     }
     for name, read in readers.items():
         if file := find(name):
-            return file, _checked(file, read)
+            return file, _checked(file, read, largest)
     raise InputError(f"{path}: holds no weights; one of {', '.join(readers)} is needed.")
 
 
@@ -174,23 +175,25 @@ def shards_of(index: Path) -> list[str]:
     Raises:
         InputError: one is named that could lie outside of the model's folder.
     """
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    names = set(json.loads(read_file(index, SETTINGS_BYTES))["weight_map"].values())
     check_plain_names(index, names)
     return sorted(names)
 
 
-def _read_shards(index: Path, *, find: Callable[[str], Path | None]) -> Weights:
+def _read_shards(index: Path, *, find: Callable[[str], Path | None], largest: int) -> Weights:
     weights: Weights = {}
     for name in shards_of(index):
         shard = find(name)
         if shard is None:
             raise InputError(f"{index}: names {name}, which is not there; copy all parts, or save the model again.")
-        weights |= _checked(shard, load_file)
+        weights |= _checked(shard, load_file, largest)
+        largest -= shard.stat().st_size
     return weights
 
 
-def _checked(file: Path, read: Callable[[Path], Weights]) -> Weights:
+def _checked(file: Path, read: Callable[[Path], Weights], largest: int) -> Weights:
     try:
+        size_of(file, largest)
         return read(file)
     except InputError:
         raise

@@ -8,10 +8,12 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from repro.data.limits import RECORDED_BYTES, Refused, open_file, read_file
 from repro.reporting.writer import models_in
 
 NOTED_DROPPED = 100
@@ -118,13 +120,13 @@ def finite(value: Any) -> bool:
 
 def _json(path: Path, kind: type, problems: list[str], *, needed: bool = False) -> Any:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path, RECORDED_BYTES))
     except FileNotFoundError:
         if needed:
             problems.append(f"there is no {path.name}")
         return kind()
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path.name} cannot be read ({type(error).__name__})")
+        problems.append(_unreadable(path, error))
         return kind()
     if not isinstance(value, kind):
         problems.append(f"{path.name} holds something else than it should")
@@ -132,11 +134,15 @@ def _json(path: Path, kind: type, problems: list[str], *, needed: bool = False) 
     return value
 
 
+def _unreadable(path: Path, error: Exception) -> str:
+    return f"{path.name} cannot be read ({error if isinstance(error, Refused) else type(error).__name__})"
+
+
 def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     """Yield a file's objects, one a line, and count the lines that are none."""
     bad = 0
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        with TextIOWrapper(open_file(path, RECORDED_BYTES), "utf-8", "surrogateescape") as file:
             for line in file:
                 try:
                     row = json.loads(line)
@@ -149,7 +155,7 @@ def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         problems.append(f"there is no {path.name}")
     except OSError as error:
-        problems.append(f"{path.name} cannot be read ({type(error).__name__})")
+        problems.append(_unreadable(path, error))
     if bad:
         problems.append(f"{path.name}: {bad} line{'s' * (bad > 1)} that cannot be read")
 
@@ -236,13 +242,15 @@ def _scalars(path: Path, tag: str) -> Iterator[tuple[int, float]]:
     from tensorboardX.proto.event_pb2 import Event
 
     try:
-        data = path.read_bytes()
+        data = read_file(path, RECORDED_BYTES)
     except OSError:
         return
     place = 0
     while place + HEADER.size <= len(data):
         (length,) = HEADER.unpack_from(data, place)
         place += HEADER.size
+        if not length:
+            return
         try:
             event = Event.FromString(data[place : place + length])
         except DecodeError:  # the record that was being written when the run was killed

@@ -16,6 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from repro.data.census import picture_sheet
+from repro.data.limits import RECORDED_BYTES, Refused, read_file
 from repro.data.whole_file import sha256_of
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_results
@@ -112,8 +113,8 @@ def _entries(folder: Path) -> list[Path]:
 def read_facts(folder: Path) -> dict[str, Any]:
     """Read `run.json`; empty where there is none that can be read."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(read_file(folder / "run.json", RECORDED_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -147,10 +148,16 @@ def read_recorded(folder: Path, step: int) -> Recorded:
     """Read `metrics.jsonl` up to a step; a line that was being written when the run was killed is left out."""
     rows = []
     path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    try:
+        text = read_file(path, RECORDED_BYTES).decode()
+    except FileNotFoundError:
+        text = ""
+    except Refused as error:
+        raise InputError(f"{path}: {error}.") from error
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return Recorded([row for row in rows if row["step"] <= step])
 
