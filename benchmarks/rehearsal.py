@@ -238,12 +238,12 @@ def part_flags(flags: list[str], train_steps: int | None, eval_images: int | Non
     Args:
         rows: of a stand-in smaller than COCO, whose run is evaluated in the middle too if it is trained on to its end.
     """
-    from repro.config import parse_arguments
+    from repro.config import ARGUMENTS, given_flags, make_arguments
     from repro.recipes import read_recipe
     from repro.reproduce import recipe_flags
-    from repro.verify import ARGUMENTS
 
-    _, _, args = parse_arguments(ARGUMENTS, [*recipe_flags(read_recipe(RECIPE), Path()), *flags], command="train")
+    given = given_flags(ARGUMENTS, flags, command="train")
+    _, _, args = make_arguments(ARGUMENTS, recipe_flags(read_recipe(RECIPE), Path(), given))
     found: list[str] = []
     batch = args.num_replicas * args.per_device_train_batch_size
     if train_steps is None and rows is not None:
@@ -321,11 +321,12 @@ def make_inputs(folder: Path, plan: Plan, phase: Phases, result: dict[str, Any])
 
 def rehearse_data(folder: Path, flags: list[str], phase: Phases, result: dict[str, Any]) -> float:
     """Do what comes before a run; returns the seconds that rows, images and tokens took."""
+    from repro.config import ARGUMENTS, flags_of, given_flags
     from repro.recipes import read_recipe
     from repro.reproduce import recipe_flags
 
     run = folder / "run"
-    whole = [*recipe_flags(read_recipe(RECIPE), run), *flags]
+    whole = flags_of(recipe_flags(read_recipe(RECIPE), run, given_flags(ARGUMENTS, flags, command="train")))
     # There may be no room for all of it: this is reported, and a part is tried.
     phase("dry run", "reproduce", RECIPE, "--output_dir", run, "--dry_run", *flags, allowed=(0, 2))
     result["dry_run"] = says(folder / "logs" / "dry-run.log", "step:", "time:", "disk:")

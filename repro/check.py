@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections import Counter
@@ -19,10 +20,20 @@ from repro.data.image_cache import cores
 from repro.data.images import resize_of
 from repro.data.pipeline import number_images
 from repro.data.rows import Rows, column
-from repro.errors import InputError
+from repro.data.whole_file import check_writable
 from repro.flags import check_values
 from repro.models.pretrained import Pretrained
-from repro.prepare import SPLIT_FLAGS, cache_folder, converts_to_rgb, load_or_create, read_rows, target_length
+from repro.prepare import (
+    SPLIT_FLAGS,
+    cache_folder,
+    check_rows,
+    check_run,
+    converts_to_rgb,
+    count_evaluations,
+    load_or_create,
+    read_rows,
+    target_length,
+)
 from repro.protocol import Protocol, protocol_named
 from repro.reporting.writer import write_json
 from repro.training.losses import row_losses
@@ -48,17 +59,24 @@ def check_data(
     Without `--do_train`, `--do_eval` and `--do_predict`, the training and validation rows are checked.
 
     Raises:
-        InputError: a flag or the data cannot be used at all.
+        InputError: a run with these flags and data would be refused; what the data hold is written all the same, as far
+            as it can be read.
     """
-    if check_args.num_pictures < 0:
-        raise InputError(f"--num_pictures {check_args.num_pictures}: must be 0 or more.")
-    check_values(model_args, args)
+    if not (args.do_train or args.do_eval or args.do_predict):
+        args = dataclasses.replace(args, do_train=True, do_eval=True)
+    check_values(model_args, data_args, args)
+    folder = Path(check_args.report_dir)
+    check_writable(folder, "--report_dir")
+    check_writable(cache_folder(model_args), "--cache_dir")
+    if args.output_dir is not None:
+        check_writable(Path(args.output_dir), "--output_dir")
     protocol = protocol_named(args.protocol)
-    splits = [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)] or ["train", "validation"]
+    splits = [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)]
     started = time.perf_counter()
     rows = read_rows(model_args, data_args, splits)
     seconds = {"rows": time.perf_counter() - started}
     pretrained = load_or_create(model_args, seed=args.seed)
+    check_run(data_args, args, pretrained, jax.devices())
     num_workers = data_args.preprocessing_num_workers or cores()
     started = time.perf_counter()
     of_split = _inspect(rows, protocol, pretrained, num_workers=num_workers, progress=progress)
@@ -74,11 +92,12 @@ def check_data(
     seconds["tokens"] = time.perf_counter() - started
     report["images"] = _describe_images(census)
     report["needs"] = _describe_needs(report, pretrained, model_args, data_args, args, seconds, num_workers)
-    folder = Path(check_args.report_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "data_check.json", report)
     if pictures := _random_rows(rows, census, check_args.num_pictures, args.seed):
         picture_sheet(pictures).save(folder / "data_check.png")
+    kept = {name: split["rows_kept"] for name, split in report["splits"].items()}
+    check_rows(args, protocol, kept, jax.device_count())
     return report
 
 
@@ -161,14 +180,13 @@ def _describe_needs(
         batch = (args.num_replicas or jax.device_count()) * args.per_device_train_batch_size
         steps_per_epoch = splits["train"]["rows_kept"] // batch
         steps = steps_per_epoch * int(args.num_train_epochs)
-        between = args.eval_steps if (args.eval_steps or 0) > 0 else steps_per_epoch
-        at_end = protocol_named(args.protocol).always_evaluate_at_end
+        evaluations = count_evaluations(args, protocol_named(args.protocol), steps_per_epoch)
         operations = steps * batch * training_operations(pretrained, splits["train"]["max_length"])
         rate = multiplication_rate(model_args.dtype) * jax.device_count()
         needs |= {
             "global_batch": batch,
             "steps": steps,
-            "checkpoints": steps // between + (at_end and steps % between > 0) if between else 0,
+            "checkpoints": max(evaluations, 1),
             "operations": operations,
             "operations_per_second": rate,
             "seconds_training_at_least": round(operations / rate, 1),

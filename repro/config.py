@@ -1,17 +1,18 @@
 """The documented flags of the example, name for name, as three dataclasses, and how a command line becomes them.
 
-The help strings are the flags' documentation. `Further` flags, which the example does not have, are marked as such.
+The help strings are the flags' documentation, `allowed` the numbers that they take. `Further` flags, which the example
+does not have, are marked as such.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from repro.commands.parser import Parser, add_fields, sentence
+from repro.commands.parser import Checked, Numbers, Parser, add_fields, sentence
 from repro.data.limits import SETTINGS_BYTES, read_file
 from repro.errors import InputError
 from repro.masking import learn_flags
@@ -41,46 +42,51 @@ GROUPS = {
 }
 """Where a part of the help begins, by its first flag."""
 
+NATURAL, COUNT, LENGTH = Numbers(0), Numbers(1), Numbers(2)
+SEED = Numbers(0, 2**32 - 1)
+POSITIVE = Numbers(0, math.inf, without=(0,))
+NOT_NEGATIVE = Numbers(0, math.inf)
+SHARE = Numbers(0, 1, without=(1,))
+
 Arguments = TypeVar("Arguments")
 
 
-def _flag(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, repr=not metadata.get("secret"), metadata={"help": text, **metadata})
+def flag(default: Any, text: str, allowed: Numbers | None = None, **metadata: Any) -> Any:
+    about = {"help": text, "allowed": allowed, **metadata}
+    return field(default=default, repr=not metadata.get("secret"), metadata=about)
 
 
-def _free(default: Any, text: str, **metadata: Any) -> Any:
+def _free(default: Any, text: str, allowed: Numbers | None = None, **metadata: Any) -> Any:
     """A flag that may change when a run is resumed: what it computes does not depend on it, or is compared itself."""
-    return _flag(default, text, may_change=True, **metadata)
+    return flag(default, text, allowed, may_change=True, **metadata)
 
 
 @dataclass(frozen=True)
-class CreateModelArguments:
+class CreateModelArguments(Checked):
     """What `repro create-model` takes; the same five flags may be given to `repro train`."""
 
-    encoder_model_name_or_path: str | None = _flag(None, "Folder or Hub id of the vision encoder's weights.")
-    decoder_model_name_or_path: str | None = _flag(
-        None, "Folder or Hub id of the text decoder's weights and tokenizer."
-    )
-    encoder_config_name: str | None = _flag(
+    encoder_model_name_or_path: str | None = flag(None, "Folder or Hub id of the vision encoder's weights.")
+    decoder_model_name_or_path: str | None = flag(None, "Folder or Hub id of the text decoder's weights and tokenizer.")
+    encoder_config_name: str | None = flag(
         None, "Folder or Hub id of the encoder's configuration; alone, its weights are random."
     )
-    decoder_config_name: str | None = _flag(
+    decoder_config_name: str | None = flag(
         None, "Folder or Hub id of the decoder's configuration; alone, its weights are random."
     )
-    seed: int = _flag(42, "Seed of the weights that are not loaded.")
-    output_dir: str | None = _flag(None, "Folder to write the new model to.")
+    seed: int = flag(42, "Seed of the weights that are not loaded.", SEED)
+    output_dir: str | None = flag(None, "Folder to write the new model to.")
 
 
 @dataclass(frozen=True)
-class ExportArguments:
+class ExportArguments(Checked):
     """What `repro export` takes."""
 
-    model_name_or_path: str | None = _flag(None, "Folder or Hub id of the model to export.")
-    output_dir: str | None = _flag(None, "Folder to write it to.")
+    model_name_or_path: str | None = flag(None, "Folder or Hub id of the model to export.")
+    output_dir: str | None = flag(None, "Folder to write it to.")
 
 
 @dataclass(frozen=True)
-class ModelArguments:
+class ModelArguments(Checked):
     """The model and how it computes."""
 
     model_name_or_path: str | None = _free(
@@ -100,8 +106,8 @@ class ModelArguments:
     use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
     token: str | None = _free(None, "Hub token, for private models and data sets.", secret=True)
     trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
-    dtype: str = _flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
-    model_implementation: str | None = _flag(
+    dtype: str = flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
+    model_implementation: str | None = flag(
         None,
         "Further: this project's ViT-GPT-2, or transformers' Flax class for any pair (default: native for a ViT with a"
         " GPT-2).",
@@ -113,7 +119,7 @@ class ModelArguments:
 
 
 @dataclass(frozen=True)
-class DataArguments:
+class DataArguments(Checked):
     """The captioned images, and what is evaluated on them."""
 
     dataset_name: str | None = _free(
@@ -132,29 +138,32 @@ class DataArguments:
     )
     validation_file: str | None = _free(None, "Validation rows, likewise.")
     test_file: str | None = _free(None, "Test rows, likewise.")
-    max_target_length: int = _flag(128, "Tokens per training caption, padded and truncated.")
-    val_max_target_length: int | None = _flag(
+    max_target_length: int = flag(128, "Tokens per training caption, padded and truncated.", LENGTH)
+    val_max_target_length: int | None = flag(
         None,
         "Tokens per evaluation caption and per generated one, start token included (default: max_target_length).",
+        LENGTH,
     )
-    max_train_samples: int | None = _free(None, "Use only the first rows for training.")
-    max_eval_samples: int | None = _free(None, "Use only the first rows for evaluation.")
-    max_predict_samples: int | None = _free(None, "Use only the first rows for prediction.")
-    preprocessing_num_workers: int | None = _free(None, "Threads that decode images (default: one for each core).")
+    max_train_samples: int | None = _free(None, "Use only the first rows for training.", COUNT)
+    max_eval_samples: int | None = _free(None, "Use only the first rows for evaluation.", COUNT)
+    max_predict_samples: int | None = _free(None, "Use only the first rows for prediction.", COUNT)
+    preprocessing_num_workers: int | None = _free(
+        None, "Threads that decode images (default: one for each core).", COUNT
+    )
     overwrite_cache: bool = _free(False, "Read the rows and decode the images again.")
     image_cache: bool = _free(
         True, "Further: keep decoded images on disk; --no_image_cache keeps --block_size of them in memory (0: all)."
     )
     allow_image_urls: bool = _free(False, "Further: fetch images whose path is a http or https address.")
-    predict_with_generate: bool = _flag(False, "Generate captions and compute ROUGE.")
-    caption_metrics: bool = _flag(
+    predict_with_generate: bool = flag(False, "Generate captions and compute ROUGE.")
+    caption_metrics: bool = flag(
         False, "Further: compute BLEU and CIDEr-D too, of one caption of each image against all that it has."
     )
-    num_beams: int | None = _flag(None, "Beams (default: the model's configuration).")
+    num_beams: int | None = flag(None, "Beams (default: the model's configuration).", COUNT)
 
 
 @dataclass(frozen=True)
-class TrainingArguments:
+class TrainingArguments(Checked):
     """The run: what is done, for how long, and how its numbers are computed."""
 
     output_dir: str | None = _free(None, "Folder of the run.")
@@ -162,34 +171,34 @@ class TrainingArguments:
     do_train: bool = _free(False, "Train.")
     do_eval: bool = _free(False, "Evaluate on the validation rows, during training too.")
     do_predict: bool = _free(False, "Caption the test rows.")
-    per_device_train_batch_size: int = _flag(8, "Training rows per replica and step.")
-    per_device_eval_batch_size: int = _flag(8, "Evaluation rows per replica and step.")
-    block_size: int = _free(0, "Rows per block, a multiple of the global batch sizes; 0: one block.")
-    learning_rate: float = _flag(5e-5, "Peak learning rate of AdamW.")
-    weight_decay: float = _flag(0.0, "Decoupled weight decay of AdamW.")
-    adam_beta1: float = _flag(0.9, "Beta 1 of AdamW.")
-    adam_beta2: float = _flag(0.999, "Beta 2 of AdamW.")
-    adam_epsilon: float = _flag(1e-8, "Epsilon of AdamW.")
-    label_smoothing_factor: float = _flag(0.0, "Probability spread over the other tokens.")
-    num_train_epochs: float = _flag(3.0, "Times to go over the training rows (a whole number).")
-    warmup_steps: int = _flag(0, "Steps of linear warm-up from 0.")
-    logging_steps: int = _free(500, "Steps between two lines in the log and in TensorBoard.")
+    per_device_train_batch_size: int = flag(8, "Training rows per replica and step.", COUNT)
+    per_device_eval_batch_size: int = flag(8, "Evaluation rows per replica and step.", COUNT)
+    block_size: int = _free(0, "Rows per block, a multiple of the global batch sizes; 0: one block.", NATURAL)
+    learning_rate: float = flag(5e-5, "Peak learning rate of AdamW.", NOT_NEGATIVE)
+    weight_decay: float = flag(0.0, "Decoupled weight decay of AdamW.", NOT_NEGATIVE)
+    adam_beta1: float = flag(0.9, "Beta 1 of AdamW.", SHARE)
+    adam_beta2: float = flag(0.999, "Beta 2 of AdamW.", SHARE)
+    adam_epsilon: float = flag(1e-8, "Epsilon of AdamW.", POSITIVE)
+    label_smoothing_factor: float = flag(0.0, "Probability spread over the other tokens.", SHARE)
+    num_train_epochs: float = flag(3.0, "Times to go over the training rows (a whole number).", Numbers(1, whole=True))
+    warmup_steps: int = flag(0, "Steps of linear warm-up from 0.", NATURAL)
+    logging_steps: int = _free(500, "Steps between two lines in the log and in TensorBoard.", NATURAL)
     eval_steps: int | None = _free(
-        None, "Steps between two evaluations and checkpoints (default: the end of each epoch)."
+        None, "Steps between two evaluations and checkpoints (default: the end of each epoch).", NATURAL
     )
-    seed: int = _flag(42, "Seed of the rows' order and of dropout.")
+    seed: int = flag(42, "Seed of the rows' order and of dropout.", SEED)
     push_to_hub: bool = _free(False, "Upload the checkpoints to the Hugging Face Hub.")
     hub_model_id: str | None = _free(None, "Repository there (default: output_dir's name).")
     hub_token: str | None = _free(None, "Token with write access there.", secret=True)
-    protocol: str = _flag(
+    protocol: str = flag(
         "exact",
         "Further: whose numeric choices to follow: published, current or exact; with some changed:"
         " published,stop_rule=exact.",
     )
     num_replicas: int | None = _free(
-        None, "Further: replicas the run is made of, whatever computes them (default: devices)."
+        None, "Further: replicas the run is made of, whatever computes them (default: devices).", COUNT
     )
-    max_grad_norm: float | None = _flag(None, "Further: scale gradients of a larger norm down to it.")
+    max_grad_norm: float | None = flag(None, "Further: scale gradients of a larger norm down to it.", POSITIVE)
     log_grad_norm: bool = _free(False, "Further: write the norm of each step's gradient to metrics.jsonl.")
     deterministic: bool = _free(
         False,
@@ -199,6 +208,7 @@ class TrainingArguments:
     replicas_at_once: int | None = _free(
         None,
         "Further: how many replicas are computed at once, the others after them (default: as many as fit the memory).",
+        COUNT,
     )
     mesh: str | None = _free(
         None,
@@ -209,12 +219,11 @@ class TrainingArguments:
         None,
         "Further: steps between two states to resume from, besides those at each evaluation and end of epoch; 0: no"
         " state at all.",
+        NATURAL,
     )
-    save_total_limit: int = _free(2, "Further: how many of the last states are kept.")
+    save_total_limit: int = _free(2, "Further: how many of the last states are kept.", COUNT)
     metric_for_best_model: str | None = _free(
-        None,
-        "Further: keep the state with the best loss, rouge1, rouge2, rougeL, rougeLsum or gen_len too.",
-        metavar="METRIC",
+        None, "Further: keep the state with the best value of a metric too.", metavar="METRIC"
     )
     resume: str = _free(
         "never",
@@ -227,58 +236,75 @@ class TrainingArguments:
         "Further: address of process 0, if several processes compute the run and no cluster tells them.",
         metavar="HOST:PORT",
     )
-    process_id: int | None = _free(None, "Further: number of this process, from 0.")
-    num_processes: int | None = _free(None, "Further: how many processes there are.")
+    process_id: int | None = _free(None, "Further: number of this process, from 0.", NATURAL)
+    num_processes: int | None = _free(None, "Further: how many processes there are.", COUNT)
     distributed: bool = _free(
         False, "Further: several processes, found by JAX (Slurm, Open MPI and GKE are recognized without it)."
     )
 
 
 @dataclass(frozen=True)
-class CheckArguments:
+class CheckArguments(Checked):
     """What `repro data check` takes besides the flags of the run."""
 
-    report_dir: str = _flag("data-check", "Folder for data_check.json and the picture sheet data_check.png.")
-    num_pictures: int = _flag(24, "Random rows on the picture sheet.")
+    report_dir: str = flag("data-check", "Folder for data_check.json and the picture sheet data_check.png.")
+    num_pictures: int = flag(24, "Random rows on the picture sheet.", NATURAL)
+
+
+ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments)
+"""What a run takes."""
 
 
 def parse_arguments(
     classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str, about: str = ""
 ) -> tuple[Any, ...]:
-    """Parse `argv`, or the one `.json` file that it names, into one instance of each class.
+    """Parse `argv` as `given_flags` does into one instance of each class."""
+    description = sentence(about) + HOW_FLAGS_ARE_WRITTEN
+    return make_arguments(classes, given_flags(classes, argv, command=command, usage=USAGE, description=description))
+
+
+def given_flags(
+    classes: Sequence[type[Arguments]],
+    argv: Sequence[str],
+    *,
+    command: str,
+    hidden: Sequence[type[Arguments]] = (),
+    **help_texts: str,
+) -> dict[str, Any]:
+    """Parse `argv`, or the one `.json` file that it names; returns the values of the flags that are given, by name.
 
     A flag may be written with dashes for its underscores. One that is true or false may stand alone, or have a value.
 
     Args:
-        command: that the help is of.
-        about: what the command does, for its help.
+        command: that the help is of; `help_texts` are argparse's.
+        hidden: those of the classes that the help leaves out.
 
     Raises:
         InputError: a flag is unknown (the nearest known one is named), lacks its value or has a wrong one.
         SystemExit: `--help` was asked for.
     """
-    parser = Parser(prog=f"repro {command}", usage=USAGE, description=sentence(about) + HOW_FLAGS_ARE_WRITTEN)
+    parser = Parser(prog=f"repro {command}", **help_texts)
     for dataclass_type in classes:
-        add_fields(parser, dataclass_type, GROUPS if len(classes) > 1 else {})
-    known = {f.name for dataclass_type in classes for f in fields(dataclass_type)}  # type: ignore[arg-type]
+        add_fields(parser, dataclass_type, GROUPS if len(classes) > 1 else {}, hidden=dataclass_type in hidden)
     if len(argv) == 1 and argv[0].endswith(".json") and not argv[0].startswith("-"):
-        argv = _read_flags(argv[0], known)
+        argv = _read_flags(argv[0])
         learn_flags(argv)
-    parsed, remaining = parser.parse_known_args([_with_underscores(arg) for arg in argv])
-    if remaining:
-        # Without its value, which may be a token.
-        name = remaining[0].partition("=")[0]
-        raise InputError(f"unknown argument {name!r}.{_suggestion(name, known)}")
-    values = vars(parsed)
-    return tuple(kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in classes)  # type: ignore[arg-type]
+    return vars(parser.parse_args(argv))
 
 
-def _with_underscores(arg: str) -> str:
-    name, equals, value = arg.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else arg
+def make_arguments(classes: Sequence[type[Arguments]], given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Make one instance of each class from the values of flags; what is not given is as by default.
+
+    Raises:
+        InputError: a number is not one that its flag takes.
+    """
+    return tuple(
+        kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})  # type: ignore[arg-type]
+        for kind in classes
+    )
 
 
-def _read_flags(path: str, known: set[str]) -> list[str]:
+def _read_flags(path: str) -> list[str]:
     """Turn a JSON object of flags into the command line that says the same, so that both are checked alike."""
     try:
         flags = json.loads(read_file(path, SETTINGS_BYTES))
@@ -286,17 +312,9 @@ def _read_flags(path: str, known: set[str]) -> list[str]:
         raise InputError(f"{path}: cannot be read as a JSON file of flags: {error}") from error
     if not isinstance(flags, dict):
         raise InputError(f"{path}: expected one JSON object of flags and their values.")
-    for name in flags:
-        if name not in known:
-            raise InputError(f"{path}: unknown flag {name!r}.{_suggestion(name, known)}")
     return flags_of(flags)
 
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:
     """Write flags and their values as a command line does."""
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
-def _suggestion(flag: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(flag.lstrip("-"), known, n=1)
-    return f" Did you mean --{near[0]}?" if near else ""

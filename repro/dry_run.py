@@ -22,8 +22,18 @@ from repro.data.image_store import load_images
 from repro.data.images import resize_of
 from repro.data.pipeline import number_images
 from repro.data.rows import Rows
+from repro.data.whole_file import check_writable
 from repro.flags import check_values
-from repro.prepare import PreparedRun, cache_folder, check_fills_a_batch, mesh_of, prepare, read_rows
+from repro.prepare import (
+    PreparedRun,
+    cache_folder,
+    check_rows,
+    check_run,
+    count_evaluations,
+    mesh_of,
+    prepare,
+    read_rows,
+)
 from repro.protocol import Protocol, protocol_named
 from repro.training.memory import device_bytes
 from repro.training.optimizer import count_parameters
@@ -58,19 +68,23 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     Raises:
         InputError: a flag, the weights or the data cannot be used at all.
     """
-    check_values(model_args, args)
+    check_values(model_args, data_args, args)
+    check_writable(cache_folder(model_args), "--cache_dir")
     protocol = protocol_named(args.protocol)
     with jax.threefry_partitionable(protocol.threefry_partitionable):
         started = time.perf_counter()
         rows = read_rows(model_args, data_args, ["train", "validation"])
         reading = time.perf_counter() - started
+        check_rows(args, protocol, {name: len(split.dataset) for name, split in rows.items()}, jax.device_count())
         small, decoding = _prepare_small(model_args, data_args, args, protocol, rows)
+        check_run(data_args, args, small.pretrained, jax.devices())
         timed = _time_steps(small)
         timed |= _time_evaluation(small, args.num_replicas or jax.device_count(), held_bytes=timed["state_bytes"])
     images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
     global_batch = (args.num_replicas or jax.device_count()) * args.per_device_train_batch_size
-    steps = len(rows["train"].dataset) // global_batch * int(args.num_train_epochs)
-    evaluations = _evaluations(args, protocol, steps)
+    steps_per_epoch = len(rows["train"].dataset) // global_batch
+    steps = steps_per_epoch * int(args.num_train_epochs)
+    evaluations = count_evaluations(args, protocol, steps_per_epoch)
     evaluated = images["validation"] if protocol.generate_per_image else len(rows["validation"].dataset)
     seconds = {
         "rows": reading,
@@ -117,7 +131,14 @@ def _prepare_small(
         "max_eval_samples": _rows_of(paths, batch) if protocol.generate_per_image else min(2 * batch, len(paths)),
     }
     small_args = dataclasses.replace(
-        args, do_train=True, do_eval=True, do_predict=False, num_replicas=replicas, block_size=0, num_train_epochs=1
+        args,
+        do_train=True,
+        do_eval=True,
+        do_predict=False,
+        num_replicas=replicas,
+        block_size=0,
+        num_train_epochs=1,
+        metric_for_best_model=None,
     )
     small_data = dataclasses.replace(data_args, image_cache=False, overwrite_cache=False, **wanted)
     prepared = prepare(model_args, small_data, small_args, protocol, devices[:replicas], progress=False)
@@ -164,7 +185,8 @@ def _time_evaluation(prepared: PreparedRun, num_replicas: int, *, held_bytes: in
     args, data = prepared.args, prepared.splits["validation"]
     mesh = mesh_of(args, jax.devices(), num_replicas)
     prepared = dataclasses.replace(prepared, num_replicas=num_replicas, mesh=mesh, progress=False)
-    check_fills_a_batch(len(data), num_replicas * args.per_device_eval_batch_size, "validation", prepared.protocol)
+    whole = dataclasses.replace(args, num_replicas=num_replicas)
+    check_rows(whole, prepared.protocol, {"validation": len(data)}, mesh.size)
     started = time.perf_counter()
     evaluator = build_evaluator(prepared, held_bytes=held_bytes)
     programs = evaluator.programs()
@@ -184,15 +206,6 @@ def _time_evaluation(prepared: PreparedRun, num_replicas: int, *, held_bytes: in
         "evaluation_compile_seconds": round(compiled, 1),
         "evaluation_rows_per_second": round(units / seconds, 2),
     }
-
-
-def _evaluations(args: TrainingArguments, protocol: Protocol, steps: int) -> int:
-    if not args.do_eval:
-        return 0
-    every = args.eval_steps if args.eval_steps is not None and args.eval_steps > 0 else None
-    if every is None:
-        return int(args.num_train_epochs)
-    return steps // every + (protocol.always_evaluate_at_end and steps % every > 0)
 
 
 def _needs(
@@ -241,8 +254,6 @@ def _problems(facts: dict[str, Any], model_args: ModelArguments, args: TrainingA
             f" and a device has {facts['device_bytes'] / GIBIBYTE:.1f}; lower --per_device_eval_batch_size or"
             " --num_beams, or add --mesh fsdp=N"
         )
-    if facts["steps"] == 0:
-        problems.append("the rows do not fill one batch")
     return problems
 
 

@@ -108,7 +108,7 @@ def read_rows(model_args: ModelArguments, data_args: DataArguments, splits: Sequ
         "test": data_args.max_predict_samples,
     }
     rows = load_splits(
-        splits=[split for split in splits if limits[split] != 0],
+        splits=splits,
         dataset_name=data_args.dataset_name,
         dataset_config_name=data_args.dataset_config_name,
         data_dir=data_args.data_dir,
@@ -143,37 +143,16 @@ def prepare(
     wanted = [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)]
     rows = read_rows(model_args, data_args, wanted)
     pretrained = load_or_create(model_args, seed=args.seed)
-    _check_lengths(data_args, pretrained)
-    if data_args.caption_metrics:
-        check_installed()
-    if data_args.predict_with_generate:
-        captioner = pretrained.captioner
-        check_beams(
-            num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
-            num_return_sequences=1,
-            vocab_size=captioner.config.decoder.vocab_size,
-        )
-    num_replicas = args.num_replicas or len(devices)
-    mesh = mesh_of(args, devices, num_replicas)
-    batches = {
-        "train_batch": num_replicas * args.per_device_train_batch_size,
-        "eval_batch": num_replicas * args.per_device_eval_batch_size,
-    }
-    if args.deterministic and not is_deterministic(mesh):
-        raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
-    if "train" in rows:  # now, and again when it is known how many rows are left
-        check_sizes(len(rows["train"].dataset), block_size=args.block_size, **batches)
+    mesh = check_run(data_args, args, pretrained, devices)
+    # Now, and again when it is known how many rows are left.
+    check_rows(args, protocol, {name: len(split.dataset) for name, split in rows.items()}, len(devices))
     splits, dropped = _decode(rows, pretrained, model_args, data_args, args, protocol, progress)
-
-    if "train" in splits:
-        check_sizes(len(splits["train"]), block_size=args.block_size, **batches)
-    for name in {"validation", "test"} & set(splits):
-        check_fills_a_batch(len(splits[name]), batches["eval_batch"], name, protocol)
+    check_rows(args, protocol, {name: len(split) for name, split in splits.items()}, len(devices))
     prepared = PreparedRun(
         data_args=data_args,
         args=args,
         protocol=protocol,
-        num_replicas=num_replicas,
+        num_replicas=args.num_replicas or len(devices),
         mesh=mesh,
         pretrained=pretrained,
         splits=splits,
@@ -190,17 +169,69 @@ def mesh_of(args: TrainingArguments, devices: Sequence[jax.Device], num_replicas
     return create_mesh(devices, num_replicas=num_replicas, replica_batch=rows, shape=shape)
 
 
-def check_fills_a_batch(num_rows: int, batch_size: int, split: str, protocol: Protocol) -> None:
-    """Check that evaluation has something left where the protocol drops incomplete batches.
+def check_run(
+    data_args: DataArguments, args: TrainingArguments, pretrained: Pretrained, devices: Sequence[jax.Device]
+) -> Mesh:
+    """Check what a run asks of its model and its devices; returns how it lays these out.
 
     Raises:
-        InputError: there is no complete batch.
+        InputError: the model or the devices cannot do it, or a package is missing.
     """
-    if num_rows < batch_size and not protocol.keep_incomplete_batch:
-        raise InputError(
-            f"{split}: {num_rows} rows do not fill one batch of {batch_size}, and --protocol {protocol.name} drops"
-            " incomplete batches; lower --per_device_eval_batch_size, or use --protocol exact."
+    _check_lengths(data_args, pretrained)
+    if data_args.caption_metrics:
+        check_installed()
+    if data_args.predict_with_generate:
+        captioner = pretrained.captioner
+        check_beams(
+            num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
+            num_return_sequences=1,
+            vocab_size=captioner.config.decoder.vocab_size,
         )
+    mesh = mesh_of(args, devices, args.num_replicas or len(devices))
+    if args.deterministic and not is_deterministic(mesh):
+        raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
+    return mesh
+
+
+def check_rows(args: TrainingArguments, protocol: Protocol, num_rows: Mapping[str, int], num_devices: int) -> None:
+    """Check that the rows of each split can be cut into batches as the run does.
+
+    Raises:
+        InputError: there is no whole batch where one is needed, or the block size is no multiple of the batches.
+    """
+    replicas = args.num_replicas or num_devices
+    train_batch, eval_batch = (
+        replicas * size for size in (args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    )
+    for split, number in num_rows.items():
+        if not number:
+            raise InputError(f"{split}: no row is left; look at the paths and images of its rows.")
+        if split == "train":
+            check_sizes(number, train_batch=train_batch, eval_batch=eval_batch, block_size=args.block_size)
+        elif number < eval_batch and not protocol.keep_incomplete_batch:
+            raise InputError(
+                f"{split}: {number} rows do not fill one batch of {eval_batch}, and --protocol {protocol.name} drops"
+                " incomplete batches; lower --per_device_eval_batch_size, or use --protocol exact."
+            )
+    if args.metric_for_best_model and not count_evaluations(args, protocol, num_rows["train"] // train_batch):
+        raise InputError(
+            f"--metric_for_best_model {args.metric_for_best_model}: with --eval_steps {args.eval_steps} nothing is"
+            f" evaluated in {num_rows['train'] // train_batch * int(args.num_train_epochs)} steps; lower --eval_steps."
+        )
+
+
+def count_evaluations(args: TrainingArguments, protocol: Protocol, steps_per_epoch: int) -> int:
+    """Count a training's evaluations by the rule of `evaluates_at`."""
+    steps, every = steps_per_epoch * int(args.num_train_epochs), args.eval_steps or steps_per_epoch
+    if not args.do_eval or not steps:
+        return 0
+    return steps // every + (protocol.always_evaluate_at_end and steps % every > 0)
+
+
+def evaluates_at(args: TrainingArguments, protocol: Protocol, step: int, steps_per_epoch: int) -> bool:
+    """The example's rule: every `eval_steps`, or else at the end of each epoch; `exact` adds the end of training."""
+    at_end = protocol.always_evaluate_at_end and step == steps_per_epoch * int(args.num_train_epochs)
+    return args.do_eval and (at_end or step % (args.eval_steps or steps_per_epoch) == 0)
 
 
 def _first(split: Rows, limit: int | None) -> Rows:

@@ -15,6 +15,7 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "huggingface_hub"),
     *("datasets", "evaluate", "rouge_score", "nltk", "numpy", "pillow"),
 )
+SETTINGS = ("default_matmul_precision", "threefry_partitionable")
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,14 +52,13 @@ def environment() -> dict[str, Any]:
         "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
         "settings": {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-            "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-            "threefry_partitionable": jax.config.jax_threefry_partitionable,
+            **{name: getattr(jax.config, f"jax_{name}") for name in SETTINGS},
         },
     }
 
 
 def describe(found: dict[str, Any]) -> str:
     """Put an environment into lines for a bug report."""
-    lines = [f"{name:18} {version}" for name, version in found["versions"].items()]
-    lines += [f"{'platform':18} {found['platform']}", f"{'devices':18} {', '.join(found['devices'])}"]
-    return "\n".join(lines + [f"{name:18} {value}" for name, value in found["settings"].items() if value != ""])
+    lines = [f"{name:24} {version}" for name, version in found["versions"].items()]
+    lines += [f"{'platform':24} {found['platform']}", f"{'devices':24} {', '.join(found['devices'])}"]
+    return "\n".join(lines + [f"{name:24} {value}" for name, value in found["settings"].items() if value])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,18 +15,21 @@ from typing import Any
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor
 
-from repro.config import DataArguments, ModelArguments, TrainingArguments, flags_of, parse_arguments
+from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments
 from repro.data.pocket import read_scenes, render_pocket
 from repro.errors import InputError
 from repro.evaluation.attributes import attribute_accuracy
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
 from repro.recipes import read_recipe
-from repro.reporting.writer import write_json
+from repro.reporting.writer import entries, locked, write_json
 from repro.run import RunResult, run
-from repro.verify import ARGUMENTS, MARKER, RUN, Verification, Watcher, as_json, verify
+from repro.verify import MARKER, RUN, Verification, Watcher, as_json, verify
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLES = 6
+SEVERAL = ("coordinator", "process_id", "num_processes", "distributed")
+"""Flags of a run in several processes."""
+HALF = ("encoder_", "decoder_")
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,14 @@ class Reproduction:
 
 
 def reproduce(
-    name: str, folder: Path, argv: Sequence[str] = (), *, keep_going: bool = False, progress: bool = True
+    name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_going: bool = False, progress: bool = True
 ) -> Reproduction:
     """Run a recipe in a folder of its own; goes on with a run of it that was ended.
 
     Args:
         name: of the recipe.
         folder: new, empty, or of the same recipe.
-        argv: flags of `repro train` that are added to the recipe's.
+        given: flags of `repro train` that win over the recipe's, by name.
         keep_going: do not stop a run that can no longer meet the targets.
 
     Raises:
@@ -68,35 +71,39 @@ def reproduce(
         RunStopped: the run cannot meet the targets any more, or cannot go on.
     """
     recipe = read_recipe(name)
-    model_args, data_args, args = start_recipe(recipe, folder, argv)
-    if args.do_train and not args.overwrite_output_dir:
-        args = dataclasses.replace(args, resume="auto")
-    scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
-    watch = None if keep_going else Watcher(recipe)
-    result = run(model_args, data_args, args, score=scenes, watch=watch, progress=progress)
-    verification = verify([folder], recipe=name)
-    write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
+    with started(recipe, folder, given) as (model_args, data_args, args):
+        if args.do_train and not args.overwrite_output_dir and "resume" not in given:
+            args = dataclasses.replace(args, resume="auto")
+        scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
+        watch = None if keep_going else Watcher(recipe)
+        result = run(model_args, data_args, args, score=scenes, watch=watch, progress=progress)
+        verification = verify([folder], recipe=name)
+        write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
     return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
 
 
-def start_recipe(
-    recipe: Mapping[str, Any], folder: Path, argv: Sequence[str]
-) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Make a recipe's folder, with its data and the model's halves if they are its own; returns the run's flags.
+@contextmanager
+def started(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Keep others out of a recipe's folder, make its data and the model's halves if they are its own; gives the flags.
 
     Raises:
         InputError: a flag cannot be used, or the folder holds something else.
     """
     marker = folder / MARKER
-    if folder.exists() and any(folder.iterdir()) and not _is_of(marker, recipe["name"]):
-        raise InputError(f"--output_dir {folder}: holds something else; name a new or an empty folder.")
-    parsed = parse_arguments(ARGUMENTS, [*recipe_flags(recipe, folder), *argv], command="reproduce")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"name": recipe["name"]})
-    if "data" in recipe:
-        render_pocket(folder / "data", **recipe["data"])
-        make_halves(recipe["model"], folder / "data", folder / "model")
-    return parsed
+    for name in {"output_dir", *SEVERAL} & given.keys():
+        raise InputError(
+            f"--{name}: is not for a recipe, whose run is in its own folder and in one process; give its other flags to"
+            " `repro train` for that."
+        )
+    arguments = make_arguments(ARGUMENTS, recipe_flags(recipe, folder, given))
+    _check_is_of(marker, recipe["name"])
+    with locked(folder):
+        _check_is_of(marker, recipe["name"])  # another may have been quicker
+        write_json(marker, {"name": recipe["name"]})
+        if "data" in recipe:
+            render_pocket(folder / "data", **recipe["data"])
+            make_halves(recipe["model"], folder / "data", folder / "model")
+        yield arguments
 
 
 @contextmanager
@@ -115,8 +122,8 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
                     path.rmdir()
 
 
-def recipe_flags(recipe: Mapping[str, Any], folder: Path) -> list[str]:
-    """The flags of a recipe's run in a folder."""
+def recipe_flags(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a recipe's run in a folder, those that are given first; a whole model takes the place of halves."""
     own: dict[str, Any] = {"output_dir": folder / RUN}
     if "data" in recipe:
         own |= {
@@ -125,11 +132,17 @@ def recipe_flags(recipe: Mapping[str, Any], folder: Path) -> list[str]:
             "encoder_config_name": folder / "model" / "encoder",
             "decoder_config_name": folder / "model" / "decoder",
         }
-    return flags_of({**recipe["flags"], **own})
+    flags = given_flags(ARGUMENTS, flags_of({**recipe["flags"], **own}), command="reproduce")
+    if "model_name_or_path" in given:
+        flags = {name: value for name, value in flags.items() if not name.startswith(HALF)}
+    return {**flags, **given}
 
 
-def _is_of(marker: Path, name: str) -> bool:
-    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("name") == name
+def _check_is_of(marker: Path, name: str) -> None:
+    folder = marker.parent
+    is_of = marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("name") == name
+    if entries(folder) and not is_of:
+        raise InputError(f"--output_dir {folder}: holds something else; name a new or an empty folder.")
 
 
 def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from repro.config import ModelArguments, TrainingArguments
+from repro.data.whole_file import check_writable
 from repro.errors import InputError
 from repro.prepare import PreparedRun
 from repro.reporting.writer import (
@@ -15,11 +18,14 @@ from repro.reporting.writer import (
     Recorded,
     check_output_dir,
     holds_only_run_files,
+    locked,
     models_in,
+    read_clock,
     read_facts,
     read_recorded,
 )
-from repro.training.checkpoint import Found, find_newest, whole_states
+from repro.training.checkpoint import RECORD, Found, find_newest, whole_states
+from repro.training.processes import decided_by_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +37,14 @@ class Start:
         recorded: steps and evaluations up to there.
         branches_off: from another run than the one in the output folder.
         parts: when, where and with what the earlier parts of the run were computed.
+        seconds: that these took, with what was lost when one was killed.
     """
 
     found: Found | None
     recorded: Recorded
     parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     branches_off: bool = False
+    seconds: float = 0.0
 
     @property
     def step(self) -> int:
@@ -46,12 +54,32 @@ class Start:
     def num_replicas(self) -> int | None:
         return self.found.record["settings"]["num_replicas"] if self.found else None
 
-    @property
-    def training_seconds(self) -> float:
-        return self.found.record["training_seconds"] if self.found else 0.0
+    def clock(self, name: str) -> float:
+        """Seconds that the state's record has under a name; 0 if there is no state, or an older version's."""
+        return self.found.record.get(name, 0.0) if self.found else 0.0
 
 
 ANEW = Start(None, Recorded([]))
+
+
+def enter_folders(stack: ExitStack, args: TrainingArguments, folder: Path, cache: Path) -> Start:
+    """Lock a run's folder until the stack ends, and that of another that it goes on from; decide where it starts.
+
+    Raises:
+        InputError: in all processes; a folder cannot be written or is in use, or see `choose_start`.
+    """
+
+    def enter() -> dict[str, Any]:
+        stack.enter_context(locked(folder))
+        check_writable(cache, "--cache_dir")
+        source = other_run(args.resume, folder)
+        if source is not None and os.access(source, os.W_OK):  # else nobody of this run's rights can change it
+            stack.enter_context(locked(source, "--resume"))
+        return dataclasses.asdict(choose_start(args, folder))
+
+    chosen = decided_by_first(enter)
+    found = Found(**chosen["found"]) if chosen["found"] else None
+    return Start(**{**chosen, "found": found, "recorded": Recorded(**chosen["recorded"])})
 
 
 def choose_start(args: TrainingArguments, folder: Path) -> Start:
@@ -69,20 +97,21 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
             if not _holds_only_a_start(folder):
                 raise InputError(
                     f"--resume auto: {folder} holds no state that can be used, but other files; name another"
-                    " --output_dir, or add --overwrite_output_dir to start anew in it."
+                    " --output_dir, or start anew in it with --overwrite_output_dir instead of --resume."
                 )
-            return ANEW
-        return _after(found, folder)
-    source = Path(args.resume)
-    step = int(source.name) if source.name.isdigit() else None
-    states = source.parent if step is not None else source if source.name == STATE else source / STATE
+            return dataclasses.replace(ANEW, seconds=read_clock(folder))
+        return _after(found, folder, folder)
+    source, step = _named(Path(args.resume))
+    if _same(source, folder):
+        source = folder
+    states = source / STATE
     found = find_newest(states, step=step) if states.is_dir() else None
     if found is None:
         raise InputError(
             f"--resume {args.resume}: holds no state that can be used; give auto, never, the folder of a run, or of one"
             f" of its states ({STATE}/STEP)."
         )
-    start = _after(found, folder)
+    start = _after(found, source, folder)
     if start.branches_off:
         check_output_dir(folder, overwrite=args.overwrite_output_dir)
     return start
@@ -94,12 +123,32 @@ def _holds_only_a_start(folder: Path) -> bool:
     return not later and "finished" not in read_facts(folder) and holds_only_run_files(folder)
 
 
-def _after(found: Found, folder: Path) -> Start:
-    source = Path(found.folder).parent
-    recorded, branches_off = read_recorded(source, found.step), source != folder.absolute()
+def other_run(resume: str, folder: Path) -> Path | None:
+    """The folder of the run that `--resume` names, if it is another than the output folder, whatever each is called."""
+    source = _named(Path(resume))[0] if resume not in ("never", "auto") else folder
+    return source if source.is_dir() and not _same(source, folder) else None
+
+
+def _named(path: Path) -> tuple[Path, int | None]:
+    """The folder of the run that a path names, and the step if it is a state's."""
+    path = path.absolute()
+    if path.name.isdecimal() and (path / RECORD).is_dir():
+        return path.parent.resolve().parent, int(path.name)
+    return (path.resolve().parent if path.name == STATE and not (path / STATE).is_dir() else path), None
+
+
+def _same(source: Path, folder: Path) -> bool:
+    """Tell whether two folders are one, or have their states in one."""
+    pairs = ((source, folder), (source / STATE, folder / STATE))
+    return any(one.is_dir() and other.is_dir() and one.samefile(other) for one, other in pairs)
+
+
+def _after(found: Found, source: Path, folder: Path) -> Start:
+    recorded, branches_off = read_recorded(source, found.step), source != folder
+    seconds = found.record.get("seconds", 0.0) if branches_off else read_clock(folder)
     if branches_off:  # the model of this step stays behind, so it is saved and evaluated once more
         recorded = Recorded([row for row in recorded.rows if "loss" in row or row["step"] < found.step])
-    return Start(found, recorded, read_facts(source).get("parts", []), branches_off)
+    return Start(found, recorded, read_facts(source).get("parts", []), branches_off, seconds)
 
 
 def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any]:

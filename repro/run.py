@@ -17,29 +17,25 @@ import jax
 import numpy as np
 
 from repro.assemble import Training, build_evaluator, build_training
-from repro.config import DataArguments, ModelArguments, TrainingArguments
+from repro.config import ARGUMENTS, DataArguments, ModelArguments, TrainingArguments, make_arguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
 from repro.flags import check_flags
 from repro.models.pretrained import save_model
-from repro.prepare import PreparedRun, data_in_words, prepare
+from repro.prepare import PreparedRun, cache_folder, data_in_words, evaluates_at, prepare
 from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
 from repro.reporting.model_card import Trained, write_card
 from repro.reporting.progress import NonFinite, StepLog
-from repro.reporting.writer import NON_FINITE, PARTIAL, STATE, Recorded, RunWriter, locked, log, models_in, prefixed
-from repro.resume import Start, check_same, choose_start, settings
-from repro.training.checkpoint import CORRUPT, Checkpoints, Found, set_aside
+from repro.reporting.writer import NON_FINITE, PARTIAL, STATE, RunWriter, log, models_in, prefixed
+from repro.resume import Start, check_same, enter_folders, settings
+from repro.training.checkpoint import CORRUPT, Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult
-from repro.training.processes import decided_by_first, is_first, wait_for_all
+from repro.training.processes import is_first, wait_for_all
 from repro.training.sharding import put, replicated
 
-DEFAULTS = {
-    flag.name: flag.default
-    for arguments in (ModelArguments, DataArguments, TrainingArguments)
-    for flag in dataclasses.fields(arguments)
-}
+DEFAULTS = {name: value for part in make_arguments(ARGUMENTS, {}) for name, value in vars(part).items()}
 """Of all flags."""
 Score = Callable[[Evaluation], dict[str, float]]
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
@@ -91,9 +87,8 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.threefry_partitionable(protocol.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
-        folder = check_flags(model_args, args)
-        decided_by_first(lambda: stack.enter_context(locked(folder)))
-        start = _decide_start(args, folder)
+        folder = check_flags(model_args, data_args, args)
+        start = enter_folders(stack, args, folder, cache_folder(model_args))
         args = dataclasses.replace(args, num_replicas=args.num_replicas or start.num_replicas)
         prepared = prepare(model_args, data_args, args, protocol, devices or jax.devices(), progress and is_first())
         same = json.loads(json.dumps(settings(prepared, model_args)))
@@ -106,18 +101,13 @@ def run(
         # The other processes' files are thrown away: what a run writes is the same in all.
         own = folder if is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         recorded = start.recorded if start.found else None
-        writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off))
+        clock = lambda: start.seconds + time.perf_counter() - began  # noqa: E731
+        writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off, clock=clock))
         uploader = None
         if args.push_to_hub and is_first():
             uploader = stack.enter_context(HubUploader(folder, repository=args.hub_model_id, token=args.hub_token))
         wait_for_all("folder")
         return _Run(prepared, training, writer, uploader, folder, start, same, signals, score, watch, began).execute()
-
-
-def _decide_start(args: TrainingArguments, folder: Path) -> Start:
-    chosen = decided_by_first(lambda: dataclasses.asdict(choose_start(args, folder)))
-    found = Found(**chosen["found"]) if chosen["found"] else None
-    return Start(**{**chosen, "found": found, "recorded": Recorded(**chosen["recorded"])})
 
 
 @dataclass
@@ -140,8 +130,20 @@ class _Run:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def execute(self) -> RunResult:
+        """Do what is to be done; where it ends before its end, log and `run.json` say why."""
+        facts = dict(self.prepared.facts)
+        try:
+            return self._execute(facts)
+        except BaseException as error:
+            facts["stopped"] = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):  # the disk may be full
+                self.writer.end(facts["stopped"])
+                self.writer.describe(facts, self.prepared.dropped)
+            raise
+
+    def _execute(self, facts: dict[str, Any]) -> RunResult:
         """Train, evaluate and predict as far as that is not done already."""
-        prepared, args, facts = self.prepared, self.prepared.args, dict(self.prepared.facts)
+        prepared, args = self.prepared, self.prepared.args
         if self.training is not None:
             facts |= self.training.facts
         part = {name: facts[name] for name in ("started", "devices", "mesh", "processes", "platform", "versions")}
@@ -168,6 +170,7 @@ class _Run:
         if args.do_predict:
             self._evaluate(evaluator, params, "test", "test", self.writer.folder)
         facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        facts["seconds"] = round(self.writer.seconds(), 1)
         facts["checksums"] = self.writer.checksums()
         self.writer.describe(facts, prepared.dropped)
         self.writer.close_tensorboard()
@@ -177,36 +180,39 @@ class _Run:
 
     def _train(self, training: Training, evaluator: Evaluator, facts: dict[str, Any]) -> Any:
         """Train to the end; returns the parameters, whole on every device."""
-        steps = StepLog(
-            self.writer,
-            num_steps=self.prepared.num_steps,
-            batch_size=self.prepared.train_batch,
-            logging_steps=self.prepared.args.logging_steps,
-            progress=self.prepared.progress,
-            first_step=self.start.step,
-            seconds_before=self.start.training_seconds,
-            log_grad_norm=self.prepared.args.log_grad_norm,
-        )
         with contextlib.closing(self._open_states()) as states:
             state = states.restore(self.start.found, training.like) if self.start.found else training.create()
+            jax.block_until_ready(state)
             self.signals.defer()
+            steps = StepLog(
+                self.writer,
+                num_steps=self.prepared.num_steps,
+                batch_size=self.prepared.train_batch,
+                logging_steps=self.prepared.args.logging_steps,
+                progress=self.prepared.progress,
+                first_step=self.start.step,
+                seconds_before=self.start.clock("training_seconds"),
+                waited_before=self.start.clock("waiting_for_input_seconds"),
+                log_grad_norm=self.prepared.args.log_grad_norm,
+            )
             try:
-                for result in training.from_state(state, self.start.step):
-                    state, self.step = result.state, result.step
-                    if result.metrics:
-                        steps.add(result)
-                    self._after(result, steps, states, evaluator)
-                    if steps.logs(result.step):
-                        self._look(facts)
-                    if self.signals.requested(self.step) and self.step < self.prepared.num_steps:
-                        self._save_state(result, steps, states)
-                        assert self.signals.received is not None
-                        raise Interrupted(self.signals.received, "between two steps.")
+                with steps.bar:  # closed, so that what is said next has a line of its own
+                    for result in training.from_state(state, self.start.step):
+                        state, self.step = result.state, result.step
+                        if result.metrics:
+                            steps.add(result)
+                        self._after(result, steps, states, evaluator)
+                        if steps.logs(result.step):
+                            self._look(facts)
+                        if self.signals.requested(self.step) and self.step < self.prepared.num_steps:
+                            self._save_state(result, steps, states)
+                            assert self.signals.received is not None
+                            raise Interrupted(self.signals.received, "between two steps.")
             except NonFinite as error:
                 raise RunStopped(self._describe_non_finite(error, training, states)) from error
             except Interrupted as error:
                 states.wait()
-                raise Interrupted(error.signum, _how_to_go_on(states)) from error
+                raise Interrupted(error.signum, self._how_to_go_on(states)) from error
             facts |= steps.close()
         return self._whole(state.params)
 
@@ -224,12 +230,13 @@ class _Run:
 
     def _after(self, result: StepResult, steps: StepLog, states: Checkpoints, evaluator: Evaluator) -> None:
         """Save and evaluate what is due after a step and was not done before the run was resumed."""
-        evaluates = _evaluates_at(self.prepared, result)
-        every = self.prepared.args.save_steps
+        prepared = self.prepared
+        evaluates = evaluates_at(prepared.args, prepared.protocol, result.step, prepared.steps_per_epoch)
+        every = prepared.args.save_steps
         if evaluates or result.is_epoch_end or (every and result.step % every == 0):
             self._save_state(result, steps, states)
         # The example saves its models when it evaluates, which may be never; no training ends without one here.
-        at_end = result.step == self.prepared.num_steps
+        at_end = result.step == prepared.num_steps
         if not evaluates and not (at_end and not self.writer.recorded.evaluated("eval")):
             return
         steps.pause()
@@ -237,7 +244,7 @@ class _Run:
         folder = self.writer.folder / f"ckpt_epoch_{result.epoch}_step_{result.step}"
         saving = 0.0
         if is_first() and (result.metrics or not folder.exists()):
-            saving = save_whole_model(self.prepared, params, folder)
+            saving = save_whole_model(prepared, params, folder)
             log.info("step %d: model saved in %.1f s", result.step, saving)
         if evaluates:
             self._evaluate(evaluator, params, "validation", "eval", folder, saving_seconds=saving)
@@ -269,6 +276,8 @@ class _Run:
             "epoch": result.epoch,
             "step_in_epoch": result.step - (result.epoch - 1) * self.prepared.steps_per_epoch,
             "training_seconds": steps.training_seconds,
+            "waiting_for_input_seconds": steps.waited,
+            "seconds": round(self.writer.seconds(), 3),
             "settings": self.settings,
             "versions": self.prepared.facts["versions"],
         }
@@ -315,13 +324,12 @@ class _Run:
         states.wait()
         return (
             f"step {error.step} is not finite ({values}). Its rows are in {self.folder / NON_FINITE};"
-            f" {_how_to_go_on(states)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
+            f" {self._how_to_go_on(states)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
         )
 
-
-def _how_to_go_on(states: Checkpoints) -> str:
-    steps = states.steps()
-    return f"the state of step {steps[-1]} is saved, --resume auto goes on from it." if steps else "no state is saved."
+    def _how_to_go_on(self, states: Checkpoints) -> str:
+        how, steps = "the same command" if self.prepared.args.resume == "auto" else "--resume auto", states.steps()
+        return f"the state of step {steps[-1]} is saved, {how} goes on from it." if steps else "no state is saved."
 
 
 def save_whole_model(prepared: PreparedRun, params: Any, folder: Path) -> float:
@@ -333,14 +341,3 @@ def save_whole_model(prepared: PreparedRun, params: Any, folder: Path) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return time.perf_counter() - started
-
-
-def _evaluates_at(prepared: PreparedRun, result: StepResult) -> bool:
-    """The example's rule: every `eval_steps`, or else at the end of each epoch; `exact` adds the end of training."""
-    if not prepared.args.do_eval:
-        return False
-    if prepared.protocol.always_evaluate_at_end and result.step == prepared.num_steps:
-        return True
-    if prepared.args.eval_steps is not None and prepared.args.eval_steps > 0:
-        return result.step % prepared.args.eval_steps == 0
-    return result.is_epoch_end

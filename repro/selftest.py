@@ -235,7 +235,8 @@ def selftest(
     Returns:
         Results by what they were computed in: `float32, highest` is the one that is judged.
     """
-    ways, bounds = {"float32, highest": ("highest", [])}, Bounds()
+    ways: dict[str, tuple[str, list[str]]] = {"float32, highest": ("highest", [])}
+    bounds = Bounds()
     if jax.default_backend() != "cpu":
         ways["float32, default"] = ("default", [])  # a CPU has one precision
         # AdamW makes whole steps of gradients that are mostly rounding: an H200 was 0.1 % off in a bias whose norm is

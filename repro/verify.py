@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro.config import DataArguments, ModelArguments, TrainingArguments, flags_of, parse_arguments
+from repro.config import ARGUMENTS, flags_of, parse_arguments
 from repro.data.whole_file import sha256_of
 from repro.errors import InputError, RunStopped
 from repro.evaluation.targets import (
@@ -29,7 +29,6 @@ from repro.reporting.writer import Recorded, read_facts, read_recorded
 
 MARKER = "recipe.json"
 RUN = "run"
-ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments)
 BY_STEP = ("loss", "learning_rate")
 COUNTS = ("train_rows", "train_dropped", "train_images", "num_steps", "parameters", "minutes")
 ALSO_COMPARED = ("num_replicas", "eval_steps", "max_train_samples", "max_eval_samples")
@@ -178,10 +177,8 @@ def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[s
         "num_steps": facts.get("num_steps"),
         "parameters": facts.get("model", {}).get("parameters"),
     }
-    if "train_seconds" in facts:
-        between = sum(found["seconds"] + found.get("saving_seconds", 0.0) for found in evaluations.values())
-        seconds = facts["train_seconds"] + between
-        values["minutes"] = (seconds + facts.get("startup_seconds", 0.0)) / 60
+    if "seconds" in facts:
+        values["minutes"] = facts["seconds"] / 60
     step = target.step if target.step is not None else max(evaluations, default=None)
     found = evaluations.get(step, {}) if step is not None else {}
     values |= {f"eval_{name}": value for name, value in found.items() if isinstance(value, int | float)}

@@ -61,7 +61,7 @@ def test_each_split_is_looked_at_as_the_run_would(flags: list[str], tmp_path: Pa
     for folder in ("train2017", "val2017"):
         image = sorted((tmp_path / "coco" / folder).iterdir())[0]
         Image.open(image).convert("L").save(image)
-    report = check(flags, "--protocol=published,convert_evaluated_to_rgb=true")
+    report = check(flags, "--protocol=published,convert_evaluated_to_rgb=true", "--per_device_eval_batch_size=4")
     kept = {name: split["rows_kept"] for name, split in report["splits"].items()}
     assert kept == {"train": 55, "validation": 15}
     assert report["images"]["modes"] == {"RGB": 13, "L": 2}
@@ -97,8 +97,18 @@ def test_a_data_set_is_counted(flags: list[str], tmp_path: Path, tokenizer, caps
 
 def test_the_checkpoint_at_the_end_is_counted_where_the_protocol_saves_one(flags: list[str]) -> None:
     for protocol, checkpoints in (("published", 4), ("published,always_evaluate_at_end=true", 5)):
-        needs = check(flags, f"--protocol={protocol}", "--eval_steps=5")["needs"]
+        more = (f"--protocol={protocol}", "--eval_steps=5", "--per_device_eval_batch_size=4")
+        needs = check(flags, *more)["needs"]
         assert (needs["steps"], needs["checkpoints"]) == (21, checkpoints)
+        assert check(flags, *more, "--do_train")["needs"]["checkpoints"] == 1, "without evaluations there is the last"
+
+
+def test_rows_that_are_too_few_once_images_are_dropped_are_refused_and_told(flags: list[str], tmp_path: Path, capsys):
+    for image in sorted((tmp_path / "coco" / "train2017").iterdir())[1:]:
+        image.write_bytes(b"")
+    assert main(["data", "check", *flags, "--do_train"]) == 2
+    assert "larger than the data: 5 rows are left" in capsys.readouterr().err
+    assert json.loads(Path("data-check/data_check.json").read_text())["splits"]["train"]["rows_kept"] == 5
 
 
 def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path: Path, capsys) -> None:
@@ -118,19 +128,26 @@ def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path
 
 
 def test_limits_and_faults_are_those_of_the_run(flags: list[str], capsys) -> None:
-    assert (
-        check(flags, "--max_train_samples=7", "--max_eval_samples=0", "--num_pictures=0")["splits"]["train"]["rows"]
-        == 7
-    )
+    assert check(flags, "--max_train_samples=9", "--do_train", "--num_pictures=0")["splits"]["train"]["rows"] == 9
     for more, words in (
         ("--data_dir=absent", "not a folder"),
-        ("--num_pictures=-1", "--num_pictures -1"),
+        ("--num_pictures=-1", "--num_pictures -1: must be at least 0"),
         ("--num_replicas=0", "--num_replicas 0: must be at least 1"),
         ("--num_train_epochs=0.5", "whole number"),
         ("--protocol=exakt", "'exakt'"),
         ("--report_dri=x", "--report_dir"),
+        ("--report_dir=/dev/null/x", "--report_dir /dev/null/x: no file can be written there"),
+        ("--cache_dir=/dev/null/x", "--cache_dir /dev/null/x/repro: no file can be written there"),
+        ("--output_dir=/dev/null/x", "--output_dir /dev/null/x: no file can be written there"),
+        ("--seed=-1", "--seed -1: must be at least 0 and at most 4294967295"),
+        ("--max_target_length=65", "must be between 2 and the decoder's 64 positions"),
+        ("--predict_with_generate --num_beams=341", "vocabulary's 340"),
+        ("--mesh=data=16", "needs 16 devices"),
+        ("--block_size=12", "--block_size 12: must be 0 or a multiple"),
+        ("--max_train_samples=7", "larger than the data: 7 rows"),
+        ("--protocol=published", "validation: 15 rows do not fill one batch of 16"),
     ):
-        assert main(["data", "check", *flags, more]) == 2
+        assert main(["data", "check", *flags, *more.split()]) == 2
         assert words in capsys.readouterr().err
 
 

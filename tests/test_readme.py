@@ -264,7 +264,7 @@ def test_the_documented_command_has_a_test_that_runs_it(commands: tuple[str, ...
 
 @runs(
     "repro data check --model_name_or_path MODEL --train_file pictures/train.jsonl"
-    " --validation_file pictures/val.jsonl",
+    " --validation_file pictures/val.jsonl --max_target_length 32",
     "repro train --model_name_or_path MODEL --output_dir my-run --do_train --do_eval --predict_with_generate"
     " --train_file pictures/train.jsonl --validation_file pictures/val.jsonl --max_target_length 32 --num_beams 4",
     "repro caption my-run/ckpt_epoch_3_* pictures/dog.jpg",

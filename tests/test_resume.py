@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from repro.__main__ import main
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.errors import InputError, Interrupted, RunStopped
 from repro.reporting.progress import StepLog
-from repro.reporting.writer import locked
+from repro.reporting.writer import locked, read_clock
 from repro.resume import check_same
 from repro.run import RunResult, run
 from repro.selftest import command_line, read_case
@@ -45,8 +46,8 @@ def start(folder: Path, *more: str, num_devices: int = 1) -> RunResult:
 def rows(folder: Path) -> list[str]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in found:
-        for time in ("seconds", "saving_seconds"):
-            row.get("eval", {}).pop(time, None)
+        for name in ("seconds", "saving_seconds"):
+            row.get("eval", {}).pop(name, None)
     return [json.dumps(row) for row in found]
 
 
@@ -371,3 +372,163 @@ def test_the_best_state_by_a_metric_is_kept(tmp_path):
     assert result.metrics
     # Without learning all losses are the same, and the first of the best is kept.
     assert sorted(int(path.name) for path in (folder / "state").iterdir()) == [8, 16]
+
+
+def test_the_state_of_the_best_evaluation_is_kept_and_not_the_last_one(tmp_path):
+    parsed = parse_arguments(
+        CLASSES,
+        flags(tmp_path / "run", *("--save_total_limit", "1", "--metric_for_best_model", "loss", "--eval_steps", "4")),
+        command="train",
+    )
+    for way, losses, kept in (("less", [3.0, 1.0, 2.0, 4.0], [8, 16]), ("first", [1.0, 3.0, 1.0, 2.0], [4, 16])):
+        scripted = iter(losses)
+        args = dataclasses.replace(parsed[-1], output_dir=str(tmp_path / way))
+        run(*parsed[:-1], args, devices=jax.devices()[:1], progress=False, score=lambda _: {"loss": next(scripted)})  # noqa: B023
+        assert sorted(int(path.name) for path in (tmp_path / way / "state").iterdir()) == kept
+
+
+@pytest.mark.parametrize("name", ["link", "link/state", "link/state/15", "run/../run", "other/../run/state/15"])
+def test_the_output_folder_is_the_same_run_by_whatever_path(whole, name, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=15)
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "other").mkdir()
+    start(folder, "--resume", str(tmp_path / name), "--overwrite_output_dir")
+    assert_same_run(folder, whole)
+    assert {"3", "15", "16"} <= {path.name for path in (folder / "state").iterdir()}
+
+
+@pytest.mark.parametrize("named", ["run", "link"])
+def test_states_on_another_disk_are_still_the_runs_own(whole, named, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=15)
+    shutil.move(folder / "state", tmp_path / "scratch")
+    (folder / "state").symlink_to(tmp_path / "scratch")
+    (tmp_path / "link").symlink_to(folder)
+    start(folder, "--resume", str(tmp_path / named), "--overwrite_output_dir")
+    assert_same_run(folder, whole)
+
+
+def test_a_link_to_another_runs_states_is_removed_and_not_the_states(whole, tmp_path):
+    other = copy_of(whole, tmp_path)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "state").symlink_to(other / "state")
+    start(folder, "--overwrite_output_dir", "--num_train_epochs", "1")
+    assert {"3", "16"} <= {path.name for path in (other / "state").iterdir()}
+    assert not (folder / "state").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["1", "state", "7"])
+def test_a_run_folder_may_have_any_name(whole, name, tmp_path):
+    copied = copy_of(whole, tmp_path)
+    source = copied.rename(tmp_path / name)
+    for way, named in (("whole", source), ("step", source / "state" / "6")):
+        branch = tmp_path / way
+        start(branch, "--resume", str(named))
+        assert rows(branch) == rows(whole)
+
+
+def test_the_run_that_is_gone_on_from_is_locked(whole, tmp_path, monkeypatch):
+    copied, branch = copy_of(whole, tmp_path), tmp_path / "branch"
+    with locked(copied), pytest.raises(InputError, match=r"--resume .*: another run is at work in it"):
+        start(branch, "--resume", str(copied / "state" / "6"))
+    assert not branch.exists()
+
+    def look(*_: object) -> None:
+        with pytest.raises(InputError, match="another run is at work"), locked(copied):
+            pass
+        raise RunStopped("seen")
+
+    monkeypatch.setattr(repro.run, "build_training", look)
+    with pytest.raises(RunStopped, match="seen"):
+        start(branch, "--resume", str(copied))
+    with locked(copied):
+        pass
+
+
+def test_a_run_says_in_its_files_why_it_stopped_and_which_command_goes_on(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    for more, how in (([], "--resume auto goes"), (["--resume", "auto"], "the same command goes")):
+        with monkeypatch.context() as patched:
+            patched.setattr(StepLog, "add", at_step(4 + len(more), lambda: os.kill(os.getpid(), signal.SIGINT)))
+            assert main(["train", *flags(folder, *more)]) == 130
+        said = f"stopped by SIGINT: the state of step {4 + len(more)} is saved, {how} on from it."
+        assert said in capsys.readouterr().err.splitlines()
+        assert json.loads((folder / "run.json").read_text())["stopped"].endswith(said)
+        assert f"ERROR - ended: Interrupted: {said}" in (folder / "log").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(StepLog, "add", at_step(8, lambda: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            start(folder, "--resume", "auto")
+    assert json.loads((folder / "run.json").read_text())["stopped"] == "ZeroDivisionError: division by zero"
+    assert "stopped" not in start(folder, "--resume", "auto").facts
+
+
+def test_the_bar_is_ended_before_anything_is_said(tmp_path, monkeypatch):
+    bars = []
+    original = StepLog.__init__
+
+    def opened(self: StepLog, *arguments: Any, **settings: Any) -> None:
+        original(self, *arguments, **settings)
+        bars.append((self.bar, close := [])) or setattr(self.bar, "close", lambda: close.append(1))
+
+    monkeypatch.setattr(StepLog, "__init__", opened)
+    monkeypatch.setattr(StepLog, "add", at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run")
+    assert [closed for _, closed in bars] == [[1]]
+
+
+def test_clocks_go_on_through_a_kill_and_count_what_was_lost(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def die() -> None:
+        raise Killed
+
+    slow = 0.4
+
+    def slower(self: StepLog, result: Any, original: Any = StepLog.add) -> None:
+        time.sleep(slow if result.step in (1, 5) else 0)
+        original(self, result)
+        if result.step == 5:
+            die()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StepLog, "add", slower)
+        with pytest.raises(Killed):
+            start(folder, "--logging_steps", "1")
+    killed_after = read_clock(folder)
+    assert killed_after > 2 * slow
+    record = json.loads((folder / "state" / "3" / "record" / "metadata").read_text())
+    assert slow < record["training_seconds"] < record["seconds"] < killed_after - slow
+    facts = start(folder, "--resume", "auto", "--logging_steps", "1").facts
+    # Steps 4 and 5 were repeated: what the first try of them took is in the run's time, and not in that of its steps.
+    assert facts["seconds"] > killed_after
+    assert slow < facts["train_seconds"] < facts["seconds"] - slow
+    assert facts["waiting_for_input_seconds"] >= record["waiting_for_input_seconds"] > 0
+    branch = start(tmp_path / "branch", "--resume", str(folder / "state" / "3")).facts
+    assert record["seconds"] < branch["seconds"]
+
+
+def test_making_or_restoring_the_state_is_no_training(whole, tmp_path, monkeypatch):
+    events: list[str] = []
+    original, restore, clock = repro.run.build_training, repro.run.Checkpoints.restore, StepLog.__init__
+
+    def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **settings: [function(*arguments, **settings), events.append(name)][0]
+
+    def watched(prepared: Any) -> Any:
+        training = original(prepared)
+        return dataclasses.replace(training, create=told("made", training.create))
+
+    monkeypatch.setattr(repro.run, "build_training", watched)
+    monkeypatch.setattr(repro.run.Checkpoints, "restore", told("restored", restore))
+    monkeypatch.setattr(repro.run.jax, "block_until_ready", told("there", jax.block_until_ready))
+    monkeypatch.setattr(StepLog, "__init__", told("clock", clock))
+    start(tmp_path / "run", "--num_train_epochs", "1")
+    assert events[:3] == ["made", "there", "clock"]
+    events.clear()
+    start(copy_of(whole, tmp_path / "other", up_to=15), "--resume", "auto")
+    assert events[:3] == ["restored", "there", "clock"]

@@ -108,14 +108,16 @@ def test_one_run_passes_by_the_band_of_the_recipes_seeds(runs, capsys):
     assert "band of 4 seeds" in printed
 
 
-def test_a_runs_minutes_are_those_of_start_up_training_saved_models_and_evaluations(runs):
+def test_a_runs_minutes_are_all_that_it_was_at_work(runs):
     record = repro.verify.read_run(runs(OWN), read_recipe("pocket"))
     evaluations = [row["eval"] for row in record.recorded.rows if "eval" in row]
     assert all(found["saving_seconds"] > 0 for found in evaluations)
     parts = [found[name] for found in evaluations for name in ("seconds", "saving_seconds")]
     expected = sum(parts) + record.facts["train_seconds"] + record.facts["startup_seconds"]
     target = Target(metric="minutes", source="", high=90.0)
-    assert record.measured(target).values[""] == pytest.approx(expected / 60)
+    assert record.measured(target).values[""] == pytest.approx(record.facts["seconds"] / 60)
+    # What is left is making the state, cards and files.
+    assert expected < record.facts["seconds"] < expected + 20
 
 
 def test_the_report_has_the_verdict_at_its_top(runs, tmp_path):

@@ -117,7 +117,7 @@ def test_a_folder_that_holds_something_is_refused_unless_it_may_be_overwritten(t
 def test_a_file_is_refused_as_a_folder(tmp_path):
     file = tmp_path / "file"
     file.write_text("content")
-    with pytest.raises(InputError, match="is a file"), locked(file):
+    with pytest.raises(InputError, match="no file can be written there"), locked(file):
         pass
     assert file.read_text() == "content"
 

@@ -9,15 +9,16 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
 from repro.commands import COMMANDS, SIGNALLED
-from repro.commands.parser import Parser, sentence
+from repro.commands.parser import Checked, Parser, add_fields, sentence
 from repro.commands.terminal import printable, start_logging
-from repro.config import DTYPES, IMPLEMENTATIONS
+from repro.config import COUNT, DTYPES, IMPLEMENTATIONS, LENGTH, flag, make_arguments
 from repro.data.images import URL_SCHEMES
 from repro.data.limits import LISTED_BYTES
 from repro.errors import InputError
@@ -43,8 +44,23 @@ class Found(NamedTuple):
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class CaptionArguments(Checked):
+    """How `repro caption` captions."""
+
+    num_beams: int | None = flag(None, "Beams (default: the model's configuration, else 1).", COUNT)
+    num_return_sequences: int = flag(1, "Captions of each image.", COUNT)
+    max_length: int | None = flag(None, "Tokens, start token included (default: the model's, else 32).", LENGTH)
+    batch_size: int = flag(8, "Images at once.", COUNT)
+    dtype: str = flag("float32", "Type of the computation.", choices=DTYPES)
+    model_implementation: str | None = flag(
+        None, "Whose model (default: native for a ViT with GPT-2).", choices=IMPLEMENTATIONS
+    )
+
+
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
+    (how,) = make_arguments((CaptionArguments,), vars(args))
     skipped: dict[str, int] = {}
     found = [item for name in args.images for item in _find(name, skipped, null=args.null)]
     if not found:
@@ -58,11 +74,11 @@ def main(argv: list[str]) -> int:
     if images:
         from repro.caption import Captioner
 
-        captioner = Captioner.from_pretrained(
-            args.model, dtype=args.dtype, model_implementation=args.model_implementation
+        settings = dict(vars(how))
+        of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation")}
+        results = Captioner.from_pretrained(args.model, **of_model).stream(
+            images, allow_image_urls=args.allow_image_urls, **settings
         )
-        names = ("num_beams", "num_return_sequences", "max_length", "batch_size", "allow_image_urls")
-        results = captioner.stream(images, **{name: getattr(args, name) for name in names})
     outcomes = ((name, problem or next(results)[1]) for name, problem in found)
     try:
         failures = _print(outcomes, len(found), as_json=args.json, width=_width(found))
@@ -87,23 +103,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, folder, pattern, or - for paths on standard input, one a line"
     )
-    parser.add_argument("--num_beams", type=int, metavar="N", help="beams (default: the model's configuration, else 1)")
-    parser.add_argument(
-        "--num_return_sequences", type=int, default=1, metavar="N", help="captions of each image (default: 1)"
-    )
-    parser.add_argument(
-        "--max_length", type=int, metavar="N", help="tokens, start token included (default: the model's, else 32)"
-    )
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at once (default: %(default)s)")
+    add_fields(parser, CaptionArguments)
     parser.add_argument("--json", action="store_true", help='a line each: {"image", "captions"} or {"image", "error"}')
     parser.add_argument("--null", action="store_true", help="paths on standard input end with NUL (`find -print0`)")
+    # No value may follow it: an image would be taken for one.
     parser.add_argument("--allow_image_urls", action="store_true", help="fetch images named by http or https addresses")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="type of the computation (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--model_implementation", choices=IMPLEMENTATIONS, help="whose model (default: native for a ViT with GPT-2)"
-    )
     return parser
 
 

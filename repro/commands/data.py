@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser, sentence
+from repro.commands.parser import Checked, Numbers, Parser, add_fields, sentence
 from repro.commands.terminal import start_logging
+from repro.config import ARGUMENTS, COUNT, NATURAL, SEED, CheckArguments, flag, make_arguments, parse_arguments
 
 SPLITS = ("train", "validation", "test")
 CHECK = "read what a run would read, train nothing, and say what is in it"
+
+
+@dataclass(frozen=True)
+class PocketArguments(Checked):
+    """What `repro data pocket` renders."""
+
+    num_train: int = flag(4000, "Training images.", COUNT)
+    num_val: int = flag(200, "Validation images.", COUNT)
+    num_test: int = flag(0, "Test images.", NATURAL)
+    image_size: int = flag(64, "Pixels a side.", Numbers(16))
+    seed: int = flag(2017, "Of the scenes.", SEED)
 
 
 def main(argv: list[str]) -> int:
@@ -45,26 +58,24 @@ def main(argv: list[str]) -> int:
         description="Render scenes of coloured shapes with five captions each, in the layout of COCO 2017.",
     )
     pocket.add_argument("folder", type=Path, metavar="FOLDER", help="where they are written")
-    for name, default, text in (
-        ("num_train", 4000, "training images"),
-        ("num_val", 200, "validation images"),
-        ("num_test", 0, "test images"),
-        ("image_size", 64, "pixels a side"),
-        ("seed", 2017, "of the scenes"),
-    ):
-        pocket.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    add_fields(pocket, PocketArguments)
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     args = vars(parser.parse_args(argv))
     if args.pop("kind") == "pocket":
+        (scenes,) = make_arguments((PocketArguments,), args)
         from repro.data.pocket import render_pocket
+        from repro.data.whole_file import check_writable
 
-        folder = args.pop("folder")
-        render_pocket(folder, **args)
+        folder = args["folder"]
+        check_writable(folder, "FOLDER")
+        render_pocket(folder, **vars(scenes))
         print(f"written to {folder}")
         return 0
     from repro.data.download import DOWNLOADS, download_coco
+    from repro.data.whole_file import check_writable
 
+    check_writable(args["data_dir"], "--data_dir")
     base_urls = args.pop("base_url") or [DOWNLOADS]
     for path in download_coco(**args, base_urls=base_urls):
         print(path)
@@ -72,9 +83,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check(argv: list[str]) -> int:
-    from repro.config import CheckArguments, DataArguments, ModelArguments, TrainingArguments, parse_arguments
-
-    classes = (ModelArguments, DataArguments, TrainingArguments, CheckArguments)
+    classes = (*ARGUMENTS, CheckArguments)
     parsed = parse_arguments(classes, argv, command="data check", about=f"{CHECK}; takes the flags of a run")
     start_logging()
     from repro.check import check_data, describe

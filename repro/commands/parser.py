@@ -1,11 +1,12 @@
-"""A parser of flags that names the nearest one it knows, and leaves it to the command line to end."""
+"""How every command reads its flags: one parser, and the numbers that a flag takes."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
@@ -15,37 +16,64 @@ COLUMN_OF_HELP = 34
 TRUTHS = {"yes": True, "true": True, "t": True, "y": True, "1": True}
 FALSEHOODS = {"no": False, "false": False, "f": False, "n": False, "0": False}
 """As transformers' HfArgumentParser reads them."""
+LARGEST = 2**31 - 1
+"""Of whole numbers: what NumPy, JAX and XLA count with is int32."""
 METAVARS = {bool: "BOOL", int: "N", float: "X", "dir": "FOLDER", "path": "MODEL"}
 """What stands for a value in the help: by its type, or by the last word of the flag's name."""
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers that a flag takes: finite ones between two ends, which are two of them unless they are left out."""
+
+    least: float = 0
+    most: float = LARGEST
+    without: tuple[float, ...] = ()
+    whole: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        inside = math.isfinite(value) and self.least <= value <= self.most and value not in self.without
+        return inside and not (self.whole and value % 1)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.least in self.without else 'at least'} {self.least}"
+        high = f"{'below' if self.most in self.without else 'at most'} {self.most}"
+        return f"{'a whole number, ' * self.whole}{low} and {'finite' if math.isinf(self.most) else high}"
+
+
+class Checked:
+    """A dataclass of flags; every number in it is one that its flag takes."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            allowed, value = field.metadata.get("allowed"), getattr(self, field.name)
+            if allowed is not None and value is not None and value not in allowed:
+                raise InputError(f"--{field.name} {value}: must be {allowed}.")
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, without abbreviations; what is wrong is an InputError."""
+    """argparse's, without abbreviations, and with dashes or underscores in flags; what is wrong is an InputError."""
 
     def __init__(self, **settings: Any) -> None:
         shape = partial(argparse.HelpFormatter, max_help_position=COLUMN_OF_HELP)
         super().__init__(**{"allow_abbrev": False, "formatter_class": shape, **settings})
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        self.check_flags(args)
-        return super().parse_args(args, namespace)
+        end = args.index("--") if "--" in args else len(args)
+        flags, known = [_with_underscores(arg) for arg in args[:end]], self._names()
+        # Before argparse takes the value of a flag that does not exist for something else.
+        for arg in flags:
+            if arg.startswith("--") and _name(arg).removeprefix("--") not in known:
+                raise InputError(self._unknown(_name(arg), known))
+        parsed, others = self.parse_known_args([*flags, *args[end:]], namespace)
+        if others:
+            raise InputError(self._unknown(_name(others[0]), known))
+        return parsed
 
-    def check_flags(self, args: Sequence[str], others: Iterable[str] = ()) -> None:
-        """Look for a flag that does not exist before argparse takes its value for something else.
-
-        Args:
-            others: names that are known elsewhere, without their dashes.
-
-        Raises:
-            InputError: there is one; the nearest that does exist is named.
-        """
-        known = self._names() | set(others)
-        for arg in args[: args.index("--")] if "--" in args else args:
-            name = arg.removeprefix("--").partition("=")[0]  # the value may be a token
-            if arg.startswith("--") and name not in known:
-                near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), n=1)
-                hint = f" Did you mean --{near[0]}?" if near else f" `{self.prog} --help` lists the flags."
-                raise InputError(f"unknown argument {f'--{name}'!r}.{hint}")
+    def _unknown(self, name: str, known: set[str]) -> str:
+        near = difflib.get_close_matches(name.lstrip("-"), sorted(known), n=1)
+        hint = f"Did you mean --{near[0]}?" if near else f"`{self.prog} --help` lists the flags."
+        return f"unknown argument {name!r}. {hint}"
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise InputError(f"{message}. `{self.prog} --help` lists the flags.")
@@ -59,41 +87,64 @@ class Parser(argparse.ArgumentParser):
         return names
 
 
+def _name(arg: str) -> str:
+    """A flag without its value, which may be a token."""
+    return arg.partition("=")[0]
+
+
+def _with_underscores(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else arg
+
+
 def sentence(text: str) -> str:
     """Make a sentence of what the list of commands says of one."""
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def add_fields(parser: argparse.ArgumentParser, arguments: type, groups: Mapping[str, str]) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser, arguments: type, groups: Mapping[str, str] | None = None, *, hidden: bool = False
+) -> None:
     """Add a dataclass's fields as flags, which are what transformers' HfArgumentParser makes of them.
+
+    One that the parser has already is left as it is; one that is not given has no value in what is parsed.
 
     Args:
         groups: titles of the help's parts, by the first field of each.
+        hidden: leave them out of the help.
     """
+    groups = groups or {}
     types, place = get_type_hints(arguments), parser
     for field in fields(arguments):
         if field.name in groups:
             place = parser.add_argument_group(groups[field.name])  # type: ignore[assignment]
+        if f"--{field.name}" in parser._option_string_actions:
+            continue
         kind = next(of for of in (*get_args(types[field.name]), types[field.name]) if of is not type(None))
         word = field.name.rpartition("_")[2]
         text = field.metadata["help"]
         if field.default is not None and field.default is not False and "default:" not in text:
             text = f"{text.removesuffix('.')} (default: {str(field.default).lower()})."
-        settings: dict[str, Any] = {"type": kind, "default": field.default, "choices": field.metadata.get("choices")}
+        settings: dict[str, Any] = {
+            "type": kind,
+            "default": argparse.SUPPRESS,
+            "choices": field.metadata.get("choices"),
+            "help": argparse.SUPPRESS if hidden else text,
+        }
         if kind is bool:
             settings |= {"type": _truth, "nargs": "?", "const": True}
         if not settings["choices"]:
             settings["metavar"] = (
                 field.metadata.get("metavar") or METAVARS.get(kind) or METAVARS.get(word, word.upper())
             )
-        place.add_argument(f"--{field.name}", help=text, **settings)
+        place.add_argument(f"--{field.name}", **settings)
         if field.default is True:
             place.add_argument(
                 f"--no_{field.name}",
                 dest=field.name,
                 action="store_false",
-                default=True,
-                help=f"the same as --{field.name} false",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS if hidden else f"the same as --{field.name} false",
             )
 
 

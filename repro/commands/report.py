@@ -18,10 +18,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
     args = parser.parse_args(argv)
     start_logging()
+    from repro.data.whole_file import check_file_writable
     from repro.report import write_report
     from repro.reporting.writer import REPORT
 
     output = args.output or args.runs[0] / REPORT
+    check_file_writable(output, "--output")
     write_report(args.runs, output, recipe=args.recipe)
     print(f"written to {output}")
     return 0

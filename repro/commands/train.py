@@ -6,13 +6,13 @@ import os
 
 from repro.commands import COMMANDS
 from repro.commands.terminal import make_deterministic, print_table, speed, start_logging
-from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.config import ARGUMENTS, parse_arguments
 
 ABOUT = f"{COMMANDS['train']}; what the example does not have is marked `Further:`"
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, command="train", about=ABOUT)
+    parsed = parse_arguments(ARGUMENTS, argv, command="train", about=ABOUT)
     args = parsed[-1]
     if args.deterministic:
         make_deterministic(os.environ)

@@ -31,9 +31,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
     args = parser.parse_args(argv)
     start_logging()
+    from repro.data.whole_file import check_file_writable
     from repro.reporting.writer import write_json
     from repro.verify import as_json, as_junit, table, verify
 
+    for flag in ("json", "junit"):
+        if getattr(args, flag):
+            check_file_writable(getattr(args, flag), f"--{flag}")
     done = verify(args.runs, recipe=args.recipe, reference=args.against)
     if args.json:
         write_json(args.json, as_json(done))

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -108,6 +109,38 @@ def _kept_there(file: Path, content: str) -> Iterator[None]:
             f"{file}: {content} cannot be kept there ({error}); make room or mend it, or name another folder with"
             " --cache_dir."
         ) from error
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Check that files can be written in a folder, which need not be there yet; leaves nothing behind.
+
+    Raises:
+        InputError: they cannot; it names the flag, the folder and the system's reason.
+    """
+    missing: list[Path] = []
+    try:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {folder}: no file can be written there ({error}); name another folder.") from error
+    finally:
+        remove_empty(missing)
+
+
+def check_file_writable(file: Path, flag: str) -> None:
+    """Check that a file can be written as `check_writable` does."""
+    check_writable(file.parent, flag)
+    if file.is_dir():
+        raise InputError(f"{flag} {file}: is a folder; name a file.")
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the inner ones first, as far as nothing lies in them."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def sha256_of(file: Path) -> str:

@@ -8,25 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from repro.evaluation.rouge import TYPES
 from repro.reporting.charts import Chart, Line, Published, bucket_size, thinned
+from repro.reporting.metrics import METRICS
 from repro.reporting.run_folder import RunFiles, finite
 from repro.reporting.untrusted import clip
-
-SCALES = {
-    "loss": "nats a token",
-    "gen_len": "tokens",
-    **dict.fromkeys(TYPES, "F x 100"),
-    **dict.fromkeys([f"bleu{n}" for n in range(1, 5)], "0 to 1"),
-    "cider": "0 to 10",
-}
-LABELS = {
-    "loss": "loss",
-    "gen_len": "length of the captions",
-    **{kind: f"ROUGE-{kind.removeprefix('rouge')}" for kind in TYPES},
-    **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
-    "cider": "CIDEr-D",
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +23,7 @@ class Trajectory:
 
 
 def label_of(metric: str) -> str:
-    return LABELS.get(metric, clip(metric.replace("_", " "), 60))
+    return METRICS[metric].label if metric in METRICS else clip(metric.replace("_", " "), 60)
 
 
 def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[str, Trajectory]) -> Iterable[Chart]:
@@ -71,7 +56,7 @@ def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping
     for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
         label = label_of(metric)
         lines = [line for place, run in enumerate(runs) if (line := _evaluation(run, names[place], place, metric))]
-        note, further = SCALES.get(metric, ""), metric not in LABELS
+        note, further = METRICS[metric].unit if metric in METRICS else "", metric not in METRICS
         yield from curve(f"eval_{metric}", f"Validation: {label}", lines, note, further=further)
     speeds = [
         Line(names[place], place, [step for step, _ in run.speed], [rate for _, rate in run.speed])

@@ -20,6 +20,7 @@ from repro import __version__
 from repro.data.sources import COCO_NAMES
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
 from repro.models.weights import SAFETENSORS_FILE
+from repro.reporting.metrics import METRICS
 from repro.reporting.untrusted import clip
 
 CARD = "README.md"
@@ -28,13 +29,6 @@ SAMPLES = 6
 LONGEST_TEXT = 200
 COCO_ROWS = {"2014": {414_113, 202_654}, "2017": {591_753, 25_014}}
 """Captions of training and validation; Source: http://cocodataset.org, as its annotation files have them."""
-LABELS = {
-    "loss": "loss",
-    **{f"rouge{kind}": f"ROUGE-{kind}, F x 100" for kind in ("1", "2", "L", "Lsum")},
-    **{f"bleu{n}": f"BLEU-{n}, 0 to 1" for n in range(1, 5)},
-    "cider": "CIDEr-D, 0 to 10",
-    "gen_len": "length of the captions, tokens",
-}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -87,7 +81,7 @@ def metadata(name: str, trained: Trained) -> ModelCardData:
             dataset_name=data_name,
             dataset_split="validation",
             metric_type=_kind(key),
-            metric_name=LABELS.get(key, clean(key)),
+            metric_name=_name(key) or clean(key),
             metric_value=round(float(value), 4),
         )
         for key, value in metrics.items()
@@ -104,6 +98,11 @@ def metadata(name: str, trained: Trained) -> ModelCardData:
         model_name=clean(trained.flag("hub_model_id") or name).rpartition("/")[2],
         eval_results=results or None,
     )
+
+
+def _name(metric: str) -> str:
+    """A known metric's name with its unit; nothing for another."""
+    return f"{METRICS[metric].label}, {METRICS[metric].unit}" if metric in METRICS else ""
 
 
 def is_hub_id(name: str) -> bool:
@@ -191,7 +190,7 @@ def _results(trained: Trained) -> Iterable[str]:
     yield _table(
         ("metric", "value", "95 % interval (bootstrap)"),
         [
-            (LABELS.get(key, escaped(key)), f"{value:.4f}", " to ".join(f"{end:.4f}" for end in intervals.get(key, ())))
+            (_name(key) or escaped(key), f"{value:.4f}", " to ".join(f"{end:.4f}" for end in intervals.get(key, ())))
             for key, value in evaluation.metrics.items()
         ],
     )

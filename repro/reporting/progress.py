@@ -45,12 +45,13 @@ class StepLog:
         progress: bool,
         first_step: int = 0,
         seconds_before: float = 0.0,
+        waited_before: float = 0.0,
         log_grad_norm: bool = False,
     ) -> None:
         """Start the clock.
 
         Args:
-            first_step: taken already, in `seconds_before`.
+            first_step: taken already, in `seconds_before`, of which `waited_before` for input.
             log_grad_norm: write the norm of each step's gradient too.
         """
         self._writer = writer
@@ -58,14 +59,14 @@ class StepLog:
         self._batch_size = batch_size
         self._logging_steps = logging_steps
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._started = self._refreshed = time.perf_counter()
+        self._resumed = self._refreshed = time.perf_counter()
+        self._paused = False
         self._training_seconds = seconds_before
-        self._resumed = self._started
         self._written = first_step
         self._num_steps = num_steps
-        self._waited = 0.0
+        self.waited = waited_before
         # Without a terminal the logged steps are the lines.
-        self._bar = progress_bar(
+        self.bar = progress_bar(
             progress=progress,
             lines=logging_steps == 0,
             total=num_steps,
@@ -77,7 +78,7 @@ class StepLog:
     def add(self, result: StepResult) -> None:
         """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""
         self._pending.append((result.step, result.metrics))
-        self._waited += result.waited
+        self.waited += result.waited
         if self.logs(result.step):
             self.flush()
         elif time.perf_counter() - self._refreshed > REFRESH_SECONDS:
@@ -100,31 +101,31 @@ class StepLog:
     def pause(self) -> None:
         """Flush, and stop the training clock (for an evaluation or a save)."""
         self.flush()
-        self._training_seconds += time.perf_counter() - self._resumed
+        self._training_seconds, self._paused = self.training_seconds, True
 
     def resume(self) -> None:
         """Go on counting training time."""
-        self._resumed = time.perf_counter()
+        self._resumed, self._paused = time.perf_counter(), False
 
     @property
     def training_seconds(self) -> float:
-        """Time spent on training so far, without evaluations."""
-        return round(self._training_seconds + time.perf_counter() - self._resumed, 3)
+        """Time spent on the steps so far, those before the run was resumed included, without evaluations."""
+        return self._training_seconds + (0.0 if self._paused else time.perf_counter() - self._resumed)
 
     def close(self) -> dict[str, float]:
-        """End the bar.
+        """Stop the clock, and end the bar.
 
         Returns:
-            `train_seconds`, without evaluations, `train_rows_per_second`, and `waiting_for_input_seconds`, those of
-            the steps since the run was last started.
+            `train_seconds`, without evaluations, `train_rows_per_second`, and `waiting_for_input_seconds`: those of all
+            steps, each as it was taken last.
         """
         self.pause()
-        self._bar.close()
+        self.bar.close()
         rows = self._written * self._batch_size
         return {
             "train_seconds": round(self._training_seconds, 3),
             "train_rows_per_second": round(rows / max(self._training_seconds, 1e-9), 2),
-            "waiting_for_input_seconds": round(self._waited, 3),
+            "waiting_for_input_seconds": round(self.waited, 3),
         }
 
     def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
@@ -144,8 +145,7 @@ class StepLog:
         rate = f"{steps_per_second * self._batch_size:.0f} rows/s"
         for row in rows:
             if self.logs(row["step"]):
-                seconds = time.perf_counter() - self._started
-                self._writer.train_scalars(row["step"], row, seconds)
+                self._writer.train_scalars(row["step"], row, self.training_seconds)
                 log.info(
                     "step %d of %d: loss %.4f, learning rate %.3e, %s, %s left",
                     row["step"],
@@ -157,7 +157,7 @@ class StepLog:
                 )
         self._refreshed = time.perf_counter()
         if rows:
-            self._bar.update(len(rows))
-            self._bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate}")
+            self.bar.update(len(rows))
+            self.bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate}")
         if broken:
             raise broken

@@ -24,7 +24,8 @@ from PIL import Image
 from repro.data.images import ImageError, open_image
 from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.reporting.charts import draw, line_class, number
-from repro.reporting.curves import LABELS, SCALES, Trajectory, curves_of, label_of, metric_names
+from repro.reporting.curves import Trajectory, curves_of, label_of, metric_names
+from repro.reporting.metrics import METRICS
 from repro.reporting.run_folder import Generated, RunFiles, finite
 from repro.reporting.statistics import (
     LONGEST,
@@ -120,7 +121,7 @@ def page(
         generated_by=names[captioning],
         num_items=len(items),
         chosen=chosen_items(items),
-        ranked_by=LABELS[RANKED_BY],
+        ranked_by=METRICS[RANKED_BY].label,
         statistics=_statistics_table(statistics),
         lengths=_length_rows(statistics),
         phrases=[(n, commonest_phrases(statistics[0], statistics[1], n)) for n in PHRASES] if statistics else [],
@@ -218,7 +219,7 @@ def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
     rows: list[tuple[str, list[Any]]] = [("steps", [run.last_step for run in runs])]
     for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
         label = label_of(metric)
-        scale = f", {SCALES[metric]}" if metric in SCALES else ""
+        scale = f", {METRICS[metric].unit}" if metric in METRICS else ""
         rows.append((f"{label}{scale}", [run.final.get(metric) for run in runs]))
     rows.append(("rows evaluated", [run.final.get("rows") for run in runs]))
     for split in ("train", "validation", "test"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,19 @@ from filelock import FileLock, Timeout
 
 from repro.data.census import picture_sheet
 from repro.data.limits import RECORDED_BYTES, Refused, read_file
-from repro.data.whole_file import sha256_of
+from repro.data.whole_file import check_writable, remove_empty, sha256_of
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_results
 from repro.masking import MaskingFormatter
+from repro.reporting.metrics import METRICS
 
 LOCK = "run.lock"
 STATE = "state"
 REPORT = "report.html"
 NON_FINITE = "non_finite.json"
+CLOCK = "clock.json"
 RUN_FILES = (
-    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", NON_FINITE, STATE, REPORT),
+    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", NON_FINITE, CLOCK, STATE, REPORT),
     *("eval_results.json", "eval_generation.json", "eval_captions.json", "eval_images.json"),
     *("test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
 )
@@ -57,28 +60,31 @@ log = logging.getLogger("repro")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Keep other runs out of a folder, which is made if need be; the system lets go of it when this process ends.
 
+    Args:
+        flag: that names the folder, for the message.
+
     Raises:
-        InputError: the folder is a file, or another run is at work in it.
+        InputError: the folder cannot be written, or another run is at work in it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder}: is a file; name a folder.")
-    was_there = folder.exists()
+    check_writable(folder, flag)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise InputError(
-            f"--output_dir {folder}: another run is at work in it; wait for it, or name another folder."
+            f"{flag} {folder}: another run is at work in it; wait for it, or name another folder."
         ) from error
     try:
         yield
     finally:
-        if not was_there and not _entries(folder):
-            shutil.rmtree(folder)
+        if missing and not entries(folder):
+            (folder / LOCK).unlink()
+            remove_empty(missing)
         lock.release()
 
 
@@ -86,9 +92,10 @@ def check_output_dir(folder: Path, *, overwrite: bool) -> None:
     """Refuse to mix a run with what lies in its folder; changes nothing.
 
     Raises:
-        InputError: the folder holds something and may not be overwritten.
+        InputError: the folder cannot be written, or holds something and may not be overwritten.
     """
-    if not overwrite and folder.is_dir() and _entries(folder):
+    check_writable(folder, "--output_dir")
+    if not overwrite and folder.is_dir() and entries(folder):
         raise InputError(
             f"--output_dir {folder}: is not empty; name another folder, or add --resume auto to go on with the run in"
             " it, or --overwrite_output_dir to replace that."
@@ -97,7 +104,7 @@ def check_output_dir(folder: Path, *, overwrite: bool) -> None:
 
 def holds_only_run_files(folder: Path) -> bool:
     """Tell whether all that lies in a folder has the name of something that a run writes."""
-    return {path.name for path in _entries(folder)} <= {path.name for path in _files_of_a_run(folder)}
+    return {path.name for path in entries(folder)} <= {path.name for path in _files_of_a_run(folder)}
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -106,7 +113,8 @@ def models_in(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: int(path.name.rpartition("_")[2]))
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """List what lies in a folder besides its lock."""
     return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
 
 
@@ -116,6 +124,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
         return json.loads(read_file(folder / "run.json", RECORDED_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def read_clock(folder: Path) -> float:
+    """Read for how many seconds a run has been at work, until it ended or was killed; 0 where that is not known."""
+    try:
+        seconds = float(json.loads((folder / CLOCK).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
+    return seconds if 0 <= seconds < math.inf else 0.0
 
 
 @dataclass(frozen=True)
@@ -138,8 +155,8 @@ class Recorded:
         return any(prefix in row for row in self.rows)
 
     def best_step(self, metric: str, *, prefix: str = "eval") -> int | None:
-        """Find the step with the best value of a metric: the least loss, the most of any other."""
-        sign = -1.0 if metric == "loss" else 1.0
+        """Find the step with the best value of a metric, the first of several."""
+        sign = 1.0 if METRICS[metric].better == "more" else -1.0
         scored = [(sign * row[prefix][metric], -row["step"]) for row in self.rows if metric in row.get(prefix, ())]
         return -max(scored)[1] if scored else None
 
@@ -185,12 +202,20 @@ def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
 class RunWriter:
     """Writes one run's folder."""
 
-    def __init__(self, folder: Path, recorded: Recorded | None = None, *, branches_off: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        recorded: Recorded | None = None,
+        *,
+        branches_off: bool = False,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         """Prepare the folder.
 
         Args:
             recorded: steps and evaluations that the run begins with; None to remove what is left of another.
             branches_off: they are another run's, so what is left in the folder is removed all the same.
+            clock: gives for how many seconds the run has been at work, in all of its parts.
         """
         from tensorboardX import SummaryWriter
 
@@ -199,11 +224,12 @@ class RunWriter:
         stays = recorded is not None and not branches_off
         ended = [*folder.glob(f"*{PARTIAL}"), *folder.glob(NON_FINITE)]
         for path in ended if stays else _files_of_a_run(folder):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
         self.folder = folder
+        self.seconds = clock
         self.recorded = recorded or Recorded([])
         self._handler = logging.FileHandler(folder / "log", encoding="utf-8")
         self._handler.setFormatter(MaskingFormatter("%(asctime)s - %(levelname)s - %(message)s"))
@@ -248,6 +274,10 @@ class RunWriter:
         """Write which step had numbers that are not finite, and its rows; going on with the run removes it."""
         write_json(self.folder / NON_FINITE, report)
 
+    def end(self, reason: str) -> None:
+        """Write why the run ends to its log; the terminal is told by the command."""
+        self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "ended: %s", (reason,), None))
+
     def train_steps(self, rows: Iterable[dict[str, float]]) -> None:
         """Append {"step", "loss", "learning_rate"} of each step to `metrics.jsonl`."""
         self._append(list(rows))
@@ -257,7 +287,7 @@ class RunWriter:
         os.fsync(self._metrics.fileno())
 
     def train_scalars(self, step: int, row: dict[str, float], seconds: float) -> None:
-        """Write the example's training scalars, with the seconds since the start, to TensorBoard."""
+        """Write the example's training scalars, with the seconds spent on steps, to TensorBoard."""
         self._tensorboard.add_scalar("train_time", seconds, step)
         self._tensorboard.add_scalar("train_loss", row["loss"], step)
         self._tensorboard.add_scalar("train_learning_rate", row["learning_rate"], step)
@@ -301,6 +331,8 @@ class RunWriter:
         self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
         self._metrics.flush()
         self.recorded.rows.extend(rows)
+        # At each end there may be, so that the time before a kill is known.
+        _write_whole(self.folder / CLOCK, json.dumps({"seconds": round(self.seconds(), 3)}).encode())
 
     def read_evaluation(
         self, prefix: str, *, step: int, folder: Path, image_paths: list[str], image_ids: list[str]

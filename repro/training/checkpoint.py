@@ -24,6 +24,8 @@ from repro.training.state import TrainState
 CHECKSUMS = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 CORRUPT = ".corrupt"
+RECORD = "record"
+"""Folder of a state, and its file, that hold what was saved beside the arrays."""
 REMOVALS = 10
 SMALLEST_SLICE = 2**22
 """Bytes from which on devices that hold the same array each write a part of it: a part of every shape is compiled for
@@ -187,7 +189,7 @@ def find_newest(folder: Path, *, step: int | None = None) -> Found | None:
         path = folder / str(candidate)
         try:
             check_checksums(path)
-            record = json.loads((path / "record" / "metadata").read_text(encoding="utf-8"))
+            record = json.loads((path / RECORD / "metadata").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             log.warning("%s is corrupt and is not used: %s", path, error)
             corrupt.append(candidate)

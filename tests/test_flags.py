@@ -1,0 +1,280 @@
+"""Every flag of every command means what it says: dashes or underscores, one range, or a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+import repro.commands.caption
+import repro.commands.data
+import repro.commands.reproduce
+import repro.config
+import repro.reproduce
+from repro.__main__ import main
+from repro.commands.parser import Checked, Numbers
+from repro.commands.reproduce import ReproduceArguments
+from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments, parse_arguments
+from repro.errors import InputError
+from repro.recipes import read_recipe
+from repro.reporting.metrics import METRICS
+from repro.reporting.writer import Recorded, locked
+
+CLASSES = Checked.__subclasses__()
+FIELDS = [(kind, field) for kind in CLASSES for field in dataclasses.fields(kind)]
+NUMERIC = [
+    (kind, field)
+    for kind, field in FIELDS
+    if {int, float} & {get_type_hints(kind)[field.name], *get_args(get_type_hints(kind)[field.name])}
+]
+
+
+def name_of(value: object) -> str:
+    return getattr(value, "name", getattr(value, "__name__", ""))
+
+
+@pytest.mark.parametrize(("kind", "field"), NUMERIC, ids=name_of)
+def test_every_number_has_a_range_that_is_held_and_told(kind, field) -> None:
+    allowed: Numbers = field.metadata["allowed"]
+    wrong = [math.nan, math.inf, -math.inf, allowed.least - 1, allowed.most + 1, *allowed.without]
+    for value in wrong:
+        with pytest.raises(InputError, match=rf"--{field.name} .*must be {allowed}\."):
+            kind(**{field.name: value})
+    for value in (field.default, *({allowed.least, allowed.most} - {*allowed.without, math.inf})):
+        assert getattr(kind(**{field.name: value}), field.name) == value
+
+
+def test_flags_with_numbers_are_found() -> None:
+    assert {"seed", "num_beams", "label_smoothing_factor", "num_pictures", "batch_size"} <= {
+        field.name for _, field in NUMERIC
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train --label_smoothing_factor 1", "--label_smoothing_factor 1.0: must be at least 0 and below 1."),
+        ("train --preprocessing_num_workers -1", "--preprocessing_num_workers -1: must be at least 1"),
+        ("train --num_train_epochs nan", "--num_train_epochs nan: must be a whole number, at least 1"),
+        ("train --num_train_epochs inf", "--num_train_epochs inf: must be a whole number, at least 1"),
+        ("train --num-train-epochs=1.5", "--num_train_epochs 1.5: must be a whole number, at least 1"),
+        ("train --block_size -1", "--block_size -1: must be at least 0"),
+        ("train --learning_rate inf", "--learning_rate inf: must be at least 0 and finite."),
+        ("train --max_grad_norm 0", "--max_grad_norm 0.0: must be above 0 and finite."),
+        ("train --num_beams 0", "--num_beams 0: must be at least 1"),
+        ("train --do_eval --max_eval_samples 0", "--max_eval_samples 0: must be at least 1"),
+        ("train --do_train --max_train_samples 0", "--max_train_samples 0: must be at least 1"),
+        ("train --do_predict --max_predict_samples 0", "--max_predict_samples 0: must be at least 1"),
+        ("reproduce --max-eval-samples 0", "--max_eval_samples 0: must be at least 1"),
+        ("data check --seed -1", "--seed -1: must be at least 0"),
+        ("data pocket scenes --seed -1", "--seed -1: must be at least 0"),
+        ("data pocket scenes --image-size 15", "--image_size 15: must be at least 16"),
+        ("data coco --data-dir coco --max-images 0", "--max_images 0: must be at least 1"),
+        ("caption model absent.jpg --batch-size 0", "--batch_size 0: must be at least 1"),
+        ("caption model absent.jpg --num-beams=0", "--num_beams 0: must be at least 1"),
+        ("create-model --seed -1 --output-dir model", "--seed -1: must be at least 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_at_once(
+    command: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "caption MODEL x.jpg --num-return-sequences 1 --model-implementation native --max-length=4",
+        *("verify run --against run --json v.json", "report absent --out-put x"),
+        *("data coco --data-dir coco --max-images 1 --base-url ftp://x", "data pocket coco --num-train=1 --num-val 1"),
+    ],
+)
+def test_commands_take_dashes_for_underscores(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(command.split())
+    err = capsys.readouterr().err
+    assert ("unknown argument" in err) == ("--out-put" in command)
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=name_of)
+def test_each_flag_is_the_same_with_dashes_and_with_underscores(kind) -> None:
+    for field in dataclasses.fields(kind):
+        value = next(iter(field.metadata.get("choices") or ["true" if isinstance(field.default, bool) else "16"]))
+        read = [
+            given_flags((kind,), [*name], command="x")
+            for name in (
+                (f"--{field.name}", value),
+                (f"--{field.name.replace('_', '-')}", value),
+                (f"--{field.name.replace('_', '-')}={value}",),
+            )
+        ]
+        assert read[0] == read[1] == read[2]
+        assert list(read[0]) == [field.name]
+
+
+# `repro reproduce`.
+
+
+def started(tmp_path: Path, *argv: str) -> tuple:
+    """The arguments of a run of the documented recipe with further flags."""
+    given = given_flags((ReproduceArguments, *ARGUMENTS), argv, command="reproduce")
+    with repro.reproduce.started(read_recipe("coco2017"), tmp_path / "here", given) as arguments:
+        return arguments
+
+
+def test_a_flag_that_is_given_wins_over_the_recipes(tmp_path: Path) -> None:
+    model, _, args = started(tmp_path, "--learning-rate", "1e-3", "--model_name_or_path", "mine", "--seed=7")
+    assert (args.learning_rate, args.seed, args.eval_steps) == (1e-3, 7, 500)
+    assert (model.model_name_or_path, model.encoder_model_name_or_path, model.decoder_model_name_or_path) == (
+        *("mine", None),
+        None,
+    )
+    assert args.output_dir == str(tmp_path / "here" / "run")
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "coordinator", "process_id", "num_processes", "distributed"])
+def test_what_a_recipe_decides_itself_is_refused_among_its_flags(flag: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=f"--{flag}: is not for a recipe"),
+        repro.reproduce.started(read_recipe("pocket"), tmp_path / "here", {flag: 1}),
+    ):
+        pass
+    assert not (tmp_path / "here").exists()
+
+
+class Ran(Exception):
+    """What would have been run."""
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch):
+    """Call `repro reproduce`, and give the folder, the flags, and whether XLA was made deterministic."""
+    made: list[str] = []
+
+    def stop(*arguments, **settings):
+        raise Ran(arguments, settings)
+
+    monkeypatch.setattr(repro.reproduce, "run", stop)
+    monkeypatch.setattr(repro.reproduce, "render_pocket", lambda *_, **__: None)
+    monkeypatch.setattr(repro.reproduce, "make_halves", lambda *_: None)
+    monkeypatch.setattr("repro.commands.reproduce.make_deterministic", lambda _: made.append("made"))
+
+    def call(*argv: str):
+        made.clear()
+        with pytest.raises(Ran) as caught:
+            main(["reproduce", *argv])
+        (model, data, args), _ = caught.value.args
+        return Path(args.output_dir), {**vars(model), **vars(data), **vars(args)}, bool(made)
+
+    return call
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--output-dir"])
+def test_all_that_a_recipe_makes_is_in_the_folder_that_is_named(ran, flag: str, tmp_path: Path) -> None:
+    folder, flags, _ = ran("pocket", flag, str(tmp_path / "x"))
+    assert folder == tmp_path / "x" / "run"
+    assert flags["data_dir"] == str(tmp_path / "x" / "data")
+    assert (tmp_path / "x" / "recipe.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "resume", "deterministic"),
+    [
+        ([], "auto", False),
+        (["--resume", "other/run"], "other/run", False),
+        (["--resume=never"], "never", False),
+        (["--overwrite-output-dir"], "never", False),
+        (["--deterministic"], "auto", True),
+        (["--deterministic=true"], "auto", True),
+        (["--deterministic", "yes"], "auto", True),
+        (["--deterministic", "false"], "auto", False),
+        (["--do_eval", "--keep_going", "false"], "auto", False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_flags_of_a_recipe_mean_what_they_say(ran, argv, resume, deterministic, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, flags, made = ran(*argv)
+    assert (flags["resume"], flags["deterministic"], made) == (resume, deterministic, deterministic)
+    assert flags["do_eval"]
+
+
+def test_a_second_reproduction_and_a_dry_run_leave_a_started_one_alone(tmp_path, capsys) -> None:
+    folder = tmp_path / "pocket"
+    with repro.reproduce.started(read_recipe("coco2017"), folder, {}):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        for more in ([], ["--dry_run"]):
+            assert main(["reproduce", "coco2017", "--output_dir", str(folder), *more]) == 2
+            assert "another run is at work in it" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    with locked(folder):
+        pass
+
+
+# Folders that cannot be written.
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --output_dir {} --model_name_or_path m --do_train",
+        "reproduce --output_dir {}",
+        "reproduce --output_dir {} --dry_run",
+        "create-model --output_dir {} --encoder_config_name e --decoder_config_name d",
+        "export --output_dir {} --model_name_or_path m",
+        "data pocket {}",
+        "data coco --data_dir {}",
+        "report run --output {}/report.html",
+        "verify run --recipe pocket --json {}/verdict.json",
+        "verify run --recipe pocket --junit {}/verdict.xml",
+    ],
+)
+@pytest.mark.parametrize("place", ["file/below", "/proc/below"])
+def test_a_place_that_cannot_be_written_is_refused_at_once(
+    command: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("run").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(command.format(place).split()) == 2
+    assert f"{place}: no file can be written there" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Metrics.
+
+
+@pytest.mark.parametrize(("metric", "best"), [(name, found.better) for name, found in METRICS.items() if found.better])
+def test_the_best_step_is_that_of_the_least_loss_and_of_the_most_of_a_score(metric: str, best: str) -> None:
+    rows = [
+        {"step": step, "eval": {metric: value}} for step, value in ((1, 0.3), (2, 0.1), (3, 0.9), (4, 0.9), (5, 0.1))
+    ]
+    assert Recorded(rows).best_step(metric) == {"less": 2, "more": 3}[best]
+
+
+def test_which_way_is_better_is_known_of_every_metric_but_the_length() -> None:
+    ways = {name: found.better for name, found in METRICS.items()}
+    assert ways.pop("loss") == "less"
+    assert ways.pop("gen_len") is None
+    assert set(ways.values()) == {"more"}
+    assert {"rouge1", "rouge2", "rougeL", "rougeLsum", "bleu1", "bleu4", "cider"} <= set(ways)
+
+
+def test_flags_and_their_defaults_survive_being_written_as_a_command_line() -> None:
+    made = make_arguments(ARGUMENTS, {"seed": 3})
+    again = parse_arguments(ARGUMENTS, [flag for part in made for flag in flags_of(vars(part))], command="train")
+    assert again == made
+
+
+def test_a_switch_of_caption_takes_no_image_for_its_value() -> None:
+    read = repro.commands.caption._parser().parse_args(["model", "--allow-image-urls", "1", "--json"])
+    assert (read.images, read.allow_image_urls, read.json) == (["1"], True, True)
