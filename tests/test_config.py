@@ -160,7 +160,7 @@ def test_a_boolean_flag_may_stand_alone_or_have_a_value(flag, typed, value):
 )
 def test_flags_are_read_as_the_examples_own_parser_reads_them(argv):
     class Theirs(HfArgumentParser):
-        def add_argument(self, *names, may_change=False, allowed=None, **options):
+        def add_argument(self, *names, may_change=False, allowed=None, secret=False, **options):
             return super().add_argument(*names, **options)
 
         def error(self, message):
