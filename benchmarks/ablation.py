@@ -216,7 +216,7 @@ def summarize(
     root: Path, variants: Sequence[Variant], seeds: Sequence[int], known: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Put what is in the folder into tables; the bootstrap, which needs captions, may be an earlier result's."""
-    from repro.evaluation.targets import against, judge_values, read_targets
+    from repro.evaluation.targets import Measured, against, judge_all, read_targets
     from repro.recipes import read_recipe
 
     every = {variant.name: found for variant in variants if (found := metrics_of_seeds(root, variant))}
@@ -235,11 +235,13 @@ def summarize(
             row[metric] |= difference(values, base, paired=variant.evaluates)
         if variant.like in measured:
             # The recipe's targets are the seeds of the base.
-            like = {t.name: [run[t.metric] for run in every[variant.like].values()] for t in targets}
-            outcomes = [
-                judge_values(target, [run[target.metric] for run in every[variant.name].values()], 0.01)
-                for target in (targets if variant.like == BASE else against(targets, like))
-            ]
+            new, like = (
+                [lambda target, seed=seed, run=run: Measured(seed, {"": run[target.metric]}) for seed, run in group]
+                for group in (every[variant.name].items(), every[variant.like].items())
+            )
+            references = targets if variant.like == BASE else against(targets, like)
+            paid = {found.target.name: found for found in judge_all(references, new, named=False)}
+            outcomes = judge_all(references, new)
             row["equivalent_to"] = variant.like
             row["equivalence_seeds"] = list(every[variant.name])
             row["equivalence"] = {
@@ -248,6 +250,10 @@ def summarize(
                     "difference": outcome.difference,
                     "interval": outcome.interval,
                     "verdict": outcome.verdict,
+                    "if_each_look_is_paid_for": {
+                        "interval": paid[outcome.target.name].interval,
+                        "verdict": paid[outcome.target.name].verdict,
+                    },
                 }
                 for outcome in outcomes
             }

@@ -3,8 +3,10 @@
     python benchmarks/recipe_targets.py pocket --seeds 42 1 2 3 4 5 6 7 --folder DIR
 
 Of each metric the mean and the standard deviation over the seeds are written, with the margin of `MARGINS`; what is
-concluded from them is in `repro.evaluation.targets`. Counts, learning rates and the losses of each seed's first steps
-are written as they are: a run has just these, but for rounding. The promised accuracies are lower bounds.
+concluded from them is in `repro.evaluation.targets`. Counts, learning rates, fingerprints of data and the losses of
+each seed's first steps are written as they are: a run has just these, but for rounding. The promised accuracies are
+lower bounds. Where more runs than these tell the spread (`verdict_rates.measured_spread`), `standard_deviation` and
+`freedom` are put in its place by hand.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ PROMISED = {"eval_attribute_accuracy": 0.9, "eval_colour_accuracy": 0.9, "eval_s
 FIRST_STEPS = (1, 2, 3, 5, 10)
 ROUNDING = 2e-3
 """Of a loss about 6 after at most ten steps, on any backend in float32."""
+START = 0.1
+"""By how much the first loss of random weights differs from seed to seed at most, with room."""
 RATES = (1, 10, 100, 200, 500, 1000, 2000)
 
 
@@ -57,9 +61,25 @@ def make_targets(runs: dict[int, Path]) -> tuple[list[dict[str, Any]], list[dict
     finals = [[row["eval"] for row in found if "eval" in row][-1] for found in rows]
     steps = [{row["step"]: row for row in found if "loss" in row} for found in rows]
     (kept,), (count,) = {f["data"]["train"]["kept"] for f in facts}, {f["num_steps"] for f in facts}
+    (parameters,), (rows_evaluated,) = {f["model"]["parameters"] for f in facts}, {final["rows"] for final in finals}
+    firsts = [found[1]["loss"] for found in steps]
     targets: list[dict[str, Any]] = [
         {"metric": "train_rows", "value": kept, "tolerance": 0, "source": "the recipe's data"},
         {"metric": "num_steps", "value": count, "tolerance": 0, "source": "rows // global batch x epochs"},
+        {"metric": "parameters", "value": parameters, "tolerance": 0, "source": "the recipe's model"},
+        {"metric": "eval_rows", "value": rows_evaluated, "tolerance": 0, "source": "the recipe's data"},
+        *(
+            {"metric": f"{split}_fingerprint", "fingerprint": counts["fingerprint"], "source": "the recipe's data"}
+            for split, counts in facts[0]["data"].items()
+        ),
+        {
+            "metric": "loss",
+            "step": 1,
+            "values": {"1": round(statistics.fmean(firsts), 4)},
+            "tolerance": START,
+            "source": f"mean of the seeds, which lie between {min(firsts):.3f} and {max(firsts):.3f};"
+            " trained weights begin far below",
+        },
         {
             "metric": "learning_rate",
             "values": {str(step): steps[0][step]["learning_rate"] for step in (*RATES, count)},

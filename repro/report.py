@@ -58,7 +58,7 @@ def _verdict(
 ) -> tuple[dict[str, Any] | None, str, Sequence[Mapping[str, Any]]]:
     """Verify, if it is known against what; else the reason why it is not."""
     try:
-        done = verify(folders, recipe=recipe)
+        done = verify(folders, recipe=recipe, recompute=False)
     except InputError as error:
         if recipe is not None:
             raise

@@ -77,7 +77,7 @@ def reproduce(
         scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
         watch = None if keep_going else Watcher(recipe)
         result = run(model_args, data_args, args, score=scenes, watch=watch, progress=progress)
-        verification = verify([folder], recipe=name)
+        verification = verify([folder], recipe=name, recompute=False)
         write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
     return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
 

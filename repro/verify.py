@@ -11,18 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from repro.config import ARGUMENTS, flags_of, parse_arguments
-from repro.data.whole_file import sha256_of
 from repro.errors import InputError, RunStopped
-from repro.evaluation.targets import (
-    Measured,
-    Outcome,
-    Target,
-    Verdict,
-    against,
-    judge,
-    overall,
-    read_targets,
-)
+from repro.evaluation.equivalence import Verdict
+from repro.evaluation.targets import Measured, Outcome, Target, against, judge_all, overall, read_targets
+from repro.integrity import contradictions, evaluated_again, missing_of_record, mixed, not_repetitions
 from repro.protocol import protocol_named
 from repro.recipes import read_recipe
 from repro.reporting.writer import Recorded, read_facts, read_recorded
@@ -30,11 +22,18 @@ from repro.reporting.writer import Recorded, read_facts, read_recorded
 MARKER = "recipe.json"
 RUN = "run"
 BY_STEP = ("loss", "learning_rate")
-COUNTS = ("train_rows", "train_dropped", "train_images", "num_steps", "parameters", "minutes")
-ALSO_COMPARED = ("num_replicas", "eval_steps", "max_train_samples", "max_eval_samples")
+COUNTS = ("train_rows", "train_dropped", "train_images", "num_steps", "parameters")
+FINGERPRINTS = {"train_fingerprint": "train", "validation_fingerprint": "validation"}
+STARTS = ("model_name_or_path", "encoder_model_name_or_path", "decoder_model_name_or_path")
+ALSO_COMPARED = ("do_train", "num_replicas", "eval_steps", "max_train_samples", "max_eval_samples", *STARTS)
 """Flags that a resumed run may change, and a recipe's may not."""
-NOT_COMPARED = ("seed",)
-EARLY = (*BY_STEP, *COUNTS[:-1])
+NOT_COMPARED = ("seed", "output_dir", "overwrite_output_dir", "resume", "token", "hub_token")
+OF_ITS_FOLDER = ("data_dir", "cache_dir", "encoder_config_name", "decoder_config_name")
+"""What `repro reproduce` adds for a recipe that makes its own data."""
+LOOKS = (
+    "each look at so many runs is paid for; a number that was named before the first run, --seeds N, tells with fewer"
+)
+EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)
 """What is known before the run is over."""
 
 
@@ -60,7 +59,20 @@ class RunRecord:
 
     def measured(self, target: Target) -> Measured:
         """Read what a target is about."""
-        return Measured(self.seed, values_of(target, self.facts, self.recorded.rows))
+        return measured(target, self.facts, self.recorded.rows)
+
+    @property
+    def minutes(self) -> float | None:
+        """What the run took, start-up, evaluations and saved models included."""
+        return values_of(Target("minutes", ""), self.facts, self.recorded.rows).get("")
+
+    @property
+    def counts(self) -> dict[str, float | None]:
+        return {name: values_of(Target(name, ""), self.facts, ()).get("") for name in COUNTS}
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return tuple(row["loss"] for row in self.recorded.rows if "loss" in row)
 
 
 @dataclass(frozen=True)
@@ -75,19 +87,37 @@ class Verification:
     runs: tuple[RunRecord, ...]
     outcomes: tuple[Outcome, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         return Verdict.CANNOT_TELL if self.problems else overall(self.outcomes)
 
+    @property
+    def claim(self) -> str:
+        """What a PASS says: at most that the runs are equivalent to others, at least that they are within bounds."""
+        found = {outcome.claim: outcome.target.is_statistical for outcome in self.outcomes if outcome.target.is_score}
+        if self.verdict is not Verdict.PASS:
+            return ""
+        return next((claim for claim, statistical in found.items() if statistical), next(iter(found)))
 
-def verify(folders: Sequence[Path], *, recipe: str | None = None, reference: Sequence[Path] = ()) -> Verification:
+
+def verify(
+    folders: Sequence[Path],
+    *,
+    recipe: str | None = None,
+    reference: Sequence[Path] = (),
+    seeds: int | None = None,
+    recompute: bool | None = None,
+) -> Verification:
     """Hold one run, or several with different seeds, against a recipe.
 
     Args:
         folders: of reproductions, or of runs, which do not know their recipe.
         recipe: by name; None for the one that the first folder names.
         reference: other runs of the recipe, whose values take the place of the recipe's.
+        seeds: how many runs there were to be, decided before the first; None if they are looked at one after another.
+        recompute: evaluate the last models again; None for what the recipe says.
 
     Raises:
         InputError: a folder is not there, or no recipe is named.
@@ -99,20 +129,30 @@ def verify(folders: Sequence[Path], *, recipe: str | None = None, reference: Seq
     runs = [read_run(folder, content) for folder in folders]
     others = [read_run(folder, content) for folder in reference]
     problems = [f"{run.folder}: {problem}" for run in (*runs, *others) for problem in run.problems]
-    problems += [*_mixed(runs), *_mixed(others)]
+    problems += [*not_repetitions(runs), *not_repetitions(others), *mixed(runs, others)]
+    if seeds is not None and seeds != len(runs):
+        problems.append(f"--seeds {seeds}: named {seeds} runs and {len(runs)} are given; what is fixed is their number")
     targets = read_targets(content["targets"])
-    if others and not problems:
-        values = {t.name: [run.measured(t).values.get("") for run in others] for t in targets}
-        targets = against(targets, {name: [v for v in found if v is not None] for name, found in values.items()})
-    outcomes = [] if problems else judge_all(targets, [run.measured for run in runs])
-    return Verification(content["name"], tuple(runs), tuple(outcomes), tuple(problems))
+    notes = [_time(run, content) for run in runs if run.minutes is not None]
+    if not problems:
+        targets = against(targets, [run.measured for run in others]) if others else targets
+        for run in (*runs, *others):
+            found = contradictions(run.folder, run.recorded)
+            if content.get("recompute", False) if recompute is None else recompute:
+                again, more = evaluated_again(run.folder, run.facts, run.recorded)
+                found, notes = found + again, notes + [f"{run.folder}: {note}" for note in more]
+            problems += [f"{run.folder}: {problem}" for problem in found]
+        same = [str(run.folder) for run in others if run.losses in {one.losses for one in runs}]
+        notes += [f"losses equal those of {', '.join(same)}, step for step"] * bool(same)
+    notes += [LOOKS] * (seeds is None and len(runs) > 1)
+    outcomes = [] if problems else judge_all(targets, [run.measured for run in runs], named=seeds is not None)
+    return Verification(content["name"], tuple(runs), tuple(outcomes), tuple(problems), tuple(notes))
 
 
-def judge_all(targets: Sequence[Target], runs: Sequence[Any]) -> list[Outcome]:
-    """Judge every target that says something about the runs, each a function from a target to what was measured."""
-    shared = max(sum(target.is_statistical for target in targets), 1)
-    found = [judge(target, [run(target) for run in runs], num_targets=shared) for target in targets]
-    return [outcome for outcome in found if outcome is not None]
+def _time(run: RunRecord, recipe: Mapping[str, Any]) -> str:
+    published = recipe.get("reported", {}).get("minutes")
+    beside = f"; published: {published['value']} ({published['source']})" if published else ""
+    return f"{run.folder}: {run.minutes:.1f} minutes{beside}; time is reported and never judged"
 
 
 class Watcher:
@@ -136,8 +176,7 @@ class Watcher:
             self._is_of_recipe = not _flags_that_differ(facts, self._recipe)[0]
         if not self._is_of_recipe:
             return
-        seed = int(facts["flags"]["seed"])
-        outcomes = judge_all(self._targets, [lambda target: Measured(seed, values_of(target, facts, rows))])
+        outcomes = judge_all(self._targets, [lambda target: measured(target, facts, rows)])
         failed = [outcome for outcome in outcomes if outcome.verdict is Verdict.FAIL]
         if failed:
             raise RunStopped(
@@ -155,11 +194,17 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> RunRecord:
         return RunRecord(folder, {}, Recorded([]), ("there is no run.json that can be read",))
     recorded = read_recorded(folder, int(facts.get("num_steps", 0)))
     problems, notes = _flags_that_differ(facts, recipe)
-    if "finished" not in facts:
+    if not facts.get("finished"):
         problems.append("the run is not finished; --resume auto goes on with it")
     else:
-        problems += _changed_files(folder, facts.get("checksums", {}))
+        problems += missing_of_record(folder, facts, recorded)
     return RunRecord(folder, facts, recorded, tuple(problems), tuple(notes))
+
+
+def measured(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """Read what a target is about from a run's facts and rows."""
+    split = facts.get("data", {}).get(FINGERPRINTS.get(target.metric, ""), {})
+    return Measured(int(facts["flags"]["seed"]), values_of(target, facts, rows), split.get("fingerprint"))
 
 
 def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -198,77 +243,51 @@ def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> t
         parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify"),
         recipe.get("may_vary", ()),
     )
-    wanted = {
-        field.name: getattr(arguments, field.name)
-        for arguments in parsed
-        for field in dataclasses.fields(arguments)
-        if not field.metadata.get("may_change") or field.name in (*ALSO_COMPARED, *may_vary)
-    }
+    fields = [(arguments, field) for arguments in parsed for field in dataclasses.fields(arguments)]
     flags = facts["flags"]
     problems: list[str] = []
     notes: list[str] = []
-    for name, value in wanted.items():
-        if name in NOT_COMPARED or flags.get(name) == value:
+    for arguments, field in fields:
+        name, value = field.name, getattr(arguments, field.name)
+        own = name in OF_ITS_FOLDER and "data" in recipe
+        if name in NOT_COMPARED or own or flags.get(name) == value:
             continue
+        free = field.metadata.get("may_change") and name not in ALSO_COMPARED
         text = f"--{name} {flags.get(name)}, the recipe has {value}"
-        (notes if name in may_vary else problems).append(text)
+        (notes if free or name in may_vary else problems).append(text)
     shuffles = parsed[-1].block_size > 0 or protocol_named(parsed[-1].protocol).shuffle_without_blocks
     if facts.get("shuffle", shuffles) != shuffles:
-        problems.append(
-            f"--block_size {flags.get('block_size')}: decides whether rows are shuffled, unlike the recipe's"
-        )
+        size = flags.get("block_size")
+        problems.append(f"--block_size {size}: decides whether rows are shuffled, unlike the recipe's")
     return problems, notes
-
-
-def _changed_files(folder: Path, checksums: Mapping[str, str]) -> list[str]:
-    if not checksums:
-        return ["run.json has no checksums of its figures"]
-    changed = [n for n, s in checksums.items() if not (folder / n).is_file() or sha256_of(folder / n) != s]
-    return [f"{name} is not as the run left it" for name in changed]
-
-
-def _mixed(runs: Sequence[RunRecord]) -> list[str]:
-    """Find what forbids to take runs for repetitions of one another."""
-    usable = [run for run in runs if run.facts]
-    problems = []
-    seeds = [run.seed for run in usable]
-    for seed in sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        problems.append(f"seed {seed} is there {seeds.count(seed)} times; runs of one seed are not independent")
-    for what, values in {
-        "data": {str({n: s["fingerprint"] for n, s in run.facts["data"].items()}) for run in usable},
-        "model_implementation": {run.facts["model"]["implementation"] for run in usable},
-        "dtype": {run.facts["flags"]["dtype"] for run in usable},
-    }.items():
-        if len(values) > 1:
-            problems.append(f"the runs are of different {what}: {', '.join(sorted(values))}")
-    return problems
 
 
 def describe(outcome: Outcome) -> str:
     """Put an outcome on one line."""
-    target = outcome.target
-    parts = [f"{target.name}: wanted {target.wanted}"]
-    if outcome.measured is not None:
-        parts.append(f"measured {outcome.measured:.6g}")
-    if outcome.difference is not None:
-        parts.append(f"difference {outcome.difference:+.4g}")
-    if outcome.interval is not None:
-        parts.append(f"interval {outcome.interval[0]:+.4g} to {outcome.interval[1]:+.4g}")
-    return ", ".join(parts) + (f" ({outcome.reason})" if outcome.reason else "")
+    named = zip(("measured", "difference", "interval"), _figures(outcome), strict=True)
+    parts = [f"{name} {figure}" for name, figure in named if figure]
+    reason = f" ({outcome.reason})" if outcome.reason else ""
+    return ", ".join([f"{outcome.target.name}: wanted {outcome.wanted}", *parts]) + reason
+
+
+def _figures(outcome: Outcome) -> tuple[str, str, str]:
+    """What was measured, its difference and that one's interval; empty where there is none."""
+    low, high = outcome.interval or (0.0, 0.0)
+    return (
+        "" if outcome.measured is None else f"{outcome.measured:.6g}",
+        "" if outcome.difference is None else f"{outcome.difference:+.4g}",
+        "" if outcome.interval is None else f"{low:+.4g} to {high:+.4g}",
+    )
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Lay outcomes out as text."""
-    lines = [f"{'target':30} {'wanted':>22} {'measured':>11} {'difference':>11}  {'90 % interval':>22}  verdict"]
+    lines = [f"{'target':30} {'wanted':>22} {'measured':>11} {'difference':>11}  {'its interval':>22}  verdict"]
     for outcome in outcomes:
-        measured, difference = (
-            "" if value is None else f"{value:{form}}"
-            for value, form in ((outcome.measured, ".6g"), (outcome.difference, "+.4g"))
-        )
-        interval = "" if outcome.interval is None else f"{outcome.interval[0]:+.4g} to {outcome.interval[1]:+.4g}"
+        measured, difference, interval = _figures(outcome)
         reason = f" ({outcome.reason})" if outcome.reason else ""
         lines.append(
-            f"{outcome.target.name:30} {outcome.target.wanted:>22} {measured:>11} {difference:>11}  {interval:>22}"
+            f"{outcome.target.name:30} {outcome.wanted:>22} {measured:>11} {difference:>11}  {interval:>22}"
             f"  {outcome.verdict}{reason}"
         )
     return "\n".join(lines)
@@ -279,15 +298,22 @@ def as_json(verification: Verification) -> dict[str, Any]:
     return {
         "recipe": verification.recipe,
         "verdict": verification.verdict,
+        "claim": verification.claim,
         "problems": list(verification.problems),
+        "notes": list(verification.notes),
         "runs": [
-            {"folder": str(run.folder), "seed": run.facts.get("flags", {}).get("seed"), "notes": list(run.notes)}
+            {
+                "folder": str(run.folder),
+                "seed": run.facts.get("flags", {}).get("seed"),
+                "minutes": run.minutes,
+                "notes": list(run.notes),
+            }
             for run in verification.runs
         ],
         "targets": [
             {
                 "target": outcome.target.name,
-                "wanted": outcome.target.wanted,
+                "wanted": outcome.wanted,
                 "measured": outcome.measured,
                 "difference": outcome.difference,
                 "interval": outcome.interval,

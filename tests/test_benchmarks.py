@@ -269,6 +269,29 @@ def test_the_table_of_what_moves_the_numbers_is_the_measured_one():
     assert ablation.table(result) in (suite.HERE.parent / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("protocol", "seeds", "named"),
+    [("exact", "8 and 7", False), ("current", "5 and 5", True), ("published", "16", False)],
+)
+def test_the_verdicts_on_native_and_class_are_those_of_the_result(protocol, seeds, named):
+    result = json.loads((suite.HERE / "results" / "cpu-2-cores" / "ablation.json").read_text())
+    (row,) = (row for row in result["variants"] if row["variant"] == f"{protocol}, transformers")
+    found = {
+        name: target if named else target["if_each_look_is_paid_for"] for name, target in row["equivalence"].items()
+    }
+    told = {name for name, target in found.items() if target["verdict"] != "PASS"}
+    assert told == ({"eval_rouge2"} if protocol == "exact" else set())
+    low, high = found["eval_rouge2"]["interval"]
+    cell = f"| {row['equivalence']['eval_rouge2']['difference']:+.2f} ({low:+.2f} to {high:+.2f}) |"
+    (line,) = (
+        line
+        for line in (suite.HERE.parent / "README.md").read_text().splitlines()
+        if line.startswith(f"| `{protocol}` | {seeds}")
+    )
+    assert cell in line
+    assert ("CANNOT TELL: ROUGE-2" if told else "| PASS |") in line
+
+
 ROUNDED = """
 import jax, jax.numpy as jnp
 from rounded_products import round_products

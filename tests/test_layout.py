@@ -35,6 +35,7 @@ COMMANDS = {
     "config",
     "dry_run",
     "flags",
+    "integrity",
     "prepare",
     "report",
     "reproduce",

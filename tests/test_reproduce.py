@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_documented_command import documented_command
 
@@ -22,6 +25,9 @@ from repro.config import flags_of, parse_arguments
 from repro.evaluation.targets import Target, read_targets
 from repro.recipes import read_recipe, recipe_names
 from repro.verify import ARGUMENTS
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+verdict_rates = importlib.import_module("verdict_rates")
 
 MIN_SEEDS = 5
 
@@ -94,7 +100,43 @@ def test_pocket_targets_come_from_the_seeds_that_it_lists() -> None:
             values = [run[target["metric"]] for run in recipe["seeds"]]
             assert target["runs"] == len(values)
             assert target["value"] == pytest.approx(statistics.fmean(values), abs=1e-3)
-            assert target["standard_deviation"] == pytest.approx(statistics.stdev(values), abs=1e-3)
+
+
+def test_pockets_spread_is_that_of_all_runs_that_differ_by_the_seed_alone() -> None:
+    targets = verdict_rates.statistical("pocket")
+    covariance, freedom = verdict_rates.measured_spread([target.metric for target in targets])
+    assert len(targets) == 7
+    for target, variance in zip(targets, covariance.diagonal(), strict=True):
+        assert target.standard_deviation == pytest.approx(variance**0.5, rel=0.01)
+        assert target.freedom == freedom == 33
+
+
+@pytest.mark.parametrize("margins", verdict_rates.MARGINS_OFF)
+def test_the_rates_on_the_page_are_those_of_the_rules(margins: float) -> None:
+    """With a tenth of its draws: each share within four standard errors, and a per cent for what is rounded."""
+    page = (Path(repro.recipes.__file__).with_name("README.md")).read_text()
+    corner = "| new \\ reference runs |"
+    shown = page.split(corner)[1 + verdict_rates.MARGINS_OFF.index(margins)].splitlines()[2:8]
+    again = verdict_rates.pocket_table(verdict_rates.Pocket(2000, seed=7), margins).splitlines()[2:]
+    for line, other in zip(shown, again, strict=True):
+        for cell, found in zip(line.split("|")[2:-1], other.split("|")[2:-1], strict=True):
+            for share, drawn in zip(cell.split("/"), found.split("/"), strict=True):
+                p = float(share) / 100
+                assert abs(p - float(drawn) / 100) <= 4 * (max(p * (1 - p), 1e-3) / 2000) ** 0.5 + 0.01
+
+
+def test_the_documented_workflow_passes_nine_of_ten_unchanged_programs_and_hardly_any_changed_one() -> None:
+    pocket = verdict_rates.Pocket(4000, seed=5)
+    same = verdict_rates.rates(pocket.verdicts(pocket.runs(16), pocket.runs(16)))
+    assert same[0] >= 0.9
+    for target in pocket.targets:
+        shift = pocket.shift(1.0, target.metric)
+        passes, fails, _ = verdict_rates.rates(pocket.verdicts(pocket.runs(16) + shift, pocket.runs(16)))
+        assert passes <= 0.05 + 0.014, "four standard errors"
+        assert fails <= 0.01 + 0.0063
+    everywhere = np.sum([pocket.shift(5.0, target.metric) for target in pocket.targets], axis=0)
+    for old in (2, 3, 8):
+        assert verdict_rates.rates(pocket.verdicts(pocket.runs(1) + everywhere, pocket.runs(old)))[0] == 0.0
 
 
 def test_pocket_promises_that_nine_of_ten_attributes_are_true() -> None:

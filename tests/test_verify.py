@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import statistics
@@ -23,8 +24,9 @@ import repro.verify
 from repro.__main__ import main
 from repro.config import flags_of, parse_arguments
 from repro.data.pocket import render_pocket
-from repro.evaluation.targets import Target
-from repro.recipes import read_recipe
+from repro.data.whole_file import sha256_of
+from repro.evaluation.targets import judge_all, read_targets
+from repro.recipes import read_recipe, recipe_names
 from repro.verify import verify
 
 SEEDS = (1, 2, 3, 4)
@@ -38,10 +40,10 @@ def small_recipe() -> dict[str, Any]:
     recipe["model"]["encoder"]["num_hidden_layers"] = recipe["model"]["decoder"]["n_layer"] = 1
     recipe["flags"] |= {
         **{"num_train_epochs": 2, "num_replicas": 2, "per_device_train_batch_size": 6, "warmup_steps": 3},
-        **{"per_device_eval_batch_size": 10, "block_size": 60, "logging_steps": 2, "eval_steps": 20},
-        **{"predict_with_generate": False, "learning_rate": 3e-3, "save_steps": 0},
+        **{"per_device_eval_batch_size": 6, "block_size": 60, "logging_steps": 2, "eval_steps": 20},
+        **{"num_beams": 2, "learning_rate": 3e-3, "save_steps": 0},
     }
-    recipe["targets"] = []
+    recipe["targets"], recipe["recompute"] = [], False
     return recipe
 
 
@@ -52,7 +54,14 @@ def targets_from(folders: list[Path], own: Path) -> list[dict[str, Any]]:
     mine = [json.loads(line) for line in (own / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = {str(row["step"]): row["learning_rate"] for row in mine if "loss" in row}
     losses = {str(row["step"]): row["loss"] for row in mine if "loss" in row}
+    facts = json.loads((own / "run" / "run.json").read_text())
     return [
+        {"metric": "parameters", "value": facts["model"]["parameters"], "tolerance": 0, "source": "the model"},
+        {"metric": "eval_rows", "value": 40, "tolerance": 0, "source": "8 scenes of five captions"},
+        *(
+            {"metric": f"{split}_fingerprint", "fingerprint": counts["fingerprint"], "source": "the data"}
+            for split, counts in facts["data"].items()
+        ),
         {"metric": "train_rows", "value": 120, "tolerance": 0, "source": "24 scenes of five captions"},
         {"metric": "num_steps", "low": 20, "high": 20, "source": "120 rows in twelves, twice"},
         {"metric": "learning_rate", "values": rates, "tolerance": 1e-9, "source": "the schedule"},
@@ -114,10 +123,21 @@ def test_a_runs_minutes_are_all_that_it_was_at_work(runs):
     assert all(found["saving_seconds"] > 0 for found in evaluations)
     parts = [found[name] for found in evaluations for name in ("seconds", "saving_seconds")]
     expected = sum(parts) + record.facts["train_seconds"] + record.facts["startup_seconds"]
-    target = Target(metric="minutes", source="", high=90.0)
-    assert record.measured(target).values[""] == pytest.approx(record.facts["seconds"] / 60)
+    assert record.minutes == pytest.approx(record.facts["seconds"] / 60)
     # What is left is making the state, cards and files.
     assert expected < record.facts["seconds"] < expected + 20
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_time_is_reported_beside_the_published_and_never_judged(name, runs, monkeypatch, capsys):
+    recipe = read_recipe(name)
+    assert not [target for target in recipe["targets"] if "minutes" in target["metric"]]
+    verification = verify([runs(OWN)])
+    (note,) = (note for note in verification.notes if "minutes" in note)
+    assert "never judged" in note
+    if name.startswith("coco"):
+        noted = repro.verify._time(verification.runs[0], recipe)
+        assert "published: 90 (the example's documentation: about 1h30" in noted
 
 
 def test_the_report_has_the_verdict_at_its_top(runs, tmp_path):
@@ -136,13 +156,44 @@ def test_several_runs_pass_by_equivalence_and_say_so_to_machines(runs, tmp_path,
     (loss,) = (row for row in found["targets"] if row["target"] == "eval_loss at 20")
     assert loss["interval"][0] < loss["difference"] < loss["interval"][1]
     suite = ET.parse(junit).getroot()
-    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("5", "0", "0")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("9", "0", "0")
 
 
 def test_runs_can_be_held_against_other_runs(runs):
     assert verify([runs(1), runs(2)], reference=[runs(3), runs(4)]).verdict != "FAIL"
     one = verify([runs(1), runs(2), runs(3)], reference=[runs(3), runs(4)])
-    assert [outcome.target.name for outcome in one.outcomes] == ["eval_loss at 20"]
+    early = [outcome for outcome in one.outcomes if outcome.target.metric == "loss"]
+    assert [outcome.verdict for outcome in early] == ["PASS"], "seed 3 is in both, and paired"
+    names = {outcome.target.name for outcome in one.outcomes}
+    assert names > {"train_rows", "parameters", "train_fingerprint", "eval_loss at 20"}, "counts are compared too"
+    assert [note for note in one.notes if "losses equal those of" in note]
+
+
+def test_the_number_of_runs_is_named_beforehand_or_looks_are_paid_for(runs, capsys):
+    folders = [str(runs(seed)) for seed in (OWN, *SEEDS)]
+    assert main(["verify", *folders, "--seeds", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "PASS: 5 runs of pocket, equivalent to 4 reference runs" in printed
+    assert "each look" not in printed
+    assert main(["verify", *folders]) in (0, 2)
+    assert "each look at so many runs is paid for" in capsys.readouterr().out
+    assert main(["verify", *folders, "--seeds", "8"]) == 2
+    assert "--seeds 8: named 8 runs and 5 are given" in capsys.readouterr().out
+
+
+def test_all_of_a_recipes_targets_are_written_from_its_runs(runs, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = importlib.import_module("recipe_targets")
+    monkeypatch.setattr(module, "RATES", (1, 10))
+    monkeypatch.setattr(module, "FIRST_STEPS", (1, 2))
+    rows, listed = module.make_targets({seed: runs(seed) / "run" for seed in SEEDS})
+    assert [row["seed"] for row in listed] == list(SEEDS)
+    assert {row["metric"] for row in read_recipe("pocket")["targets"]} <= {row["metric"] for row in rows}
+    run = repro.verify.read_run(runs(SEEDS[0]), read_recipe("pocket"))
+    outcomes = {(o.target.metric, o.target.step): o.verdict for o in judge_all(read_targets(rows), [run.measured])}
+    exact = ("train_rows", "num_steps", "parameters", "eval_rows", "train_fingerprint", "validation_fingerprint")
+    assert {outcomes[metric, None] for metric in (*exact, "learning_rate", "loss")} == {"PASS"}
+    assert outcomes["loss", 1] == "PASS"
 
 
 # The faults that a change of this code, or of a library below it, could plant.
@@ -235,7 +286,7 @@ def without_evaluation(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if '"eval"' not in line))
     facts = json.loads((run / "run.json").read_text())
-    facts["checksums"]["metrics.jsonl"] = repro.verify.sha256_of(run / "metrics.jsonl")
+    facts["checksums"]["metrics.jsonl"] = sha256_of(run / "metrics.jsonl")
     (run / "run.json").write_text(json.dumps(facts))
 
 
@@ -287,6 +338,9 @@ def test_what_a_recipe_lets_vary_is_noted_and_nothing_else():
     problems, notes = repro.verify._flags_that_differ(facts, recipe)
     assert problems == ["--num_beams 4, the recipe has 8"]
     assert [note.split()[0] for note in notes] == ["--encoder_model_name_or_path", "--dtype"]
+    facts["flags"] |= {"gradient_checkpointing": True, "dtype": "float32"}
+    notes = repro.verify._flags_that_differ(facts, recipe)[1]
+    assert [note.split()[0] for note in notes] == ["--encoder_model_name_or_path", "--gradient_checkpointing"]
 
 
 def test_junit_counts_what_cannot_be_told_as_an_error(runs, copied, tmp_path):
@@ -294,4 +348,4 @@ def test_junit_counts_what_cannot_be_told_as_an_error(runs, copied, tmp_path):
     junit = tmp_path / "verdict.xml"
     assert main(["verify", str(copied), "--junit", str(junit)]) == 2
     suite = ET.parse(junit).getroot()
-    assert (suite.get("failures"), suite.get("errors")) == ("0", "1")
+    assert (suite.get("failures"), suite.get("errors")) == ("0", "2"), "rows and loss"

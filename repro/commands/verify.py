@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--against", nargs="+", type=Path, default=(), metavar="RUN", help="runs that take the reference's place"
     )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="how many runs there were to be, decided before the first of them"
+    )
+    parser.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        help="evaluate the last model of each run again (default: what the recipe says; pocket does)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
     args = parser.parse_args(argv)
@@ -38,7 +47,7 @@ def main(argv: list[str]) -> int:
     for flag in ("json", "junit"):
         if getattr(args, flag):
             check_file_writable(getattr(args, flag), f"--{flag}")
-    done = verify(args.runs, recipe=args.recipe, reference=args.against)
+    done = verify(args.runs, recipe=args.recipe, reference=args.against, seeds=args.seeds, recompute=args.recompute)
     if args.json:
         write_json(args.json, as_json(done))
     if args.junit:
@@ -51,9 +60,12 @@ def conclude(verification: Any, table: str, end: str) -> int:
     for run in verification.runs:
         for note in run.notes:
             print(f"note: {run.folder}: {note}")
+    for note in verification.notes:
+        print(f"note: {note}")
     for problem in verification.problems:
         print(f"cannot tell: {problem}")
     if verification.outcomes:
         print(table)
-    print(f"\n{verification.verdict}: {end}")
+    claim = f", {verification.claim}" if verification.claim else ""
+    print(f"\n{verification.verdict}: {end}{claim}")
     return STATUSES[verification.verdict]

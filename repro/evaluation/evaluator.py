@@ -84,7 +84,8 @@ class Evaluator:
             generations = self._texts(tokens, data.tokens(rows)["labels"])
         scored = [row for row, is_given in zip(generations, given, strict=False) if is_given]
         if scored:
-            scores = rouge_scores([row["pred"] for row in scored], [row["label"] for row in scored])
+            texts = ([row[name] for row in scored] for name in ("pred", "label"))
+            scores = rouge_scores(*texts, images=data.image_paths(rows[given]))
             metrics.update(scores.means)
             details["rouge_intervals"] = scores.intervals
             details["sentence_splitter"] = scores.sentence_splitter

@@ -1,61 +1,51 @@
 """Measured values against a recipe's targets, and what can be concluded from so many runs.
 
-A target is one of four kinds, by the names it has:
+A target is one of five kinds, by the names it has:
 
-- `low`, `high`: bounds, either of which may be missing, that each run keeps to.
+- `low`, `high`: bounds, either of which may be missing, that each run keeps to. A bound is not a reproduced value.
 - `value` or `values` (by step), and `tolerance`: what each run has exactly but for rounding. With `seeds`, the values
-  of each of these seeds; runs with other seeds are not held to it.
+  of each of these seeds; runs with other seeds are not held to it, but may not have a listed seed's values either.
+- `fingerprint`: what each run has to the letter.
 - `value` and `margin`: a quantity that varies from seed to seed. The reference is one run, or `runs` of them with a
-  `standard_deviation`.
-- `values` and `margin`: one run's trajectory, such as logged losses; its mean distance is what is judged.
+  `standard_deviation` (of `freedom` degrees, where more runs than these tell it).
+- `values` and `margin`: one run's trajectory, such as logged losses; its mean distance is what is judged, once and when
+  all of it is there: a test that looks nine times stops more honest runs than it says.
 
-For the last two, the verdict is that of two one-sided t-tests against the margin, which was fixed before the runs. With
-the difference d between the mean of n seeds and the reference,
-
-    PASS         d ± t(95 %) SE lies within ± margin:   a true difference of a margin or more passes at most once in 20
-    FAIL         d ± t(...) SE lies beyond ± margin:    a true difference within the margin fails at most FALSE_FAILS
-    CANNOT TELL  otherwise: more seeds would tell
-
-    SE = s sqrt(1 + 1 / n)              one reference run, supposed to vary as the seeds do
-    SE = sqrt(s² / n + s_r² / n_r)      several reference runs (Welch)
-
-With one reference run the interval is the prediction interval of a single published run, seen from the seeds. A single
-run with several reference runs is held against their prediction interval, mean ± t s_r sqrt(1 + 1 / n_r). A single run
-against a single run cannot pass: neither says how much runs differ. It fails if they are HOPELESS margins apart.
-
-Both ends count: a run that is too good does not reproduce either. FALSE_FAILS is shared by a recipe's targets.
-
-Source: D. J. Schuirmann, A comparison of the two one-sided tests procedure and the power approach (1987);
-B. L. Welch, The generalization of Student's problem when several different population variances are involved (1947).
+What is concluded for the last two is in `repro.evaluation.equivalence`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Any
 
-from scipy.stats import t as students_t
-
 from repro.errors import InputError
+from repro.evaluation.equivalence import (
+    CANNOT_TELL,
+    FALSE_FAILS,
+    FALSE_PASSES,
+    HOPELESS,
+    LOOKING,
+    POWER,
+    WORST_FIRST,
+    Reference,
+    Verdict,
+    compare,
+    pooled,
+    seeds_that_would_tell,
+)
 
-FALSE_PASSES = 0.05
-FALSE_FAILS = 0.01
-HOPELESS = 10
-"""Margins; there is no statistics for one run against one."""
+WIDEST = 4.0
+"""Margins that half a prediction interval may be wide, where a recipe does not say it."""
 FEWEST_POINTS = 4
-"""Of a trajectory."""
-
-
-class Verdict(StrEnum):
-    """What a target or a run comes to."""
-
-    PASS = "PASS"
-    FAIL = "FAIL"
-    CANNOT_TELL = "CANNOT TELL"
+"""Of a trajectory that is not over, to find it hopeless."""
+COPIED = 0.1
+"""Share of the tolerance within which the losses of another seed are that seed's."""
+LARGEST = {"accuracy": 1.0, "exact_match": 1.0, "rouge": 100.0, "": math.inf}
+"""Value of a metric that is possible, by what its name holds; the least is 0."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +55,9 @@ class Target:
     Attributes:
         metric: of a run (`read_run`), or of each step.
         step: at which it is evaluated; None for the last evaluation, or where there are no steps.
-        low, high, value, values, tolerance, margin, seeds: see above.
-        standard_deviation, runs: of the reference.
+        low, high, value, values, tolerance, margin, seeds, fingerprint: see above.
+        widest: half the width that the prediction interval of a single run may have.
+        standard_deviation, freedom, runs: of the reference.
         source: where the figures come from.
     """
 
@@ -79,9 +70,12 @@ class Target:
     values: Mapping[str, float] | None = None
     tolerance: float | None = None
     margin: float | None = None
+    widest: float | None = None
     seeds: Mapping[str, Mapping[str, float]] | None = None
     standard_deviation: float | None = None
+    freedom: int | None = None
     runs: int = 1
+    fingerprint: str | None = None
 
     @property
     def name(self) -> str:
@@ -98,14 +92,24 @@ class Target:
         return self.margin is not None
 
     @property
+    def is_score(self) -> bool:
+        """Whether it says how good the trained model is."""
+        return self.metric.startswith("eval_") and self.metric != "eval_rows"
+
+    @property
+    def reference(self) -> Reference:
+        """What runs are held against; a trajectory's distances, against 0."""
+        known = self.standard_deviation is not None
+        freedom = (self.runs - 1 if self.freedom is None else self.freedom) if known else 0
+        return Reference(self.value or 0.0, self.runs, self.standard_deviation or 0.0, freedom)
+
+    @property
     def wanted(self) -> str:
         """What is asked for, in words."""
+        if self.fingerprint is not None:
+            return self.fingerprint
         if self.margin is not None:
-            return (
-                f"{self.value:g} ± {self.margin:g}"
-                if self.values is None
-                else f"{len(self.values)} values ± {self.margin:g}"
-            )
+            return f"{f'{self.value:g}' if self.values is None else f'{len(self.values)} values'} ± {self.margin:g}"
         if self.tolerance is not None:
             return f"{self.value:g}" if self.value is not None else "the reference's values"
         if self.high is None:
@@ -119,8 +123,10 @@ class Outcome:
 
     Attributes:
         measured: the mean over runs; of a trajectory or several values the largest or mean distance is `difference`.
-        interval: of the difference, at 95 % to either side, where there is one.
+        interval: of the difference, the one that decided, where there is one.
         reason: the verdict in words, where the figures do not say it.
+        band: what was asked for, where that depends on the runs.
+        claim: what a PASS says.
     """
 
     target: Target
@@ -129,6 +135,12 @@ class Outcome:
     difference: float | None = None
     interval: tuple[float, float] | None = None
     reason: str = ""
+    band: str = ""
+    claim: str = ""
+
+    @property
+    def wanted(self) -> str:
+        return self.band or self.target.wanted
 
 
 @dataclass(frozen=True)
@@ -137,10 +149,16 @@ class Measured:
 
     Attributes:
         values: by step; a metric without steps is at "".
+        text: of a fingerprint.
     """
 
     seed: int
     values: Mapping[str, float] = field(default_factory=dict)
+    text: str | None = None
+
+
+Run = Callable[[Target], Measured]
+NOT_MEASURED = "not measured"
 
 
 def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
@@ -149,7 +167,18 @@ def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
     return [Target(**{name: value for name, value in row.items() if name in known}) for row in rows]
 
 
-def judge(target: Target, runs: Sequence[Measured], *, num_targets: int = 1) -> Outcome | None:
+def judge_all(targets: Sequence[Target], runs: Sequence[Run], *, named: bool = True) -> list[Outcome]:
+    """Judge every target that says something about the runs.
+
+    Args:
+        named: their number was decided upon before the first of them.
+    """
+    shared = max(sum(target.is_statistical for target in targets), 1)
+    found = [judge(target, [run(target) for run in runs], num_targets=shared, named=named) for target in targets]
+    return [outcome for outcome in found if outcome is not None]
+
+
+def judge(target: Target, runs: Sequence[Measured], *, num_targets: int = 1, named: bool = True) -> Outcome | None:
     """Hold runs against a target.
 
     Args:
@@ -159,84 +188,71 @@ def judge(target: Target, runs: Sequence[Measured], *, num_targets: int = 1) -> 
     Returns:
         None if the target says nothing about these runs' seeds.
     """
-    if target.margin is None and target.tolerance is None:
-        return _judge_bounds(target, runs)
+    if target.fingerprint is not None:
+        other = sorted({str(run.text) for run in runs} - {target.fingerprint})
+        reason = f"found {', '.join(other)}" if other else ""
+        return Outcome(target, Verdict.FAIL if other else Verdict.PASS, reason=reason)
     if target.margin is None:
-        return _judge_values(target, runs)
-    false_fails = FALSE_FAILS / num_targets
+        return (_judge_bounds if target.tolerance is None else _judge_values)(target, runs)
+    look = 1.0 if named or len(runs) == 1 else LOOKING
+    rates = {"false_fails": FALSE_FAILS / num_targets * look, "false_passes": FALSE_PASSES * look}
     if target.values is not None:
-        return _judge_trajectory(target, runs, false_fails)
-    values = [run.values[""] for run in runs if "" in run.values]
-    if len(values) < len(runs):
-        return Outcome(target, Verdict.CANNOT_TELL, reason="not measured")
-    return judge_values(target, values, false_fails)
+        return _judge_trajectory(target, runs, rates)
+    found = [run.values[""] for run in runs if "" in run.values]
+    if len(found) < len(runs):
+        return Outcome(target, Verdict.CANNOT_TELL, reason=NOT_MEASURED)
+    return judge_statistically(target, found, [run.seed for run in runs], **rates)
 
 
-def judge_values(target: Target, values: Sequence[float], false_fails: float) -> Outcome:
-    """Hold the values of one quantity under several seeds against a reference that varies too."""
-    assert target.value is not None
-    assert target.margin is not None
-    mean, count = statistics.fmean(values), len(values)
-    difference, spread = mean - target.value, target.standard_deviation
-    if not all(map(math.isfinite, values)):
-        return Outcome(target, Verdict.FAIL, mean, difference, reason="not finite")
-    if count == 1:
-        return _judge_single(target, mean, false_fails)
-    s = statistics.stdev(values)
-    if spread is None or target.runs < 2:
-        error, freedom = s * math.sqrt(1 + 1 / count), count - 1.0
-    else:
-        ours, theirs = s**2 / count, spread**2 / target.runs
-        error = math.sqrt(ours + theirs)
-        freedom = error**4 / (ours**2 / (count - 1) + theirs**2 / (target.runs - 1)) if error else 1.0
-    return _judge_interval(target, mean, difference, error, freedom, false_fails)
-
-
-def _judge_interval(
-    target: Target, measured: float | None, difference: float, error: float, freedom: float, false_fails: float
+def judge_statistically(
+    target: Target, values: Sequence[float], seeds: Sequence[int], *, false_fails: float, false_passes: float
 ) -> Outcome:
+    """Hold the values of one quantity under several seeds against a reference that varies too."""
     assert target.margin is not None
-    reach = float(students_t.ppf(1 - FALSE_PASSES, freedom)) * error
-    interval = (difference - reach, difference + reach)
-    # A true difference within the margin is wrongly left on one side only, so the quantile is that of one side.
-    beyond = abs(difference) - float(students_t.ppf(1 - false_fails, freedom)) * error
-    if -target.margin < interval[0] and interval[1] < target.margin:
-        return Outcome(target, Verdict.PASS, measured, difference, interval)
-    if beyond > target.margin:
-        return Outcome(target, Verdict.FAIL, measured, difference, interval)
-    return Outcome(target, Verdict.CANNOT_TELL, measured, difference, interval, "more seeds would tell")
-
-
-def _judge_single(target: Target, value: float, false_fails: float) -> Outcome:
-    assert target.value is not None
-    assert target.margin is not None
-    difference, spread = value - target.value, target.standard_deviation
-    if spread is not None and target.runs >= 2:
-        reach = prediction_reach(spread, target.runs, false_fails)
-        verdict = Verdict.PASS if abs(difference) <= reach else Verdict.FAIL
-        reason = f"band of {target.runs} seeds: {target.value - reach:.4g} to {target.value + reach:.4g}"
-        return Outcome(target, verdict, value, difference, reason=reason)
-    if abs(difference) > HOPELESS * target.margin:
-        return Outcome(target, Verdict.FAIL, value, difference, reason=f"more than {HOPELESS} margins away")
-    where = "within" if abs(difference) <= target.margin else "beyond"
-    reason = f"{where} the margin, but one run does not say how much runs differ: add seeds"
-    return Outcome(target, Verdict.CANNOT_TELL, value, difference, reason=reason)
-
-
-def prediction_reach(spread: float, count: int, false_fails: float) -> float:
-    """How far from the mean of `count` runs one further run lies at most, but for a share `false_fails` of them."""
-    return float(students_t.ppf(1 - false_fails / 2, count - 1)) * spread * math.sqrt(1 + 1 / count)
+    reference, count, margin = target.reference, len(values), target.margin
+    widest = target.widest or WIDEST * margin
+    found = compare(values, reference, margin=margin, widest=widest, false_fails=false_fails, false_passes=false_passes)
+    verdict, difference, reach = WORST_FIRST[int(found.places)], float(found.difference), float(found.reach)
+    mean = statistics.fmean(values) if target.values is None else None
+    outlying = [str(seed) for seed, out in zip(seeds, found.outlying, strict=True) if out]
+    single, many = count == 1 or reference.runs == 1, reference.runs > 1
+    claim = f"{'consistent with' if single else 'equivalent to'} "
+    claim += f"{reference.runs} reference runs" if many else "the published run"
+    band = reason = ""
+    if not all(map(math.isfinite, values)):
+        return Outcome(target, verdict, mean, difference, reason="not finite")
+    if math.isinf(reach):
+        reason = f"more than {HOPELESS} margins away" if abs(difference) > HOPELESS * margin else "no spread is known"
+        return Outcome(target, verdict, mean, difference, reason=f"{reason}: add seeds", claim=claim)
+    if single and many:
+        largest = next(value for part, value in LARGEST.items() if part in target.metric)
+        band = f"{max(reference.mean - reach, 0):.4g} to {min(reference.mean + reach, largest):.4g}"
+        reason = f"band of {reference.runs} seeds"
+    elif single:
+        band = f"{'' if target.values else f'{target.value:g} '}within ± {reach:.4g} of the runs' mean"
+    if outlying:
+        reason = f"seed {', '.join(outlying)} by itself is beyond the margin and the reference's spread"
+    elif found.uneven:
+        reason = "the runs differ from one another more than the reference's do"
+    elif verdict is Verdict.CANNOT_TELL and single:
+        reason = f"an interval of ± {reach:.3g} tells too little: at most ± {widest:g}; add seeds"
+    elif verdict is Verdict.CANNOT_TELL:
+        spread, freedom = pooled((statistics.stdev(values), count - 1), (reference.spread, reference.freedom))
+        needed = seeds_that_would_tell(float(spread), freedom, margin=margin, false_passes=false_passes)
+        reason = f"{needed} of each would tell with {POWER:.0%}, if nothing differs" if needed else "too much spread"
+    return Outcome(target, verdict, mean, difference, (difference - reach, difference + reach), reason, band, claim)
 
 
 def _judge_bounds(target: Target, runs: Sequence[Measured]) -> Outcome:
     values = [run.values.get("") for run in runs]
     found = [value for value in values if value is not None]
     if len(found) < len(values):
-        return Outcome(target, Verdict.CANNOT_TELL, reason="not measured")
-    low = -math.inf if target.low is None else target.low
-    high = math.inf if target.high is None else target.high
-    verdict = Verdict.PASS if all(low <= value <= high for value in found) else Verdict.FAIL
-    return Outcome(target, verdict, statistics.fmean(found))
+        return Outcome(target, Verdict.CANNOT_TELL, reason=NOT_MEASURED)
+    low, high = (end if bound is None else bound for bound, end in ((target.low, -math.inf), (target.high, math.inf)))
+    out = [str(run.seed) for run, value in zip(runs, found, strict=True) if not low <= value <= high]
+    reason = f"seed {', '.join(out)}" if out and len(runs) > 1 else "a bound" if target.is_score else ""
+    verdict = Verdict.FAIL if out else Verdict.PASS
+    return Outcome(target, verdict, statistics.fmean(found), reason=reason, claim="within bounds")
 
 
 def _judge_values(target: Target, runs: Sequence[Measured]) -> Outcome | None:
@@ -246,6 +262,8 @@ def _judge_values(target: Target, runs: Sequence[Measured]) -> Outcome | None:
         wanted: Mapping[str, float] = target.values or {}
         if target.seeds is not None:
             wanted = target.seeds.get(str(run.seed), {})
+            if not wanted and (copied := _seed_with_the_losses_of(target, run)):
+                return Outcome(target, Verdict.FAIL, reason=f"seed {run.seed} has the losses of seed {copied}")
         elif target.value is not None:
             wanted = {"": target.value}
         compared |= bool(wanted)
@@ -257,51 +275,76 @@ def _judge_values(target: Target, runs: Sequence[Measured]) -> Outcome | None:
     mean = statistics.fmean(run.values[""] for run in runs) if target.value is not None and not missing else None
     if worst is not None and not abs(worst) <= target.tolerance:
         return Outcome(target, Verdict.FAIL, mean, worst)
-    if missing:
-        return Outcome(target, Verdict.CANNOT_TELL, mean, worst, reason="not all steps were measured")
-    return Outcome(target, Verdict.PASS, mean, worst)
+    verdict = Verdict.CANNOT_TELL if missing else Verdict.PASS
+    return Outcome(target, verdict, mean, worst, reason="not all steps were measured" if missing else "")
 
 
-def _judge_trajectory(target: Target, runs: Sequence[Measured], false_fails: float) -> Outcome:
+def _seed_with_the_losses_of(target: Target, run: Measured) -> str | None:
+    """Find the listed seed whose values an unlisted one has."""
+    assert target.tolerance is not None
+    near = COPIED * target.tolerance
+    for seed, values in (target.seeds or {}).items():
+        if all(abs(run.values.get(step, math.inf) - value) <= near for step, value in values.items()):
+            return seed
+    return None
+
+
+def _judge_trajectory(target: Target, runs: Sequence[Measured], rates: Mapping[str, float]) -> Outcome:
     assert target.values is not None
+    assert target.margin is not None
     distances = [
-        statistics.fmean(run.values[step] - value for run in runs)
-        for step, value in target.values.items()
-        if all(step in run.values for run in runs)
+        [run.values[step] - value for step, value in target.values.items() if step in run.values] for run in runs
     ]
-    if len(distances) < min(FEWEST_POINTS, len(target.values)):
-        return Outcome(target, Verdict.CANNOT_TELL, reason="too few of its steps were measured")
-    mean, count = statistics.fmean(distances), len(distances)
+    if any(len(found) < len(target.values) for found in distances):
+        points = [point for found in distances for point in found]
+        if len(points) >= FEWEST_POINTS and not any(abs(point) <= HOPELESS * target.margin for point in points):
+            reason = f"each more than {HOPELESS} margins away"
+            return Outcome(target, Verdict.FAIL, None, statistics.fmean(points), reason=reason)
+        return Outcome(target, Verdict.CANNOT_TELL, reason="not all of its steps were measured")
+    if len(runs) > 1 or target.standard_deviation is not None:
+        means = [statistics.fmean(found) for found in distances]
+        return judge_statistically(target, means, [run.seed for run in runs], **rates)
+    # A single run against a single run: its steps are what there is to tell the spread of one batch's loss.
+    found = compare(distances[0], Reference(0.0, math.inf), margin=target.margin, widest=math.inf, **rates)
+    verdict, mean, reach = WORST_FIRST[int(found.places)], float(found.difference), float(found.reach)
     if not math.isfinite(mean):
         return Outcome(target, Verdict.FAIL, None, mean, reason="not finite")
-    error = statistics.stdev(distances) / math.sqrt(count)
-    return _judge_interval(target, None, mean, error, count - 1.0, false_fails)
+    reason = "more seeds would tell" if int(found.places) == CANNOT_TELL else ""
+    return Outcome(target, verdict, None, mean, (mean - reach, mean + reach), reason, claim="near the published losses")
 
 
 def overall(outcomes: Sequence[Outcome]) -> Verdict:
-    """FAIL if any target failed; else CANNOT TELL if any could not be told, or there is none; else PASS."""
-    verdicts = {outcome.verdict for outcome in outcomes}
-    if Verdict.FAIL in verdicts:
-        return Verdict.FAIL
-    return Verdict.PASS if verdicts == {Verdict.PASS} else Verdict.CANNOT_TELL
+    """The worst of all verdicts; CANNOT TELL also where no score was judged."""
+    worst = min((outcome.verdict for outcome in outcomes), key=WORST_FIRST.index, default=Verdict.CANNOT_TELL)
+    judged = worst is Verdict.FAIL or any(outcome.target.is_score for outcome in outcomes)
+    return worst if judged else Verdict.CANNOT_TELL
 
 
-def against(targets: Sequence[Target], reference: Mapping[str, Sequence[float]]) -> list[Target]:
-    """Put the values of other runs in the place of a recipe's references, with the recipe's margins.
+def against(targets: Sequence[Target], runs: Sequence[Run]) -> list[Target]:
+    """Put other runs in the place of a recipe's references, with the recipe's margins and what it knows of the spread.
+
+    Where a seed is shared its early losses are wanted again, step by step; counts and floors stay the recipe's.
 
     Raises:
         InputError: no target has a margin and is measured in the other runs.
     """
-    found = []
+    found: list[Target] = []
     for target in targets:
-        values = reference.get(target.name, ())
-        if target.margin is None or target.values is not None or len(values) < 2:
-            continue
-        found.append(
-            replace(
-                target, value=statistics.fmean(values), standard_deviation=statistics.stdev(values), runs=len(values)
-            )
-        )
-    if not found:
-        raise InputError("--against: takes at least two runs that have what the recipe measures.")
+        measured = [run(target) for run in runs]
+        moved: dict[str, Any] = {}
+        if target.seeds is not None:
+            moved = {"seeds": {str(run.seed): run.values for run in measured if run.values}}
+        elif target.margin is not None:
+            steps = list(target.values or [""])
+            if not all(run.values.keys() >= set(steps) for run in measured):
+                continue
+            means = {step: statistics.fmean(run.values[step] for run in measured) for step in steps}
+            each = [statistics.fmean(run.values[step] - means[step] for step in steps) for run in measured]
+            spread = (statistics.stdev(each), len(each) - 1) if len(each) > 1 else (0.0, 0)
+            known, freedom = pooled(spread, (target.reference.spread, target.reference.freedom))
+            moved = {"standard_deviation": float(known), "freedom": freedom} if freedom else {}
+            moved |= {"runs": len(each)} | ({"values": means} if target.values else {"value": means[""]})
+        found.append(replace(target, **moved))
+    if not any(target.is_statistical for target in found):
+        raise InputError("--against: takes runs that have what the recipe measures.")
     return found

@@ -46,6 +46,8 @@ CHECKED = (
     f"{MODELS}/*_captions.json",
 )
 """What a run's figures are read from."""
+WEIGHTS = ("flax_model*.msgpack", "model*.safetensors")
+"""Of the last model, which the last figures are about."""
 RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
 PICTURES = 8
@@ -111,6 +113,14 @@ def models_in(folder: Path) -> list[Path]:
     """List the model folders of a run, in the order of their steps."""
     whole = [path for path in folder.glob(MODELS) if not path.name.endswith(PARTIAL)]
     return sorted(whole, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def checked_files(folder: Path) -> list[Path]:
+    """List the files of a run that are to have checksums."""
+    last = models_in(folder)[-1:]
+    found = [sorted(folder.glob(pattern)) for pattern in CHECKED]
+    found += [sorted(place.glob(pattern)) for place in last for pattern in WEIGHTS]
+    return [path for paths in found for path in paths]
 
 
 def entries(folder: Path) -> list[Path]:
@@ -256,13 +266,9 @@ class RunWriter:
         self._tensorboard.close()
 
     def checksums(self) -> dict[str, str]:
-        """Hash `metrics.jsonl` and every evaluation's results and captions, SHA-256 by path."""
+        """Hash `metrics.jsonl`, every evaluation's results and captions, the last weights, SHA-256 by path."""
         self._metrics.flush()
-        return {
-            path.relative_to(self.folder).as_posix(): sha256_of(path)
-            for pattern in CHECKED
-            for path in sorted(self.folder.glob(pattern))
-        }
+        return {path.relative_to(self.folder).as_posix(): sha256_of(path) for path in checked_files(self.folder)}
 
     def describe(self, facts: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
         """Write `run.json`, and `dropped.jsonl` with one row that was left out on each line."""
