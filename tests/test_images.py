@@ -38,6 +38,13 @@ def ours(path: Path, processor: ViTImageProcessor, *, convert_to_rgb: bool = Fal
     return np.moveaxis(table[decoded, np.arange(3)], -1, 0)
 
 
+def read(path: Path) -> Image.Image:
+    """Decode a file as Pillow does, and close it."""
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
 def reference(image: Image.Image, processor: ViTImageProcessor, **options: str) -> np.ndarray:
     return processor(images=image, return_tensors="np", **options).pixel_values[0]
 
@@ -82,8 +89,7 @@ def test_pixels_equal_the_processors_bit_for_bit_and_what_it_refuses_is_refused(
     path = folder / "any"
     path.write_bytes(image[0])
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, resample=resample)
-    opened = Image.open(path)
-    opened.load()
+    opened = read(path)
     # Told where the channels are: left to guess, the processor takes a height of 1 or 3 for them.
     told = {"input_data_format": "channels_last"}
     kept = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if opened.mode == "I;16" else opened
@@ -107,7 +113,7 @@ def test_the_processors_settings_are_followed(folder: Path, size: int, resample:
     )
     path = folder / "settings.png"
     random_image(5, 70, 90).save(path)
-    np.testing.assert_array_equal(ours(path, processor), reference(Image.open(path), processor))
+    np.testing.assert_array_equal(ours(path, processor), reference(read(path), processor))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -116,8 +122,7 @@ def test_other_modes_are_refused_where_the_processor_refuses_them_and_converted_
 ) -> None:
     path = folder / f"mode-{mode.replace(';', '')}.tiff"
     random_image(1, 30, 20, mode).save(path)
-    opened = Image.open(path)
-    opened.load()
+    opened = read(path)
     assert opened.mode == mode
     try:
         expected = reference(opened, image_processor)
@@ -138,7 +143,7 @@ def test_an_image_one_pixel_high_is_refused_as_by_the_processor(folder: Path, im
     random_image(2, 30, 1).save(path)
     if transformers.__version__.startswith("4."):  # later ones do not guess which axis has the channels
         with pytest.raises(ValueError, match="mean must have 1 elements"):
-            reference(Image.open(path), image_processor)
+            reference(read(path), image_processor)
     with pytest.raises(ImageError, match="one pixel high"):
         ours(path, image_processor)
 
@@ -168,9 +173,9 @@ def test_real_photographs_give_the_references_pixels(real_data: Path, image_proc
         try:
             pixels = ours(path, image_processor)
         except ImageError:
-            refused.append(Image.open(path).mode)
+            refused.append(read(path).mode)
         else:
-            np.testing.assert_array_equal(pixels, reference(Image.open(path), image_processor))
+            np.testing.assert_array_equal(pixels, reference(read(path), image_processor))
     assert refused == ["L"]
 
 
