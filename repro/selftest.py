@@ -38,7 +38,8 @@ class Bounds:
         loss: of each training step; another XLA or another processor adds in another order.
         steps: how many steps are held to it; None for all. Rounding grows with training.
         evaluation: of an evaluation's loss and length, and of ROUGE in percent.
-        norm: of each parameter's norm, relative.
+        norm: of each parameter's norm, relative. Before Pillow 13 the cases' JPEGs decode otherwise, which moves one
+            bias by 0.0011; with Pillow 13 it is 0.000001 on jax 0.10 to 0.12.
         noise: of the norm of a parameter that does not move in exact arithmetic, as attention's biases of keys: their
             gradients are rounding, of which AdamW makes steps. A gradient that is none would move them by 0.01.
         captions: whether each is to be equal, and ROUGE with it.
@@ -48,7 +49,7 @@ class Bounds:
     learning_rate: float = 1e-7
     steps: int | None = None
     evaluation: float = 1e-4
-    norm: float = 1e-3
+    norm: float = 2e-3
     noise: float = 1e-4
     captions: bool = True
 
@@ -236,12 +237,8 @@ def selftest(
         Results by what they were computed in: `float32, highest` is the one that is judged.
     """
     ways: dict[str, tuple[str, list[str]]] = {"float32, highest": ("highest", [])}
-    bounds = Bounds()
     if jax.default_backend() != "cpu":
         ways["float32, default"] = ("default", [])  # a CPU has one precision
-        # AdamW makes whole steps of gradients that are mostly rounding: an H200 was 0.1 % off in a bias whose norm is
-        # 0.02 while losses agreed within 3e-6 and all captions were equal. So norms are shown there, and not judged.
-        bounds = replace(bounds, norm=float("inf"), noise=float("inf"))
     if dtype and dtype != "float32":
         ways[dtype] = ("default", ["--dtype", dtype])
     results: dict[str, list[CaseResult]] = {}
@@ -251,7 +248,7 @@ def selftest(
             for name in CASES:
                 folder = Path(place) / way.replace(", ", "-") / name / "run"
                 with jax.default_matmul_precision(precision):
-                    result = run_case(name, folder, bounds=bounds, flags=flags)
+                    result = run_case(name, folder, flags=flags)
                 say(way, result)
                 results[way].append(result)
     return results

@@ -229,8 +229,8 @@ def _transformers_flax() -> Any:
         return importlib.import_module("repro.models.transformers_flax")
     except ImportError as error:
         raise InputError(
-            f"--model_implementation transformers: transformers {transformers_version} has no Flax classes; install"
-            " 'transformers<5', or use a ViT with a GPT-2, which need none."
+            f"--model_implementation transformers: transformers {transformers_version} has no Flax classes; run"
+            " `pip install 'transformers<5'`, or use a ViT with a GPT-2, which need none."
         ) from error
 
 
