@@ -23,8 +23,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Stacks",
         "",
-        "`repro selftest --json` of each tox environment, put together by `benchmarks/stacks.py`: the largest difference",
-        "of a training step's loss and learning rate over the four short golden cases (bounds 2e-5 and 1e-7), of a",
+        "`repro selftest --json` of each tox environment, put together by `benchmarks/stacks.py`: the largest",
+        "difference of a training step's loss and learning rate over the four short golden cases (bounds 2e-5 and 1e-7), of a",
         "parameter's norm (relative), and captions that are equal.",
         "",
         f"| stack | {' | '.join(PACKAGES)} | loss | rate | norm | captions | verdict |",

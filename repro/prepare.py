@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import platform
 import sys
@@ -31,14 +30,11 @@ from repro.models.beam_search import check_beams
 from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.protocol import Protocol
+from repro.provenance import versions
 from repro.training.optimizer import count_parameters
 from repro.training.processes import decided_by_first
 from repro.training.sharding import create_mesh
 
-PACKAGES = (
-    *("jax", "flax", "optax", "transformers", "datasets", "evaluate", "rouge_score", "numpy"),
-    *("pillow", "nltk", "orbax-checkpoint"),
-)
 SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 
 
@@ -340,7 +336,7 @@ def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArgume
         "processes": jax.process_count(),
         "deterministic": is_deterministic(prepared.mesh),
         "platform": f"{jax.default_backend()}, {platform.platform()}, Python {sys.version.split()[0]}",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "model": {
             "implementation": "native" if is_native else "transformers",
             "parameters": count_parameters(prepared.pretrained.params),

@@ -7,8 +7,8 @@ neighbours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_type_hints
 
 from repro.errors import InputError
 
@@ -64,25 +64,17 @@ PUBLISHED = Protocol(
     generate_per_image=False,
     always_evaluate_at_end=False,
 )
-CURRENT = Protocol(
+CURRENT = replace(
+    PUBLISHED,
     name="current",
     loss_reduction="tokens",
     decay_mask="layer_norms",
     threefry_partitionable=True,
-    shuffle_without_blocks=False,
-    convert_to_rgb=False,
-    convert_evaluated_to_rgb=False,
-    keep_incomplete_batch=False,
-    token_eval_loss=False,
     stop_rule="current",
-    generate_per_image=False,
-    always_evaluate_at_end=False,
 )
-EXACT = Protocol(
+EXACT = replace(
+    CURRENT,
     name="exact",
-    loss_reduction="tokens",
-    decay_mask="layer_norms",
-    threefry_partitionable=True,
     shuffle_without_blocks=True,
     convert_to_rgb=True,
     convert_evaluated_to_rgb=True,
@@ -92,14 +84,6 @@ EXACT = Protocol(
     generate_per_image=True,
     always_evaluate_at_end=True,
 )
-SWITCHES: dict[str, dict[str, Any]] = {
-    "bool": {"false": False, "true": True},
-    **{
-        name: {value: value for value in get_args(values)}
-        for name, values in {"LossReduction": LossReduction, "DecayMask": DecayMask, "StopRule": StopRule}.items()
-    },
-}
-"""What the fields' types can be, by how they are written."""
 PROTOCOLS = {protocol.name: protocol for protocol in (PUBLISHED, CURRENT, EXACT)}
 
 
@@ -118,9 +102,10 @@ def protocol_named(text: str) -> Protocol:
 
 def _switch(change: str) -> tuple[str, Any]:
     name, _, text = change.partition("=")
-    values = {field.name: SWITCHES[str(field.type)] for field in fields(Protocol) if field.name != "name"}
-    if name not in values:
-        raise InputError(f"--protocol: unknown switch {name!r}; there are {', '.join(values)}.")
-    if text not in values[name]:
-        raise InputError(f"--protocol: {name}={text}: choose one of {', '.join(values[name])}.")
-    return name, values[name][text]
+    kinds = {field: kind for field, kind in get_type_hints(Protocol).items() if field != "name"}
+    if name not in kinds:
+        raise InputError(f"--protocol: unknown switch {name!r}; there are {', '.join(kinds)}.")
+    values = {str(value).lower(): value for value in get_args(kinds[name]) or (False, True)}
+    if text not in values:
+        raise InputError(f"--protocol: {name}={text}: choose one of {', '.join(values)}.")
+    return name, values[text]

@@ -9,7 +9,7 @@ from typing import Any
 from repro.data.whole_file import whole_file
 from repro.errors import InputError
 from repro.recipes import read_recipe
-from repro.reporting.curves import Trajectory
+from repro.reporting.charts import Published
 from repro.reporting.report import page
 from repro.reporting.run_folder import holds_a_run, read_run_folder
 from repro.reporting.writer import REPORT, log
@@ -34,13 +34,8 @@ def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = 
         if not holds_a_run(place):
             raise InputError(f"{place}: holds no run (no run.json, no metrics.jsonl); name a run's --output_dir.")
     verdict, reason, targets = _verdict(folders, recipe)
-    text = page(
-        [read_run_folder(place) for place in places],
-        _names(folders),
-        verdict=verdict,
-        no_verdict=reason,
-        published=_published(targets),
-    )
+    runs = [read_run_folder(place) for place in places]
+    text = page(runs, _names(folders), verdict=verdict, no_verdict=reason, published=_published(targets))
     with whole_file(output, "the report") as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -68,7 +63,7 @@ def _verdict(
     return as_json(done), "", read_recipe(done.recipe)["targets"]
 
 
-def _published(targets: Sequence[Mapping[str, Any]]) -> dict[str, Trajectory]:
+def _published(targets: Sequence[Mapping[str, Any]]) -> dict[str, Published]:
     """Find what a recipe's targets say of single steps: the logged losses, and evaluations at a step."""
     found: dict[str, dict[int, float]] = {}
     for target in targets:
@@ -76,7 +71,7 @@ def _published(targets: Sequence[Mapping[str, Any]]) -> dict[str, Trajectory]:
             found["loss"] = {int(step): value for step, value in target["values"].items()}
         elif "value" in target and "margin" in target and "step" in target:
             found.setdefault(target["metric"], {})[target["step"]] = target["value"]
-    return {metric: Trajectory("published", values) for metric, values in found.items()}
+    return {metric: Published("published", list(at), list(at.values())) for metric, at in found.items()}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

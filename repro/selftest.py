@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,9 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = ("current_1dev", "current_8dev", "published_8dev", "current_block0")
 LONG_CASES = ("current_1dev_long", "published_8dev_long")
 PROTOCOLS = {"head": "current", "published": "published"}
+JUDGED = "float32, highest"
+UNMOVED = 1e-6
+"""Norm up to which the record's own parameter is taken for one that does not move."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,6 @@ class Bounds:
 
 
 LONG = Bounds(loss=1e-3, steps=30, evaluation=0.03, captions=False)
-UNMOVED = 1e-6
-"""Norm up to which the record's own parameter is taken for one that does not move."""
 
 
 @dataclass(frozen=True)
@@ -141,64 +140,54 @@ def compare(folder: Path, name: str, bounds: Bounds = Bounds()) -> CaseResult:
     # Written so that a NaN is beyond every bound.
     beyond = np.flatnonzero(~((losses <= bounds.loss) & (rates <= bounds.learning_rate)))
     evaluations = [_compare_evaluation(folder, rows, expected) for expected in case["evals"]]
+    differences = {kind: [value for found in evaluations for value in found[kind]] for kind in evaluations[0]}
     # Where captions may differ, training has drifted as far as it will by the last evaluation, whose loss is compared.
-    numbers = [evaluation.numbers for evaluation in evaluations] if bounds.captions else [evaluations[-1].numbers[:1]]
+    if not bounds.captions:
+        differences["evaluation"] = evaluations[-1]["evaluation"][:1]
+    largest = {kind: float(np.max(np.abs([0.0, *values]))) for kind, values in differences.items()}  # a NaN stays one
+    first = pairs[beyond[0]][1]["step"] if len(beyond) else None
     counts = _differing_counts(folder, case, len(measured))
-    result = CaseResult(
+    near = not counts and first is None and largest["evaluation"] <= bounds.evaluation
+    alike = largest["captions"] == 0 and largest["rouge"] <= bounds.evaluation
+    moved = largest["norm"] <= bounds.norm and largest["noise"] <= bounds.noise
+    return CaseResult(
         name=name,
         steps=len(pairs),
-        first_difference=pairs[beyond[0]][1]["step"] if len(beyond) else None,
+        first_difference=first,
         loss=float(losses.max()),
         learning_rate=float(rates.max()),
-        evaluation=_largest(*numbers),
-        rouge=_largest(*(evaluation.rouge for evaluation in evaluations)),
-        norm=_largest(*(evaluation.norms for evaluation in evaluations)),
-        noise=_largest(*(evaluation.noise for evaluation in evaluations)),
-        captions_equal=sum(evaluation.equal for evaluation in evaluations),
-        captions=sum(evaluation.captions for evaluation in evaluations),
+        evaluation=largest["evaluation"],
+        rouge=largest["rouge"],
+        norm=largest["norm"],
+        noise=largest["noise"],
+        captions_equal=differences["captions"].count(0),
+        captions=len(differences["captions"]),
         counts=counts,
-        passed=False,
+        passed=near and ((alike and moved) or not bounds.captions),
     )
-    near = not counts and result.first_difference is None and result.evaluation <= bounds.evaluation
-    alike = result.captions_equal == result.captions and result.rouge <= bounds.evaluation
-    moved = result.norm <= bounds.norm and result.noise <= bounds.noise
-    return replace(result, passed=near and ((alike and moved) or not bounds.captions))
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """Differences of one evaluation: of loss and length, of ROUGE, of parameters; captions that are equal."""
-
-    numbers: list[float]
-    rouge: list[float]
-    norms: list[float]
-    noise: list[float]
-    equal: int
-    captions: int
-
-
-def _compare_evaluation(folder: Path, rows: list[dict[str, Any]], expected: dict[str, Any]) -> _Evaluation:
+def _compare_evaluation(folder: Path, rows: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str, list[float]]:
+    """Differences of one evaluation: of loss and length, of ROUGE, of parameters; 0 or 1 for each caption."""
     prefix = "eval" if "eval_results" in expected else "test"
     place, step = folder / expected["dir"], expected["dir"].rpartition("_")[2]
-    evaluated = [row for row in rows if prefix in row]
-    found = next(row[prefix] for row in evaluated if not step or row["step"] == int(step))
+    found = next(row[prefix] for row in rows if prefix in row and (not step or row["step"] == int(step)))
     generations = json.loads((place / f"{prefix}_generation.json").read_text())
-    pairs = list(zip(generations, expected[f"{prefix}_generation"], strict=True))
-    norms = _norms(place) if "param_l2_norms" in expected else {}
-    recorded = expected.get("param_l2_norms", {})
-    assert set(norms) == set(recorded), "the parameter tree is another one"
-    return _Evaluation(
-        numbers=[found[kind] - expected[f"{prefix}_results"][f"{prefix}_{kind}"] for kind in ("loss", "gen_len")],
-        rouge=[found[kind] - mean for kind, mean in expected[f"{prefix}_rouge_exact_mean"].items()],
-        norms=[norms[path] / norm - 1 for path, norm in recorded.items() if norm > UNMOVED],
-        noise=[norms[path] - norm for path, norm in recorded.items() if norm <= UNMOVED],
-        equal=sum(ours == theirs for ours, theirs in pairs),
-        captions=len(pairs),
-    )
-
-
-def _largest(*differences: list[float]) -> float:
-    return float(np.max(np.abs([0.0, *chain.from_iterable(differences)])))  # a NaN stays one
+    norms, recorded = {}, expected.get("param_l2_norms", {})
+    if recorded:
+        params = serialization.msgpack_restore((place / "flax_model.msgpack").read_bytes())
+        for path, value in traverse_util.flatten_dict(params, sep="/").items():
+            norms[path] = float(np.linalg.norm(np.asarray(value, np.float64)))
+    assert norms.keys() == recorded.keys(), "the parameter tree is another one"
+    return {
+        "evaluation": [found[kind] - expected[f"{prefix}_results"][f"{prefix}_{kind}"] for kind in ("loss", "gen_len")],
+        "rouge": [found[kind] - mean for kind, mean in expected[f"{prefix}_rouge_exact_mean"].items()],
+        "norm": [norms[path] / norm - 1 for path, norm in recorded.items() if norm > UNMOVED],
+        "noise": [norms[path] - norm for path, norm in recorded.items() if norm <= UNMOVED],
+        "captions": [
+            ours != theirs for ours, theirs in zip(generations, expected[f"{prefix}_generation"], strict=True)
+        ],
+    }
 
 
 def _differing_counts(folder: Path, case: dict[str, Any], num_steps: int) -> tuple[str, ...]:
@@ -216,14 +205,6 @@ def _differing_counts(folder: Path, case: dict[str, Any], num_steps: int) -> tup
     return tuple(f"{what}: {ours}, not {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs)
 
 
-def _norms(folder: Path) -> dict[str, float]:
-    """Each parameter's L2 norm, by its path."""
-    params = traverse_util.flatten_dict(
-        serialization.msgpack_restore((folder / "flax_model.msgpack").read_bytes()), sep="/"
-    )
-    return {path: float(np.linalg.norm(np.asarray(value, np.float64))) for path, value in params.items()}
-
-
 def selftest(
     dtype: str | None = None, say: Callable[[str, CaseResult], None] = lambda way, result: None
 ) -> dict[str, list[CaseResult]]:
@@ -236,34 +217,23 @@ def selftest(
     Returns:
         Results by what they were computed in: `float32, highest` is the one that is judged.
     """
-    ways: dict[str, tuple[str, list[str]]] = {"float32, highest": ("highest", [])}
-    if jax.default_backend() != "cpu":
-        ways["float32, default"] = ("default", [])  # a CPU has one precision
+    ways: dict[str, tuple[str, list[str]]] = {JUDGED: ("highest", [])}
+    if jax.default_backend() != "cpu":  # a CPU has one precision
+        ways["float32, default"] = ("default", [])
     if dtype and dtype != "float32":
         ways[dtype] = ("default", ["--dtype", dtype])
-    results: dict[str, list[CaseResult]] = {}
-    with tempfile.TemporaryDirectory() as place, _quiet():
-        for way, (precision, flags) in ways.items():
-            results[way] = []
-            for name in CASES:
-                folder = Path(place) / way.replace(", ", "-") / name / "run"
-                with jax.default_matmul_precision(precision):
-                    result = run_case(name, folder, flags=flags)
-                say(way, result)
-                results[way].append(result)
-    return results
-
-
-JUDGED = "float32, highest"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level, log.level = log.level, logging.ERROR
+    results: dict[str, list[CaseResult]] = {way: [] for way in ways}
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
-        yield
+        for way, (precision, flags) in ways.items():
+            for name in CASES:
+                with tempfile.TemporaryDirectory() as place, jax.default_matmul_precision(precision):
+                    results[way].append(run_case(name, Path(place) / "run", flags=flags))
+                say(way, results[way][-1])
     finally:
-        log.level = level
+        log.setLevel(level)
+    return results
 
 
 def as_json(results: dict[str, list[CaseResult]]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ LAYERS = {
     "foundation": {"foundation"},
     "data": {"foundation", "data"},
     "models": {"foundation", "data", "models"},
-    "training": {"foundation", "data", "models", "training"},
-    "evaluation": {"foundation", "data", "models", "training", "evaluation"},
+    "training": {"foundation", "data", "training"},
+    "evaluation": {"foundation", "data", "evaluation"},
     "reporting": {"foundation", "data", "models", "training", "evaluation", "reporting"},
-    "recipes": {"foundation", "recipes"},
+    "recipes": {"foundation"},
 }
 FOUNDATION = {"errors", "masking", "progress_bar", "protocol", "provenance", "__init__", "__version__", "__doc__"}
 COMMANDS = {

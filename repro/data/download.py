@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -57,11 +57,8 @@ Source: sizes and checksums on which several public download scripts agree.
 """
 
 
-class _Interrupted(Exception):
-    """What may pass: the connection broke, or the server is busy."""
-
-
-TEMPORARY = (_Interrupted, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+class _Interrupted(requests.ConnectionError):
+    """What may pass, too: the server is busy, or sent less than it said."""
 
 
 def download_coco(
@@ -139,18 +136,13 @@ def _fetch_patiently(url: str, part: Path, *, size: int | None, progress: bool) 
         before = _size(part)
         try:
             return _fetch(url, part, size=size, progress=progress)
-        except (
-            _Interrupted,
-            requests.ConnectionError,
-            requests.Timeout,
-            requests.exceptions.ChunkedEncodingError,
-        ) as e:
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             failures = 0 if _size(part) > before else failures + 1
             if failures > RETRIES:
                 raise InputError(
-                    f"{url}: gave up after {failures} attempts ({e}); the {_size(part):,} bytes that have arrived are"
-                    " kept, and the next run goes on from there. Try again later, or another --base_url."
-                ) from e
+                    f"{url}: gave up after {failures} attempts ({error}); the {_size(part):,} bytes that have arrived"
+                    " are kept, and the next run goes on from there. Try again later, or another --base_url."
+                ) from error
             time.sleep(min(2.0**failures, LONGEST_PAUSE))
 
 
@@ -159,13 +151,13 @@ def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
     # A compressed transfer could not be resumed by counting bytes.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
-        status = response.status_code
+        status, answer = response.status_code, f"the server answers {response.status_code} {response.reason}"
         if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # all of it is there, or more than all of it: the check says which
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise _Interrupted(f"the server answers {status} {response.reason}")
+            raise _Interrupted(answer)
         if not response.ok:
-            raise InputError(f"{url}: the server answers {status} {response.reason}; check --base_url.")
+            raise InputError(f"{url}: {answer}; check --base_url.")
         resumes = status == HTTPStatus.PARTIAL_CONTENT
         sent = response.headers.get("Content-Range", "")
         if resumes and not sent.startswith(f"bytes {start}-"):
@@ -175,12 +167,13 @@ def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
             )
         start = start if resumes else 0
         total = start + int(response.headers.get("Content-Length", 0)) or size
-        if total:
-            _check_room(part, total - start, url)
-        with (
-            part.open("ab" if resumes else "wb") as opened,
-            _bar(part.stem, progress, total=total, initial=start) as bar,
-        ):
+        free = shutil.disk_usage(part.parent).free
+        if total and total - start > free:
+            raise InputError(
+                f"{url}: {total - start:,} bytes are to come and {part.parent} has room for {free:,}; make room first."
+            )
+        bar = _bar(part.stem, progress, total=total, initial=start)
+        with part.open("ab" if resumes else "wb") as opened, bar:
             for chunk in response.iter_content(CHUNK):
                 opened.write(chunk)
                 bar.update(len(chunk))
@@ -190,12 +183,11 @@ def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
 
 def _check(path: Path, file: RemoteFile, *, source: str | None = None, progress: bool) -> None:
     """Hold a file against its published size and MD5; a partial one that fails is removed, for it cannot be mended."""
-    problem = None
     if file.size is not None and _size(path) != file.size:
         problem = f"has {_size(path):,} bytes instead of {file.size:,}"
     elif file.md5 is not None and (found := _md5(path, progress=progress)) != file.md5:
         problem = f"has the MD5 {found} instead of {file.md5}"
-    if problem is None:
+    else:
         return
     if source is None:
         raise InputError(f"{path}: {problem}; remove it, and run again to get it anew.")
@@ -215,14 +207,6 @@ def _md5(path: Path, *, progress: bool) -> str:
     return digest.hexdigest()
 
 
-def _check_room(part: Path, needed: int, url: str) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if needed > free:
-        raise InputError(
-            f"{url}: {needed:,} bytes are to come and {part.parent} has room for {free:,}; make room first."
-        )
-
-
 def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Sequence[str], progress: bool) -> Path:
     """Make the first images of a split, and an annotation file that knows no others."""
     part, folder = SPLIT_NAMES[split] + YEAR, archive.parent
@@ -236,17 +220,13 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
             raise InputError(f"{archive}: the image name {name!r} leads out of {part}/; get the file again.")
     target = folder / part
     target.mkdir(exist_ok=True)
-    fetch: Callable[[str], Path] = lambda name: download(  # noqa: E731
-        RemoteFile(f"{part}/{name}"), target, base_urls=base_urls, progress=False
-    )
-    missing = [name for name in names if not (target / name).exists()]
-    with ThreadPoolExecutor(PARALLEL_IMAGES) as pool:
+    fetch = partial(download, folder=target, base_urls=base_urls, progress=False)
+    missing = [RemoteFile(f"{part}/{name}") for name in names if not (target / name).exists()]
+    bar = progress_bar(progress=progress, total=len(missing), desc=part, unit="image", leave=False)
+    with ThreadPoolExecutor(PARALLEL_IMAGES) as pool, bar:
         try:
-            arriving = pool.map(fetch, missing)
-            for _ in progress_bar(
-                arriving, progress=progress, total=len(missing), desc=part, unit="image", leave=False
-            ):
-                pass
+            for _ in pool.map(fetch, missing):
+                bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # or an interrupted run would first finish all that is queued
             raise

@@ -15,14 +15,7 @@ from uuid import uuid4
 import PIL
 
 from repro.data import scenes as scene_rules
-from repro.data.scenes import (
-    CAPTIONS_PER_SCENE,
-    Item,
-    Scene,
-    describe_scene,
-    draw_scene,
-    sample_scene,
-)
+from repro.data.scenes import CAPTIONS_PER_SCENE, Item, Scene, describe_scene, draw_scene, sample_scene
 from repro.errors import InputError
 
 YEAR = 2017
@@ -31,13 +24,7 @@ MIN_IMAGE_SIZE = 16
 
 
 def render_pocket(
-    data_dir: str | Path,
-    *,
-    num_train: int,
-    num_val: int,
-    num_test: int = 0,
-    image_size: int,
-    seed: int,
+    data_dir: str | Path, *, num_train: int, num_val: int, num_test: int = 0, image_size: int, seed: int
 ) -> None:
     """Write scenes, captions and true attributes as a COCO 2017 folder, unless it is there already.
 
@@ -63,13 +50,8 @@ def render_pocket(
         )
     target = Path(data_dir).absolute()
     num_images = {"train": num_train, "val": num_val, "test": num_test}
-    settings = {
-        **num_images,
-        "image_size": image_size,
-        "seed": seed,
-        "source": _source_hash(),
-        "pillow": PIL.__version__,
-    }
+    settings: dict[str, Any] = {**num_images, "image_size": image_size, "seed": seed}
+    settings |= {"source": _source_hash(), "pillow": PIL.__version__}
     marker = target / "pocket.json"
     if marker.is_file() and json.loads(marker.read_text()) == settings:
         return
@@ -105,8 +87,7 @@ def read_scenes(data_dir: str | Path, split: str) -> dict[int, Scene]:
     path = Path(data_dir) / "annotations" / f"scenes_{split}{YEAR}.json"
     return {
         row["image_id"]: Scene(
-            tuple(Item(**{**item, "centre": tuple(item["centre"])}) for item in row["objects"]),
-            row["background"],
+            tuple(Item(**item | {"centre": tuple(item["centre"])}) for item in row["objects"]), row["background"]
         )
         for row in json.loads(path.read_text())
     }
@@ -129,29 +110,17 @@ def _sample_splits(num_images: dict[str, int], rng: random.Random) -> dict[str, 
 
 
 def _write_split(
-    folder: Path,
-    split: str,
-    scenes: Sequence[Scene],
-    first_image_id: int,
-    image_size: int,
-    rng: random.Random,
+    folder: Path, split: str, scenes: Sequence[Scene], first_image_id: int, image_size: int, rng: random.Random
 ) -> None:
     """Write a split's pictures, and its annotations in COCO's order: not grouped by image."""
-    (folder / f"{split}{YEAR}").mkdir()
+    pictures = folder / f"{split}{YEAR}"
+    pictures.mkdir()
     images: list[dict[str, Any]] = []
     captions: list[tuple[int, str]] = []
     for image_id, scene in enumerate(scenes, first_image_id):
-        file_name = f"{image_id:012d}.jpg"
-        draw_scene(scene, image_size).save(folder / f"{split}{YEAR}" / file_name, quality=JPEG_QUALITY, subsampling=0)
-        images.append(
-            {
-                "license": 1,
-                "file_name": file_name,
-                "height": image_size,
-                "width": image_size,
-                "id": image_id,
-            }
-        )
+        name = f"{image_id:012d}.jpg"
+        draw_scene(scene, image_size).save(pictures / name, quality=JPEG_QUALITY, subsampling=0)
+        images.append({"license": 1, "file_name": name, "height": image_size, "width": image_size, "id": image_id})
         captions += [(image_id, caption) for caption in describe_scene(scene, rng)]
     rng.shuffle(captions)
     first_caption_id = (first_image_id - 1) * CAPTIONS_PER_SCENE + 1
@@ -164,13 +133,12 @@ def _write_split(
         {"image_id": image_id, "id": caption_id, "caption": caption}
         for caption_id, (image_id, caption) in enumerate(captions, first_caption_id)
     ]
-    truth = [{"image_id": image["id"], **asdict(scene)} for image, scene in zip(images, scenes, strict=True)]
-    folder = folder / "annotations"
-    if split == "test":
-        _write_json(folder / f"image_info_test{YEAR}.json", {**header, "categories": []})
-    else:
-        _write_json(folder / f"captions_{split}{YEAR}.json", {**header, "annotations": annotations})
-    _write_json(folder / f"scenes_{split}{YEAR}.json", truth)
+    kind, content = (
+        ("image_info", {"categories": []}) if split == "test" else ("captions", {"annotations": annotations})
+    )
+    _write_json(folder / "annotations" / f"{kind}_{split}{YEAR}.json", header | content)
+    truth = [{"image_id": image_id, **asdict(scene)} for image_id, scene in enumerate(scenes, first_image_id)]
+    _write_json(folder / "annotations" / f"scenes_{split}{YEAR}.json", truth)
 
 
 def _write_json(path: Path, value: object) -> None:

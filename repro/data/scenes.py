@@ -41,11 +41,7 @@ COLOURS: dict[str, RGB] = {
     "purple": (140, 40, 170),
     "orange": (250, 130, 20),
 }
-BACKGROUNDS: dict[str, RGB] = {
-    "white": (248, 248, 248),
-    "grey": (160, 160, 160),
-    "black": (15, 15, 15),
-}
+BACKGROUNDS: dict[str, RGB] = {"white": (248, 248, 248), "grey": (160, 160, 160), "black": (15, 15, 15)}
 SIZES: dict[str, float] = {"big": 0.20, "small": 0.14}  # radius, in image sides
 POSITIONS: dict[str, Point] = {  # centre, in image sides
     "top left": (0.25, 0.25),
@@ -106,8 +102,7 @@ class Scene:
 
     def attributes(self) -> frozenset[tuple[str, ...]]:
         """All that captions can state of the scene: two scenes are the same if this is equal."""
-        seen = {(item.shape, item.colour, item.size, item.position) for item in self.objects}
-        return frozenset({(self.background,), *seen})
+        return frozenset({(self.background,), *((i.shape, i.colour, i.size, i.position) for i in self.objects)})
 
     def in_words(self) -> str:
         """All that the scene holds, for people to read."""
@@ -145,10 +140,8 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(image)
     for item in scene.objects:
-        radius = SIZES[item.size]
-        corners = [
-            (side * (item.centre[0] + radius * x), side * (item.centre[1] + radius * y)) for x, y in SHAPES[item.shape]
-        ]
+        (left, top), radius = item.centre, SIZES[item.size]
+        corners = [(side * (left + radius * x), side * (top + radius * y)) for x, y in SHAPES[item.shape]]
         pen.polygon(corners, fill=COLOURS[item.colour])
     return image.reduce(SUPERSAMPLING)
 

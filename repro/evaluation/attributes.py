@@ -7,28 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from repro.data.scenes import (
-    ANY_SHAPE,
-    BACKGROUNDS,
-    COLOURS,
-    COUNT_WORDS,
-    POSITIONS,
-    RELATIONS,
-    SHAPES,
-    SIZE_WORDS,
-    Item,
-    Scene,
-)
+from repro.data import scenes as rules
+from repro.data.scenes import Item, Scene
 
 KINDS = ("colour", "shape", "count", "size", "position", "relation", "background")
 
-_COLOURS = {*COLOURS, *BACKGROUNDS}
-_SIZES = {word: size for size, words in SIZE_WORDS.items() for word in words}
+_COLOURS = {*rules.COLOURS, *rules.BACKGROUNDS}
+_SIZES = {word: size for size, words in rules.SIZE_WORDS.items() for word in words}
 _NOUNS: dict[str, str | None] = {
-    **{shape + plural: shape for shape in SHAPES for plural in ("", "s")},
-    **dict.fromkeys(ANY_SHAPE),
+    **{shape + plural: shape for shape in rules.SHAPES for plural in ("", "s")},
+    **dict.fromkeys(rules.ANY_SHAPE),
 }
-_SIDES = {side: side for position in POSITIONS for side in position.split()} | {"middle": "centre"}
+_SIDES = {side: side for position in rules.POSITIONS for side in position.split()} | {"middle": "centre"}
 
 
 def _any_of(words: Iterable[str]) -> str:
@@ -36,9 +26,9 @@ def _any_of(words: Iterable[str]) -> str:
 
 
 _BACKGROUND = re.compile(rf"(?:\b(?:on|against) )?(?:\ba )?({_any_of(_COLOURS)}) background\b")
-_BREAK = re.compile(f"({_any_of([*RELATIONS, 'and', 'with'])}|,)")
+_BREAK = re.compile(f"({_any_of([*rules.RELATIONS, 'and', 'with'])}|,)")
 # "a red blue star" is read as "a red" and "blue star": nothing that is said goes unjudged.
-_PHRASE = re.compile("".join(f"(?:({_any_of(words)}) ?)?" for words in (COUNT_WORDS, _SIZES, _COLOURS, _NOUNS)))
+_PHRASE = re.compile("".join(f"(?:({_any_of(words)}) ?)?" for words in (rules.COUNT_WORDS, _SIZES, _COLOURS, _NOUNS)))
 _SIDE = re.compile(_any_of(_SIDES))
 
 
@@ -82,7 +72,7 @@ def mentioned(caption: str) -> Claims:
     relations: list[tuple[Phrase, str, Phrase]] = []
     for joint, clause in zip(["", *clauses[1::2]], clauses[::2], strict=True):
         new = _phrases(clause)
-        if joint in RELATIONS:
+        if joint in rules.RELATIONS:
             if phrases and new:
                 relations.append((phrases[-1], joint, new[0]))
             elif len(phrases) > 1:
@@ -94,7 +84,7 @@ def mentioned(caption: str) -> Claims:
 def _phrases(clause: str) -> list[Phrase]:
     sides = frozenset(_SIDES[side] for side in _SIDE.findall(clause))
     return [
-        Phrase(_NOUNS.get(noun), colour or None, COUNT_WORDS.get(count), _SIZES.get(size), sides)
+        Phrase(_NOUNS.get(noun), colour or None, rules.COUNT_WORDS.get(count), _SIZES.get(size), sides)
         for count, size, colour, noun in _PHRASE.findall(clause)
         if colour or noun
     ]
@@ -124,7 +114,7 @@ def judge(claims: Claims, scene: Scene) -> list[tuple[str, bool]]:
         if phrase.sides:
             told.append(("position", _all_lie(objects, phrase.sides)))
     for subject, relation, reference in claims.relations:
-        here, there = RELATIONS[relation]
+        here, there = rules.RELATIONS[relation]
         apart = _all_lie(subject.objects(scene), {here})
         told.append(("relation", apart and _all_lie(reference.objects(scene), {there})))
     told += [("background", background == scene.background) for background in claims.backgrounds]

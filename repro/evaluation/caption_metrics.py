@@ -36,12 +36,10 @@ class CaptionScores:
 
     Attributes:
         means: `bleu1` to `bleu4`, 0 to 1, of the whole set, and `cider`, CIDEr-D, 0 to 10.
-        cider_of: CIDEr-D of each image.
         tokenizer: `ptb` or `split_words`.
     """
 
     means: dict[str, float]
-    cider_of: dict[str, float]
     tokenizer: str
 
 
@@ -76,9 +74,9 @@ def caption_scores(
     generated = tokenize({image: [caption] for image, caption in captions.items()})
     wanted = tokenize(references)
     bleu, _ = Bleu(NGRAMS).compute_score(wanted, generated, verbose=0)
-    cider, of_each = Cider().compute_score(wanted, generated)
+    cider, _ = Cider().compute_score(wanted, generated)
     means = {f"bleu{n}": float(value) for n, value in enumerate(bleu, 1)} | {"cider": float(cider)}
-    return CaptionScores(means, dict(zip(wanted, map(float, of_each), strict=True)), tokenizer)
+    return CaptionScores(means, tokenizer)
 
 
 def check_installed() -> None:

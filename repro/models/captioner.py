@@ -15,7 +15,7 @@ import numpy as np
 from repro.errors import InputError
 from repro.models.beam_search import Captions, beam_search, check_beams
 from repro.models.gpt2 import GPT2, Cache, Memory, start_cache
-from repro.models.layers import ACTIVATIONS
+from repro.models.layers import ACTIVATIONS, Part
 from repro.models.vit import ViT
 from repro.protocol import StopRule
 
@@ -68,16 +68,14 @@ def check_config(config: Any) -> None:
             )
 
 
-class VisionEncoderDecoder(nn.Module):
+class VisionEncoderDecoder(Part):
     """An image encoder whose states a text decoder attends to, projected where their widths differ.
 
     Attributes:
         config: a `VisionEncoderDecoderConfig` of a ViT and a GPT-2.
-        dtype: type of the computation; parameters are float32.
         remat: trade time for memory in training, layer by layer.
     """
 
-    config: Any
     dtype: Any = jnp.float32
     remat: bool = False
 

@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from repro.models.layers import ACTIVATIONS, LayerNorm, attend, by_rows, merge_heads, split_heads, times_transposed
+from repro.models.layers import ACTIVATIONS, LayerNorm, Part, attend, by_rows, split_heads, times_transposed
 
 INIT_STDDEV = 0.02
 """Of the projections' kernels, whatever the configuration says: FlaxGPT2's."""
@@ -62,15 +62,13 @@ class Conv1D(nn.Module):
         return by_rows(lambda rows: times_transposed(rows, kernel) + bias, inputs)
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Attention to the tokens so far, or with `cross` to the encoder's states.
 
     Attributes:
         layer: its number, from 0, by which `scale_attn_by_inverse_layer_idx` scales.
     """
 
-    config: Any
-    dtype: Any
     layer: int
     cross: bool = False
 
@@ -116,17 +114,14 @@ class Attention(nn.Module):
             dropout_rate=config.attn_pdrop,
             dropout_key=self.make_rng("dropout") if drops else None,
         )
-        return self.resid_dropout(self.c_proj(merge_heads(attended)), deterministic=deterministic)
+        return self.resid_dropout(self.c_proj(attended), deterministic=deterministic)
 
     def _heads(self, states: jax.Array) -> jax.Array:
         return split_heads(states, self.config.num_attention_heads)
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """Two projections with an activation between them, [B,T,D] to [B,T,D]."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
@@ -137,16 +132,14 @@ class MLP(nn.Module):
         return nn.Dropout(config.resid_pdrop, name="dropout")(states, deterministic=deterministic)
 
 
-class Block(nn.Module):
+class Block(Part):
     """Self-attention, cross-attention and MLP, each normalized before and added after."""
 
-    config: Any
-    dtype: Any
     layer: int
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
-        self.ln_1, self.ln_cross_attn, self.ln_2 = (_layer_norm(config, dtype) for _ in range(3))
+        self.ln_1, self.ln_cross_attn, self.ln_2 = (LayerNorm(config.layer_norm_epsilon, dtype) for _ in range(3))
         self.attn = Attention(config, dtype, self.layer)
         self.crossattention = Attention(config, dtype, self.layer, cross=True)
         self.mlp = MLP(config, dtype)
@@ -183,11 +176,9 @@ class Block(nn.Module):
         return states + self.mlp(self.ln_2(states), deterministic=deterministic)
 
 
-class Blocks(nn.Module):
+class Blocks(Part):
     """The blocks, under their numbers."""
 
-    config: Any
-    dtype: Any
     remat: bool
 
     def setup(self) -> None:
@@ -219,11 +210,9 @@ class Blocks(nn.Module):
         return states, tuple(following)
 
 
-class Transformer(nn.Module):
+class Transformer(Part):
     """Tokens to normalized states."""
 
-    config: Any
-    dtype: Any
     remat: bool
 
     def setup(self) -> None:
@@ -234,7 +223,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embed(config.max_position_embeddings, width, embedding_init=embedding_init, dtype=dtype)
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.h = Blocks(config, dtype, self.remat)
-        self.ln_f = _layer_norm(config, dtype)
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, dtype)
 
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array, encoder_states: jax.Array, deterministic: bool
@@ -270,16 +259,14 @@ class Transformer(nn.Module):
         return self.ln_f(states), Cache(cache.memory, past, ancestors)
 
 
-class GPT2(nn.Module):
+class GPT2(Part):
     """Tokens and an encoder's states to next-token logits.
 
     Attributes:
         config: a `GPT2Config`.
-        dtype: type of the computation.
         remat: compute each block's activations again in the backward pass instead of keeping them.
     """
 
-    config: Any
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -291,12 +278,7 @@ class GPT2(nn.Module):
             self.lm_head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=kernel_init)
 
     def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array,
-        encoder_states: jax.Array,
-        *,
-        deterministic: bool = True,
+        self, input_ids: jax.Array, attention_mask: jax.Array, encoder_states: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
         """int32[B,T] twice and [B,N,E] to logits [B,T,V]."""
         return self._logits(self.transformer(input_ids, attention_mask, encoder_states, deterministic))
@@ -343,7 +325,3 @@ def start_cache(memory: Memory, *, num_beams: int, max_length: int) -> Cache:
 
     ancestors = jnp.zeros((len(memory[0].value), num_beams, max_length), jnp.int32)
     return Cache(memory, tuple(empty(known) for known in memory), ancestors)
-
-
-def _layer_norm(config: Any, dtype: Any) -> LayerNorm:
-    return LayerNorm(config.layer_norm_epsilon, dtype)

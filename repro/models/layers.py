@@ -49,6 +49,18 @@ ACTIVATIONS: dict[str, Elementwise] = {
 """By their names in Hugging Face configurations."""
 
 
+class Part(nn.Module):
+    """A part of a model.
+
+    Attributes:
+        config: a configuration of transformers, such as a `ViTConfig`.
+        dtype: type of the computation; parameters are float32.
+    """
+
+    config: Any
+    dtype: Any
+
+
 class LayerNorm(nn.Module):
     """Layer normalization over the last axis with statistics in float32 (Ba et al. 2016).
 
@@ -119,12 +131,6 @@ def split_heads(values: jax.Array, num_heads: int) -> jax.Array:
     return values.reshape(batch, length, num_heads, width // num_heads).swapaxes(1, 2)
 
 
-def merge_heads(values: jax.Array) -> jax.Array:
-    """Join heads, [B,H,T,D] to [B,T,H*D]."""
-    batch, heads, length, depth = values.shape
-    return values.swapaxes(1, 2).reshape(batch, length, heads * depth)
-
-
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -136,7 +142,7 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Average the values that each query attends to.
+    """Average the values that each query attends to, and join the heads.
 
     Args:
         query: [B,H,Q,D]
@@ -149,7 +155,7 @@ def attend(
         dropout_key: none for no dropout.
 
     Returns:
-        [B,H,Q,D] in the values' type.
+        [B,Q,H*D] in the values' type.
 
     Source: Vaswani et al. 2017, section 3.2; `flax.linen.dot_product_attention_weights` for the shape of dropout.
     """
@@ -158,10 +164,11 @@ def attend(
     if dropout_key is not None and dropout_rate > 0:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, (query.shape[2], value.shape[2]))
         factors = kept / (1 - dropout_rate)
-    value_type = value.dtype
     if upcast:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-    return _attend(query * jnp.asarray(scale, query.dtype), key, value, mask, factors).astype(value_type)
+    attended = _attend(query * jnp.asarray(scale, query.dtype), key, value, mask, factors).astype(value.dtype)
+    batch, heads, length, depth = attended.shape
+    return attended.swapaxes(1, 2).reshape(batch, length, heads * depth)
 
 
 @jax.custom_vjp

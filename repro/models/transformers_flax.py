@@ -49,13 +49,12 @@ class FlaxClassCaptioner:
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """See `NativeCaptioner.logits`."""
-        length = decoder_input_ids.shape[-1]
         outputs: Any = self.model.module.apply(
             {"params": params},
             normalize(pixels, self.pixel_table, self.model.dtype),
             decoder_input_ids,
             decoder_attention_mask,
-            jnp.broadcast_to(jnp.arange(length), decoder_input_ids.shape),
+            jnp.broadcast_to(jnp.arange(decoder_input_ids.shape[-1]), decoder_input_ids.shape),
             deterministic=dropout_key is None,
             rngs={} if dropout_key is None else {"dropout": dropout_key},
         )
@@ -70,12 +69,11 @@ class FlaxClassCaptioner:
         self, params: Params, memory: jax.Array, decoder_input_ids: jax.Array, decoder_attention_mask: jax.Array
     ) -> jax.Array:
         """See `NativeCaptioner.decode`."""
-        length = decoder_input_ids.shape[-1]
         outputs: Any = self.model.module.apply(
             {"params": params},
             decoder_input_ids,
             decoder_attention_mask,
-            jnp.broadcast_to(jnp.arange(length), decoder_input_ids.shape),
+            jnp.broadcast_to(jnp.arange(decoder_input_ids.shape[-1]), decoder_input_ids.shape),
             memory,
             method=_decode,
         )
@@ -105,15 +103,8 @@ class FlaxClassCaptioner:
             )
             return outputs.logits[:, -1].reshape(rows, beams, -1), (states, following["cache"])
 
-        return search(
-            self,
-            decode_step,
-            (states, past),
-            batch_size=len(memory),
-            max_length=max_length,
-            num_beams=num_beams,
-            **settings,
-        )
+        sizes: dict[str, Any] = {"batch_size": len(memory), "max_length": max_length, "num_beams": num_beams}
+        return search(self, decode_step, (states, past), **sizes, **settings)
 
 
 def _decode(

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repro.models.layers import ACTIVATIONS, LayerNorm, attend, by_rows, merge_heads, split_heads
+from repro.models.layers import ACTIVATIONS, LayerNorm, Part, attend, by_rows, split_heads
 
 
 def weight_init(config: Any) -> jax.nn.initializers.Initializer:
@@ -19,11 +19,19 @@ def weight_init(config: Any) -> jax.nn.initializers.Initializer:
     return nn.initializers.variance_scaling(config.initializer_range**2, "fan_in", "truncated_normal")
 
 
-class PatchEmbeddings(nn.Module):
-    """Project each patch of [B,S,S,C] to [B,N-1,D]."""
+class ViTPart(Part):
+    """A part of the encoder, which makes layers with FlaxViTModel's initial weights."""
 
-    config: Any
-    dtype: Any
+    def dense(self, features: int, name: str = "dense", *, use_bias: bool = True) -> nn.Dense:
+        init = weight_init(self.config)
+        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=init, name=name)
+
+    def layer_norm(self, name: str) -> LayerNorm:
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, name=name)
+
+
+class PatchEmbeddings(ViTPart):
+    """Project each patch of [B,S,S,C] to [B,N-1,D]."""
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
@@ -37,11 +45,8 @@ class PatchEmbeddings(nn.Module):
         )
 
 
-class PatchProjection(nn.Module):
+class PatchProjection(ViTPart):
     """A dense layer that keeps its kernel in a convolution's shape, [patch,patch,C,D]."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, patches: jax.Array) -> jax.Array:
@@ -53,11 +58,8 @@ class PatchProjection(nn.Module):
         return by_rows(lambda rows: rows @ kernel.reshape(-1, shape[-1]) + bias, patches)
 
 
-class Embeddings(nn.Module):
+class Embeddings(ViTPart):
     """Patches with a class token before them and a position added to each: [B,S,S,C] to [B,N,D]."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array, *, deterministic: bool) -> jax.Array:
@@ -71,56 +73,39 @@ class Embeddings(nn.Module):
         return nn.Dropout(config.hidden_dropout_prob, name="dropout")(states, deterministic=deterministic)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(ViTPart):
     """Every position attends to all, [B,N,D] to [B,N,D]."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
         config = self.config
 
         def project(name: str) -> jax.Array:
-            layer = nn.Dense(
-                config.hidden_size,
-                use_bias=config.qkv_bias,
-                dtype=self.dtype,
-                kernel_init=weight_init(config),
-                name=name,
-            )
+            layer = self.dense(config.hidden_size, name, use_bias=config.qkv_bias)
             return split_heads(by_rows(layer, states), config.num_attention_heads)
 
         dropout_rate = config.attention_probs_dropout_prob
         drops = not deterministic and dropout_rate > 0
-        return merge_heads(
-            attend(
-                project("query"),
-                project("key").mT,
-                project("value"),
-                dropout_rate=dropout_rate,
-                dropout_key=self.make_rng("dropout") if drops else None,
-            )
+        return attend(
+            project("query"),
+            project("key").mT,
+            project("value"),
+            dropout_rate=dropout_rate,
+            dropout_key=self.make_rng("dropout") if drops else None,
         )
 
 
-class Output(nn.Module):
+class Output(ViTPart):
     """Back to the model's width, with dropout: [B,N,F] to [B,N,D]."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
-        states = by_rows(_dense(self.config.hidden_size, self), states)
+        states = by_rows(self.dense(self.config.hidden_size), states)
         return nn.Dropout(self.config.hidden_dropout_prob, name="dropout")(states, deterministic=deterministic)
 
 
-class Attention(nn.Module):
+class Attention(ViTPart):
     """Self-attention and its output projection."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
@@ -128,39 +113,32 @@ class Attention(nn.Module):
         return Output(self.config, self.dtype, name="output")(states, deterministic=deterministic)
 
 
-class Intermediate(nn.Module):
+class Intermediate(ViTPart):
     """The activation of the MLP: [B,N,D] to [B,N,F]."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, states: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.config.hidden_act](by_rows(_dense(self.config.intermediate_size, self), states))
+        return ACTIVATIONS[self.config.hidden_act](by_rows(self.dense(self.config.intermediate_size), states))
 
 
-class Layer(nn.Module):
+class Layer(ViTPart):
     """Attention and MLP, each normalized before and added after: [B,N,D] to [B,N,D]."""
 
-    config: Any
-    dtype: Any
     deterministic: bool
 
     @nn.compact
     def __call__(self, states: jax.Array) -> jax.Array:
         config, deterministic = self.config, self.deterministic
-        normalized = _layer_norm(self, "layernorm_before")(states)
+        normalized = self.layer_norm("layernorm_before")(states)
         states += Attention(config, self.dtype, name="attention")(normalized, deterministic=deterministic)
-        normalized = _layer_norm(self, "layernorm_after")(states)
+        normalized = self.layer_norm("layernorm_after")(states)
         activations = Intermediate(config, self.dtype, name="intermediate")(normalized)
         return states + Output(config, self.dtype, name="output")(activations, deterministic=deterministic)
 
 
-class Layers(nn.Module):
+class Layers(ViTPart):
     """The layers one after another, under their numbers."""
 
-    config: Any
-    dtype: Any
     remat: bool
 
     @nn.compact
@@ -171,11 +149,9 @@ class Layers(nn.Module):
         return states
 
 
-class Encoder(nn.Module):
+class Encoder(ViTPart):
     """A level of names, which FlaxViTModel has."""
 
-    config: Any
-    dtype: Any
     remat: bool
 
     @nn.compact
@@ -183,27 +159,22 @@ class Encoder(nn.Module):
         return Layers(self.config, self.dtype, self.remat, name="layer")(states, deterministic=deterministic)
 
 
-class Pooler(nn.Module):
+class Pooler(ViTPart):
     """FlaxViTModel's head on the class token, [B,N,D] to [B,P]; a captioner has its weights but not its output."""
-
-    config: Any
-    dtype: Any
 
     @nn.compact
     def __call__(self, states: jax.Array) -> jax.Array:
-        return nn.tanh(_dense(self.config.pooler_output_size, self)(states[:, 0]))
+        return nn.tanh(self.dense(self.config.pooler_output_size)(states[:, 0]))
 
 
-class ViT(nn.Module):
+class ViT(ViTPart):
     """Normalized pixels to one state for the class token and each patch.
 
     Attributes:
         config: a `ViTConfig`.
-        dtype: type of the computation.
         remat: compute each layer's activations again in the backward pass instead of keeping them.
     """
 
-    config: Any
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -213,15 +184,7 @@ class ViT(nn.Module):
         config, dtype = self.config, self.dtype
         states = Embeddings(config, dtype, name="embeddings")(pixel_values, deterministic=deterministic)
         states = Encoder(config, dtype, self.remat, name="encoder")(states, deterministic=deterministic)
-        states = _layer_norm(self, "layernorm")(states)
+        states = self.layer_norm("layernorm")(states)
         if self.is_initializing():
             Pooler(config, dtype, name="pooler")(states)
         return states
-
-
-def _dense(features: int, parent: Any) -> nn.Dense:
-    return nn.Dense(features, dtype=parent.dtype, kernel_init=weight_init(parent.config), name="dense")
-
-
-def _layer_norm(parent: Any, name: str) -> LayerNorm:
-    return LayerNorm(parent.config.layer_norm_eps, parent.dtype, name=name)

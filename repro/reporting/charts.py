@@ -2,7 +2,7 @@
 
 The plot is an inner SVG in its own coordinates, 0 to `SIDE` each way, which is stretched; lines keep their width by
 `vector-effect`. Everything that must not be stretched, which is text and rules, is placed outside it by percentages. No
-text reaches the markup but through `escape`, and there are no style attributes, which the page's policy forbids.
+text reaches the markup but through `Markup.format`, and there are no style attributes, which the page's policy forbids.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 SIDE = 10_000
 COLOURS = 6
@@ -56,7 +56,6 @@ class Published:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,21 +105,14 @@ def thinned(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
     missing = -len(x) % size
     x = np.pad(np.asarray(x, float), (0, missing), mode="edge").reshape(-1, size)
     y = np.pad(np.asarray(y, float), (0, missing), constant_values=np.nan).reshape(-1, size)
-    finite = np.isfinite(y)
-    kept = finite.any(axis=1)
-    x, y, finite = x[kept], y[kept], finite[kept]
-    mean = np.where(finite, y, 0.0).sum(axis=1) / finite.sum(axis=1)
-    return x[:, -1], mean, np.where(finite, y, np.inf).min(axis=1), np.where(finite, y, -np.inf).max(axis=1)
+    kept = np.isfinite(y).any(axis=1)
+    x, y = x[kept], np.where(np.isfinite(y), y, np.nan)[kept]
+    return x[:, -1], np.nanmean(y, axis=1), np.nanmin(y, axis=1), np.nanmax(y, axis=1)
 
 
-def bucket_size(longest: int) -> int:
-    """How many neighbours are averaged so that the longest line has at most `POINTS`."""
-    return max(-(-longest // POINTS), 1)
-
-
-def nice_ticks(low: float, high: float, count: int = TICKS) -> list[float]:
-    """Round numbers within a range, about `count` of them."""
-    raw = (high - low) / max(count - 1, 1)
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a range, about `TICKS` of them."""
+    raw = (high - low) / (TICKS - 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -141,33 +133,26 @@ def number(value: float) -> str:
 
 def draw(chart: Chart) -> Drawn:
     """Draw a chart of at least one finite value."""
-    low, high = _limits(chart)
-    x_range, y_range = (0.0, float(chart.last_x)), (low, high)
-    bands = len(chart.lines) <= BANDS
-    inner = Markup("").join(
-        [
-            *(_line(line, x_range, y_range, banded=bands) for line in chart.lines),
-            *(_published(found, x_range, y_range) for found in chart.published),
-        ]
-    )
-    axes = Markup("").join([*_rules(y_range), *_columns(x_range)])
+    axes = _Axes((0.0, float(chart.last_x)), _limits(chart))
+    banded = len(chart.lines) <= BANDS
+    curves = [_line(line, axes, banded=banded) for line in chart.lines]
     svg = Markup(
         '<svg class="plot" role="img" aria-labelledby="{key}-title" aria-describedby="{key}-summary">'
         '<g class="axes">{axes}</g>'
         '<svg class="inner" viewBox="0 0 {side} {side}" preserveAspectRatio="none" width="100%" height="100%">{inner}'
         '</svg><line class="cursor" y1="0" y2="100%" x1="0" x2="0"/></svg>'
-    ).format(key=chart.key, axes=axes, side=SIDE, inner=inner)
+    ).format(
+        key=chart.key,
+        axes=Markup("").join(_labels(axes)),
+        side=SIDE,
+        inner=Markup("").join([*curves, *(_published(found, axes) for found in chart.published)]),
+    )
     figures = {
         "key": chart.key,
-        "x": x_range,
-        "y": y_range,
-        "lines": [
-            {"name": line.name, "number": line.number, "x": _rounded(line.x), "y": _rounded(line.y)}
-            for line in chart.lines
-        ],
-        "published": [
-            {"name": found.name, "x": _rounded(found.x), "y": _rounded(found.y)} for found in chart.published
-        ],
+        "x": axes.x,
+        "y": axes.y,
+        "lines": [{"name": line.name, "number": line.number, **_rounded(line)} for line in chart.lines],
+        "published": [{"name": found.name, **_rounded(found)} for found in chart.published],
     }
     header, rows = _table(chart)
     return Drawn(chart, svg, _summary(chart), header, rows, figures)
@@ -180,78 +165,64 @@ def line_class(run: int) -> str:
 
 def _limits(chart: Chart) -> tuple[float, float]:
     values = [value for line in chart.lines for value in (*line.y, *line.low, *line.high)]
-    values += [y + sign * found.margin for found in chart.published for y in found.y for sign in (-1, 1)]
+    values += [value for found in chart.published for value in found.y]
     low, high = min(values), max(values)
     room = (high - low) * ROOM or abs(high) * ROOM or ROOM
     # A quantity that is never negative is not given negative room.
     return (low - room if low < 0 else max(low - room, 0.0)), high + room
 
 
-def _place(value: float, limits: tuple[float, float]) -> float:
+@dataclass(frozen=True)
+class _Axes:
+    """The first and the last value of each axis."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def path(self, x: Iterable[float], y: Iterable[float]) -> str:
+        """The points of a line, without the command that begins it."""
+        points = zip(x, y, strict=True)
+        return "L".join(f"{round(SIDE * _share(a, self.x))} {round(SIDE * (1 - _share(b, self.y)))}" for a, b in points)
+
+    def dots(self, x: Iterable[float], y: Iterable[float]) -> str:
+        """A path of no length at each point: with round ends it is a dot that is not stretched."""
+        return "".join(f"M{self.path([a], [b])}h0" for a, b in zip(x, y, strict=True))
+
+
+def _share(value: float, limits: tuple[float, float]) -> float:
     return (value - limits[0]) / (limits[1] - limits[0])
 
 
-def _path(x: Iterable[float], y: Iterable[float], x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
-    points = (
-        f"{round(SIDE * _place(a, x_range))} {round(SIDE * (1 - _place(b, y_range)))}"
-        for a, b in zip(x, y, strict=True)
-    )
-    return "L".join(points)
-
-
-def _line(line: Line, x_range: tuple[float, float], y_range: tuple[float, float], *, banded: bool) -> Markup:
+def _line(line: Line, axes: _Axes, *, banded: bool) -> Markup:
     parts = []
-    if banded and len(line.low) and not line.dotted:
-        there, back = (
-            _path(x, y, x_range, y_range) for x, y in ((line.x, line.high), (line.x[::-1], list(line.low)[::-1]))
-        )
-        parts.append(Markup('<path class="band" d="M{}L{}Z"/>').format(there, back))
     if line.dotted and len(line.low):
-        ranges = "".join(
-            f"M{_path([x, x], [low, high], x_range, y_range)}"
-            for x, low, high in zip(line.x, line.low, line.high, strict=True)
-        )
-        parts.append(Markup('<path class="range" d="{}"/>').format(ranges))
-    parts.append(Markup('<path class="line" d="M{}"/>').format(_path(line.x, line.y, x_range, y_range)))
+        ranges = zip(line.x, line.low, line.high, strict=True)
+        parts.append(("range", "".join(f"M{axes.path([x, x], [low, high])}" for x, low, high in ranges)))
+    elif banded and len(line.low):
+        there, back = axes.path(line.x, line.high), axes.path(line.x[::-1], line.low[::-1])
+        parts.append(("band", f"M{there}L{back}Z"))
+    parts.append(("line", f"M{axes.path(line.x, line.y)}"))
     if line.dotted or len(line.x) == 1:
-        parts.append(Markup('<path class="dots" d="{}"/>').format(_dots(line.x, line.y, x_range, y_range)))
-    return Markup('<g class="{}" data-run="{}">{}</g>').format(
-        line_class(line.number), line.number, Markup("").join(parts)
-    )
+        parts.append(("dots", axes.dots(line.x, line.y)))
+    paths = Markup("").join(Markup('<path class="{}" d="{}"/>').format(*part) for part in parts)
+    return Markup('<g class="{}" data-run="{}">{}</g>').format(line_class(line.number), line.number, paths)
 
 
-def _published(found: Published, x_range: tuple[float, float], y_range: tuple[float, float]) -> Markup:
-    dots = _dots(found.x, found.y, x_range, y_range)
-    margin = Markup("")
-    if found.margin:
-        reach = "".join(
-            f"M{_path([x, x], [y - found.margin, y + found.margin], x_range, y_range)}"
-            for x, y in zip(found.x, found.y, strict=True)
-        )
-        margin = Markup('<path class="margin" d="{}"/>').format(reach)
+def _published(found: Published, axes: _Axes) -> Markup:
     return Markup(
-        '<g class="published" data-run="published">{}<path class="ring" d="{}"/><path class="hole" d="{}"/></g>'
-    ).format(margin, dots, dots)
+        '<g class="published" data-run="published"><path class="ring" d="{0}"/><path class="hole" d="{0}"/></g>'
+    ).format(axes.dots(found.x, found.y))
 
 
-def _dots(x: Iterable[float], y: Iterable[float], x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
-    # A path of no length with round ends is a dot that is not stretched.
-    return "".join(f"M{_path([a], [b], x_range, y_range)}h0" for a, b in zip(x, y, strict=True))
-
-
-def _rules(y_range: tuple[float, float]) -> Iterable[Markup]:
-    for value in nice_ticks(*y_range):
-        place = f"{100 * (1 - _place(value, y_range)):.2f}%"
+def _labels(axes: _Axes) -> Iterable[Markup]:
+    for value in nice_ticks(*axes.y):
         yield Markup('<line x1="0" x2="100%" y1="{0}" y2="{0}"/><text x="-8" y="{0}" dy="0.32em">{1}</text>').format(
-            place, escape(number(value))
+            f"{100 * (1 - _share(value, axes.y)):.2f}%", number(value)
         )
-
-
-def _columns(x_range: tuple[float, float]) -> Iterable[Markup]:
-    for value in nice_ticks(*x_range):
+    for value in nice_ticks(*axes.x):
         if value == int(value):
             yield Markup('<text class="x" x="{:.2f}%" y="100%" dy="1.6em">{}</text>').format(
-                100 * _place(value, x_range), f"{value:,.0f}"
+                100 * _share(value, axes.x), f"{value:,.0f}"
             )
 
 
@@ -271,17 +242,17 @@ def _summary(chart: Chart) -> str:
 
 
 def _table(chart: Chart) -> tuple[list[str], list[list[str]]]:
-    columns = [(line.name, dict(zip(line.x, line.y, strict=True))) for line in chart.lines]
-    published = {x for found in chart.published for x in found.x}
-    steps = sorted({x for _, values in columns for x in values})
-    keep = set(steps[:: max(len(steps) // TABLE_ROWS, 1)]) | {steps[-1]} | published
-    columns += [(found.name, dict(zip(found.x, found.y, strict=True))) for found in chart.published]
+    sets: list[Line | Published] = [*chart.lines, *chart.published]
+    columns = [dict(zip(found.x, found.y, strict=True)) for found in sets]
+    steps = sorted({x for line in chart.lines for x in line.x})
+    shown = {*steps[:: max(len(steps) // TABLE_ROWS, 1)], steps[-1], *(x for found in chart.published for x in found.x)}
     rows = [
-        [f"{step:,.0f}", *(number(values[step]) if step in values else "" for _, values in columns)]
-        for step in sorted(keep)
+        [f"{step:,.0f}", *(number(values[step]) if step in values else "" for values in columns)]
+        for step in sorted(shown)
     ]
-    return ["step", *(name for name, _ in columns)], rows
+    return ["step", *(found.name for found in sets)], rows
 
 
-def _rounded(values: Iterable[float]) -> list[float]:
-    return [float(f"{value:.5g}") if value != int(value) else int(value) for value in values]
+def _rounded(found: Line | Published) -> dict[str, list[float]]:
+    values = {"x": found.x, "y": found.y}
+    return {axis: [int(v) if v == int(v) else float(f"{v:.5g}") for v in found] for axis, found in values.items()}

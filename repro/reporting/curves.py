@@ -3,61 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from repro.reporting.charts import Chart, Line, Published, bucket_size, thinned
+from repro.reporting.charts import POINTS, Chart, Line, Published, thinned
 from repro.reporting.metrics import METRICS
 from repro.reporting.run_folder import RunFiles, finite
 from repro.reporting.untrusted import clip
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """What is published of single steps."""
-
-    name: str
-    values: Mapping[int, float]
+def label_and_unit(metric: str) -> tuple[str, str]:
+    """Look a metric up; one that is not known is called as it is."""
+    known = METRICS.get(metric)
+    return (known.label, known.unit) if known else (clip(metric.replace("_", " "), 60), "")
 
 
-def label_of(metric: str) -> str:
-    return METRICS[metric].label if metric in METRICS else clip(metric.replace("_", " "), 60)
-
-
-def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[str, Trajectory]) -> Iterable[Chart]:
+def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[str, Published]) -> Iterable[Chart]:
     """Draw up the curves of runs with some names, those of metrics without a label as further ones.
 
     Args:
         published: what curves are held against, by metric (`loss`, `eval_rouge2`).
     """
-    last = float(max([run.last_step for run in runs] + [1]))
-    size = bucket_size(max((len(run.steps) for run in runs), default=0))
+    last = float(max(1, *(run.last_step for run in runs)))
+    size = max(-(-max(len(run.steps) for run in runs) // POINTS), 1)
     averaged = f"each point is the mean of {size} steps, the band their range" if size > 1 else ""
 
     def curve(key: str, title: str, lines: list[Line], note: str, *, further: bool = False) -> Iterable[Chart]:
-        found = published.get(key)
-        marks = [Published(found.name, list(found.values), list(found.values.values()))] if found else []
         if lines:
-            yield Chart(key, title, lines, marks, note, last, further)
+            yield Chart(key, title, lines, [published[key]] if key in published else [], note, last, further)
 
     def by_step(name: str) -> list[Line]:
         lines = []
         for place, run in enumerate(runs):
-            rows = [(row["step"], row[name]) for row in run.steps if finite(row.get(name))]
-            if rows:
-                x, y = (np.array(column, float) for column in zip(*rows, strict=True))
-                lines.append(Line(names[place], place, *(column.tolist() for column in thinned(x, y, size))))
+            if rows := [(row["step"], row[name]) for row in run.steps if finite(row.get(name))]:
+                steps, values = np.array(rows, float).T
+                lines.append(Line(names[place], place, *(part.tolist() for part in thinned(steps, values, size))))
         return lines
 
     yield from curve("loss", "Training loss", by_step("loss"), averaged or "nats a token")
     yield from curve("learning_rate", "Learning rate", by_step("learning_rate"), "")
     for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
-        label = label_of(metric)
+        label, unit = label_and_unit(metric)
         lines = [line for place, run in enumerate(runs) if (line := _evaluation(run, names[place], place, metric))]
-        note, further = METRICS[metric].unit if metric in METRICS else "", metric not in METRICS
-        yield from curve(f"eval_{metric}", f"Validation: {label}", lines, note, further=further)
+        yield from curve(f"eval_{metric}", f"Validation: {label}", lines, unit, further=metric not in METRICS)
     speeds = [
         Line(names[place], place, [step for step, _ in run.speed], [rate for _, rate in run.speed])
         for place, run in enumerate(runs)

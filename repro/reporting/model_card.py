@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from repro.data.sources import COCO_NAMES
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
 from repro.models.weights import SAFETENSORS_FILE
 from repro.reporting.metrics import METRICS
-from repro.reporting.untrusted import clip
+from repro.reporting.untrusted import clip, template
 
 CARD = "README.md"
 TASK = "image-to-text"
@@ -29,6 +29,7 @@ SAMPLES = 6
 LONGEST_TEXT = 200
 COCO_ROWS = {"2014": {414_113, 202_654}, "2017": {591_753, 25_014}}
 """Captions of training and validation; Source: http://cocodataset.org, as its annotation files have them."""
+LABELS = {name: f"{metric.label}, {metric.unit}" for name, metric in METRICS.items()}
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -68,9 +69,8 @@ def write_card(folder: Path, trained: Trained) -> None:
 
 def metadata(name: str, trained: Trained) -> ModelCardData:
     """Put what the Hub searches and shows into its form; the licence is left to whoever owns the model."""
-    evaluation = trained.evaluation
-    metrics = {key: value for key, value in (evaluation.metrics if evaluation else {}).items() if math.isfinite(value)}
-    kinds = [_kind(key) for key in metrics if key != "gen_len"]
+    measured = trained.evaluation.metrics if trained.evaluation else {}
+    metrics = {key: value for key, value in measured.items() if math.isfinite(value) and key != "gen_len"}
     data_name, data_id = _data(trained)
     official = trained.flag("dataset_name") in COCO_NAMES
     results = [
@@ -85,7 +85,6 @@ def metadata(name: str, trained: Trained) -> ModelCardData:
             metric_value=round(float(value), 4),
         )
         for key, value in metrics.items()
-        if key != "gen_len"
     ]
     return ModelCardData(
         language="en" if official else None,
@@ -94,7 +93,7 @@ def metadata(name: str, trained: Trained) -> ModelCardData:
         tags=["image-captioning", "vision-encoder-decoder", "jax", "repro"],
         base_model=[found for found in _sources(trained).values() if is_hub_id(found)] or None,
         datasets=[data_id] if data_id else None,
-        metrics=sorted(set(kinds)) or None,
+        metrics=sorted(set(map(_kind, metrics))) or None,
         model_name=clean(trained.flag("hub_model_id") or name).rpartition("/")[2],
         eval_results=results or None,
     )
@@ -117,12 +116,7 @@ def clean(text: str) -> str:
 
 def escaped(text: str) -> str:
     """Write any text so that Markdown and HTML show it as it is, in a table too: what could mean more is an entity."""
-    return re.sub(r"(?i)[^\w\s.,'-]|_|(?<=www)\.", _entities, clean(text))
-
-
-def _entities(found: re.Match[str]) -> str:
-    letter = found.group()
-    return f"&#{ord(letter)};" if letter.isascii() else letter
+    return re.sub(r"(?i)(?=[!-~])[^\w\s.,'-]|_|(?<=www)\.", lambda found: f"&#{ord(found.group())};", clean(text))
 
 
 def _kind(metric: str) -> str:
@@ -155,112 +149,30 @@ def _last_part(path: str) -> str:
 
 
 def _body(folder: Path, trained: Trained) -> str:
-    facts, name = trained.facts, folder.name
-    parts = [
-        f"# Image captioner, step {trained.step}",
-        f"Captions images in one sentence. Trained for {trained.step} of {facts['num_steps']} steps (epoch"
-        f" {trained.epoch}) with repro {__version__}, in JAX.",
-        "## Results",
-        *_results(trained),
-        "## Use",
-        *_use(name, trained, in_pytorch=(folder / SAFETENSORS_FILE).exists()),
-        "## Training",
-        *_training(trained),
-        "## Licence",
-        *_licence(trained),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _results(trained: Trained) -> Iterable[str]:
-    evaluation = trained.evaluation
-    if evaluation is None:
-        yield "This checkpoint was not evaluated."
-        return
-    protocol, details = trained.facts["protocol"], evaluation.details
-    loss = "over all tokens" if protocol["token_eval_loss"] else "as the mean of the batches' means"
-    yield (
-        f"{escaped(_data(trained)[0])}, validation: {details['rows']} rows. The loss is the mean cross-entropy"
-        f" {loss}, in nats."
-    )
-    if trained.facts["data"]["validation"]["captions_cut"]:
-        cut = cut_in_words(trained.facts["data"]["validation"])
-        yield f"Of the references, {cut}, and the scores are against what is left of them."
-    intervals = details.get("rouge_intervals", {})
-    yield _table(
-        ("metric", "value", "95 % interval (bootstrap)"),
-        [
-            (_name(key) or escaped(key), f"{value:.4f}", " to ".join(f"{end:.4f}" for end in intervals.get(key, ())))
-            for key, value in evaluation.metrics.items()
-        ],
-    )
-    if evaluation.generations:
-        yield "Some validation images, as they come, not chosen:"
-        yield _table(("image", "caption", "reference"), _samples(evaluation))
-
-
-def _samples(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    """Choose images that lie evenly among those evaluated, the same every time."""
-    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
-    labels: dict[str, str] = {}
-    for path, row in zip(evaluation.image_paths, evaluation.generations, strict=False):
-        labels.setdefault(path, row["label"])
-    places = np.unique(np.linspace(0, len(captions) - 1, min(SAMPLES, len(captions))).astype(int))
-    paths = [list(captions)[place] for place in places]
-    return [(escaped(Path(path).name), escaped(captions[path]), escaped(labels[path])) for path in paths]
-
-
-def _use(name: str, trained: Trained, *, in_pytorch: bool) -> Iterable[str]:
+    """Fill the template in; what others wrote is escaped here or there."""
+    facts, evaluation, sources = trained.facts, trained.evaluation, _sources(trained)
     length = trained.flag("val_max_target_length") or trained.flag("max_target_length")
-    search = {"num_beams": trained.flag("num_beams")} if trained.flag("num_beams") else {}
-    keywords = ", ".join(f"{key}={value}" for key, value in {"max_length": length, **search}.items())
-    # The pipeline has a max_new_tokens of its own, which wins over max_length; the latter counts the start token too.
-    in_pipeline = {"max_new_tokens": length - 1, **search}
-    yield (
-        f"`folder` is `{name}`; of a repository that holds a whole run, `huggingface_hub.snapshot_download(REPOSITORY,"
-        f' allow_patterns="{name}/*") + "/{name}"`.'
-    )
-    yield "With repro:"
-    options = [f" --{key} {value}" for key, value in {"max_length": length, **search}.items()]
-    yield f"```\nrepro caption {name} photo.jpg{''.join(options)}\n```"
-    if in_pytorch:
-        yield "In PyTorch:"
-        yield _snippet("VisionEncoderDecoderModel", "pt", f"{keywords})", name)
-        yield "In the pipeline that transformers 4 has:"
-        yield (
-            "```python\nfrom transformers import pipeline\n\n"
-            f'pipe = pipeline("{TASK}", model="{name}")\n'
-            f'print(pipe("photo.jpg", generate_kwargs={in_pipeline})[0]["generated_text"])\n```'
-        )
-    yield "In JAX, with the class that transformers 4 has:"
-    yield _snippet("FlaxVisionEncoderDecoderModel", "np", f"{keywords}).sequences", name)
-
-
-def _snippet(model: str, tensors: str, generate: str, name: str) -> str:
-    return f"""```python
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, {model}
-
-folder = "{name}"
-model = {model}.from_pretrained(folder)
-image = Image.open("photo.jpg").convert("RGB")
-pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="{tensors}").pixel_values
-tokens = model.generate(pixels, {generate}
-print(AutoTokenizer.from_pretrained(folder).decode(tokens[0], skip_special_tokens=True).strip())
-```"""
-
-
-def _training(trained: Trained) -> Iterable[str]:
-    facts = trained.facts
+    beams = {"num_beams": trained.flag("num_beams")} if trained.flag("num_beams") else {}
     weights = [
         f"{part}: {escaped(name) if is_hub_id(name) else f'folder {escaped(_last_part(name))}'}"
-        for part, name in _sources(trained).items()
+        for part, name in sources.items()
     ]
-    weights += [escaped(note) for note in facts["model"]["notes"]]
-    yield _table(
-        ("", ""),
-        [
-            ("weights at the start", "; ".join(weights)),
+    return template("model_card.md", autoescape=False, escaped=escaped).render(
+        trained=trained,
+        facts=facts,
+        evaluation=evaluation,
+        version=__version__,
+        name=folder.name,
+        task=TASK,
+        data_name=_data(trained)[0],
+        results=_results(evaluation) if evaluation else [],
+        samples=_samples(evaluation) if evaluation else [],
+        search={"max_length": length, **beams},
+        # The pipeline has a max_new_tokens of its own, which wins over max_length; the latter counts the start token.
+        in_pipeline={"max_new_tokens": length - 1, **beams},
+        in_pytorch=(folder / SAFETENSORS_FILE).exists(),
+        training=[
+            ("weights at the start", "; ".join([*weights, *map(escaped, facts["model"]["notes"])])),
             ("parameters", f"{facts['model']['parameters']:,}"),
             ("protocol", escaped(facts["protocol"]["name"])),
             ("replicas", f"{facts['num_replicas']}, each with its own batch and dropout"),
@@ -268,11 +180,10 @@ def _training(trained: Trained) -> Iterable[str]:
             ("computed on", f"{escaped(trained.device)}; {escaped(facts['platform'])}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
         ],
-    )
-    yield "Data, in rows of an image and a caption:"
-    yield _table(
-        ("split", "read", "kept", "dropped", "images", "captions cut", "fingerprint"),
-        [
+        cut=cut_in_words(facts["data"]["validation"])
+        if facts["data"].get("validation", {}).get("captions_cut")
+        else "",
+        data=[
             (
                 split,
                 *(f"{counts[key]:,}" for key in ("read", "kept", "dropped", "images")),
@@ -281,24 +192,19 @@ def _training(trained: Trained) -> Iterable[str]:
             )
             for split, counts in facts["data"].items()
         ],
+        flags=[(f"`--{name}`", escaped(str(value))) for name, value in trained.flags.items()],
+        bases=[escaped(name) for name in sources.values() if is_hub_id(name)],
+        is_coco=trained.flag("dataset_name") in COCO_NAMES,
     )
-    if trained.flags:
-        yield "Flags that the numbers depend on, where they are not as by default:"
-        yield _table(("flag", "value"), [(f"`--{name}`", escaped(str(value))) for name, value in trained.flags.items()])
 
 
-def _licence(trained: Trained) -> Iterable[str]:
-    names = [escaped(name) for name in _sources(trained).values() if is_hub_id(name)]
-    base = " and ".join(names) or "any weights that training began with"
-    yield (
-        "No licence is stated here: the owner of the model decides on it, with regard to those of"
-        f" {base} and of the data, and adds it to the metadata above as `license:`."
-    )
-    if trained.flag("dataset_name") in COCO_NAMES:
-        yield (
-            "The annotations of COCO, captions included, are under CC BY 4.0; its images belong to their authors, under"
-            " the terms of Flickr (https://cocodataset.org/#termsofuse)."
-        )
+def _results(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Each metric's label, value and interval."""
+    intervals = evaluation.details.get("rouge_intervals", {})
+    return [
+        (LABELS.get(key, escaped(key)), f"{value:.4f}", " to ".join(f"{end:.4f}" for end in intervals.get(key, ())))
+        for key, value in evaluation.metrics.items()
+    ]
 
 
 def cut_in_words(counts: Mapping[str, Any]) -> str:
@@ -306,5 +212,11 @@ def cut_in_words(counts: Mapping[str, Any]) -> str:
     return f"{counts['captions_cut']:,} of {counts['captions']:,} were cut at {counts['max_length']} tokens"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+def _samples(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Choose images that lie evenly among those evaluated, the same every time."""
+    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
+    rows = list(zip(evaluation.image_paths, evaluation.generations, strict=False))
+    labels = {path: row["label"] for path, row in reversed(rows)}  # the first of each image
+    places = np.unique(np.linspace(0, len(captions) - 1, min(SAMPLES, len(captions))).astype(int))
+    paths = [list(captions)[place] for place in places]
+    return [(escaped(Path(path).name), escaped(captions[path]), escaped(labels[path])) for path in paths]

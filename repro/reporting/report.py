@@ -11,31 +11,23 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from repro.data.images import ImageError, open_image
 from repro.evaluation.rouge import TYPES, rouge_scores
-from repro.reporting.charts import draw, line_class, number
-from repro.reporting.curves import Trajectory, curves_of, label_of, metric_names
+from repro.reporting.charts import Published, draw, line_class, number
+from repro.reporting.curves import curves_of, label_and_unit, metric_names
 from repro.reporting.metrics import METRICS
 from repro.reporting.run_folder import Generated, RunFiles, finite
-from repro.reporting.statistics import (
-    LONGEST,
-    PHRASES,
-    TextStatistics,
-    commonest_captions,
-    commonest_phrases,
-    text_statistics,
-)
-from repro.reporting.untrusted import clip, embedded_json
+from repro.reporting.statistics import LONGEST, PHRASES, commonest_captions, commonest_phrases, text_statistics
+from repro.reporting.untrusted import clip, embedded_json, template
 
 RANKED_BY = "rougeL"
 RANKED_CHARACTERS = 2000
@@ -82,7 +74,7 @@ def page(
     *,
     verdict: Mapping[str, Any] | None,
     no_verdict: str = "",
-    published: Mapping[str, Trajectory] | None = None,
+    published: Mapping[str, Published],
 ) -> str:
     """Make the report.
 
@@ -93,19 +85,13 @@ def page(
         published: what curves are held against, by metric (`loss`, `eval_rouge2`).
     """
     names = [clip(name, 80) for name in names]
-    charts = sorted(curves_of(runs, names, published or {}), key=lambda chart: chart.further)
-    drawn = [draw(chart) for chart in charts]
+    drawn = [draw(chart) for chart in sorted(curves_of(runs, names, published), key=lambda chart: chart.further)]
     captioning = next((place for place, run in enumerate(runs) if run.generated), 0)
     generated = runs[captioning].generated
     items = with_thumbnails(ranked_items(generated)) if generated else []
-    texts = [[row[0] for row in generated.rows], [row[1] for row in generated.rows]] if generated else []
-    statistics = [text_statistics(found) for found in texts]
     folder = files("repro.reporting") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "clip": clip}
-    template = environment.from_string((folder / "report.html").read_text(encoding="utf-8"))
-    return template.render(
+    return template("report.html", autoescape=True, number=_number, clip=clip).render(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
         " base-uri 'none'; form-action 'none'",
         style=Markup(style),
@@ -122,10 +108,7 @@ def page(
         num_items=len(items),
         chosen=chosen_items(items),
         ranked_by=METRICS[RANKED_BY].label,
-        statistics=_statistics_table(statistics),
-        lengths=_length_rows(statistics),
-        phrases=[(n, commonest_phrases(statistics[0], statistics[1], n)) for n in PHRASES] if statistics else [],
-        repeated=[(clip(text), count) for text, count in commonest_captions(texts[0])] if texts else [],
+        texts=_texts(generated) if generated else None,
         dropped=[(name, run.dropped) for name, run in zip(names, runs, strict=True) if run.dropped.counts],
         settings=_settings(runs),
         data=Markup(embedded_json({"charts": [chart.figures for chart in drawn], "items": _searchable(items)})),
@@ -189,10 +172,16 @@ def thumbnail(reference: str) -> str:
 
 
 def _with_thumbnail(item: Item) -> Item:
+    """Add a small JPEG as a data address, or the reason why the image cannot be read any more."""
+    buffer = io.BytesIO()
     try:
-        return replace(item, thumbnail=thumbnail(item.image))
+        with open_image(item.image) as opened:
+            image = opened.convert("RGB")
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+        image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
     except (ImageError, OSError, ValueError) as error:
         return replace(item, problem=clip(str(error), 120))
+    return replace(item, thumbnail="data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
 
 
 def _searchable(items: Iterable[Item]) -> list[list[Any]]:
@@ -218,9 +207,7 @@ def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
     """Figures of each run's end, one row a figure."""
     rows: list[tuple[str, list[Any]]] = [("steps", [run.last_step for run in runs])]
     for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
-        label = label_of(metric)
-        scale = f", {METRICS[metric].unit}" if metric in METRICS else ""
-        rows.append((f"{label}{scale}", [run.final.get(metric) for run in runs]))
+        rows.append((", ".join(filter(None, label_and_unit(metric))), [run.final.get(metric) for run in runs]))
     rows.append(("rows evaluated", [run.final.get("rows") for run in runs]))
     for split in ("train", "validation", "test"):
         found = [(f"{split}: {label}", [run.fact("data", split, name) for run in runs]) for name, label in DATA.items()]
@@ -230,30 +217,34 @@ def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
     return [*rows, ("seconds of evaluation", [sum(filter(finite, seconds)) for seconds in evaluating])]
 
 
-def _statistics_table(sets: Sequence[TextStatistics]) -> list[tuple[str, list[str]]]:
-    columns: list[tuple[str, Callable[[TextStatistics], str]]] = [
-        ("captions", lambda s: f"{s.captions:,}"),
-        ("words of a caption, mean", lambda s: f"{s.mean_words:.2f}"),
-        ("words of a caption, median", lambda s: f"{s.median_words:g}"),
-        ("distinct words", lambda s: f"{s.vocabulary:,}"),
-        ("captions that occur once", lambda s: f"{100 * s.unique:.1f} %"),
-    ]
-    rows = [(label, [of(found) for found in sets]) for label, of in columns] if sets else []
-    for n in PHRASES if sets else ():
-        rows.append((f"distinct among all {n}-grams", [f"{100 * found.distinct[n]:.1f} %" for found in sets]))
-    return rows
-
-
-def _length_rows(sets: Sequence[TextStatistics]) -> list[tuple[str, list[float]]]:
-    """Percent of the captions by number of words, as far as there are any."""
-    if not sets:
-        return []
-    shares = [100 * found.lengths / found.captions for found in sets]
-    used = np.flatnonzero(np.sum(shares, axis=0))
-    return [
-        (f"{words} or more" if words == LONGEST else str(words), [round(float(share[words]), 1) for share in shares])
-        for words in range(used[0], used[-1] + 1)
-    ]
+def _texts(generated: Generated) -> dict[str, Any]:
+    """What the captions look like as texts, generated beside reference."""
+    captions, references = zip(*generated.rows, strict=True)
+    sets = [text_statistics(captions), text_statistics(references)]
+    table = {
+        "captions": [f"{found.captions:,}" for found in sets],
+        "words of a caption, mean": [f"{found.mean_words:.2f}" for found in sets],
+        "words of a caption, median": [f"{found.median_words:g}" for found in sets],
+        "distinct words": [f"{found.vocabulary:,}" for found in sets],
+        "captions that occur once": [f"{100 * found.unique:.1f} %" for found in sets],
+    }
+    for n in PHRASES:
+        table[f"distinct among all {n}-grams"] = [f"{100 * found.distinct[n]:.1f} %" for found in sets]
+    # Percent of the captions by number of words, as far as there are any.
+    shares = np.stack([100 * found.lengths / found.captions for found in sets], axis=1)
+    used = np.flatnonzero(shares.sum(axis=1))
+    return {
+        "statistics": table,
+        "lengths": [
+            (
+                f"{words} or more" if words == LONGEST else str(words),
+                [round(share, 1) for share in shares[words].tolist()],
+            )
+            for words in range(used[0], used[-1] + 1)
+        ],
+        "phrases": [(n, commonest_phrases(sets[0], sets[1], n)) for n in PHRASES],
+        "repeated": [(clip(text), count) for text, count in commonest_captions(captions)],
+    }
 
 
 def _settings(runs: Sequence[RunFiles]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 
@@ -43,15 +43,6 @@ class TextStatistics:
     phrases: dict[int, Counter[tuple[str, ...]]]
 
 
-@dataclass(frozen=True)
-class Phrase:
-    """An n-gram, and how often it occurs in a thousand captions of either set."""
-
-    words: str
-    generated: float
-    reference: float
-
-
 def words_of(caption: str) -> list[str]:
     """Cut a caption into runs of letters and digits, in lower case."""
     return WORD.findall(caption[:COUNTED_CHARACTERS].lower())
@@ -61,7 +52,10 @@ def text_statistics(captions: Sequence[str]) -> TextStatistics:
     """Count lengths, words and n-grams of captions, of which there is at least one."""
     texts = [words_of(caption) for caption in captions]
     counts = np.array([len(words) for words in texts])
-    phrases = {n: Counter(chain.from_iterable(_ngrams(words, n) for words in texts)) for n in PHRASES}
+    phrases = {
+        n: Counter(chain.from_iterable(zip(*(words[start:] for start in range(n)), strict=False) for words in texts))
+        for n in PHRASES
+    }
     times = Counter(map(tuple, texts))
     return TextStatistics(
         captions=len(captions),
@@ -75,14 +69,14 @@ def text_statistics(captions: Sequence[str]) -> TextStatistics:
     )
 
 
-def commonest_phrases(generated: TextStatistics, reference: TextStatistics | None, n: int) -> list[Phrase]:
-    """List the most frequent n-grams of generated captions, beside how frequent they are in the references."""
+def commonest_phrases(generated: TextStatistics, reference: TextStatistics, n: int) -> list[tuple[str, float, float]]:
+    """List the most frequent n-grams of generated captions.
+
+    Returns:
+        The words, and how often they occur in a thousand captions, generated and reference.
+    """
     return [
-        Phrase(
-            " ".join(words),
-            1000 * count / generated.captions,
-            1000 * reference.phrases[n][words] / reference.captions if reference else 0.0,
-        )
+        (" ".join(words), 1000 * count / generated.captions, 1000 * reference.phrases[n][words] / reference.captions)
         for words, count in _most_common(generated.phrases[n])
     ]
 
@@ -94,8 +88,4 @@ def commonest_captions(captions: Iterable[str]) -> list[tuple[str, int]]:
 
 def _most_common(counted: Counter) -> list[tuple]:
     # Ties in the order of the words, so that the same run gives the same report.
-    return list(islice(sorted(counted.items(), key=lambda item: (-item[1], item[0])), LISTED))
-
-
-def _ngrams(words: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
-    return zip(*(words[start:] for start in range(n)), strict=False)
+    return sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:LISTED]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 CLIPPED = 400
 """Characters of a caption that are shown."""
@@ -30,9 +33,8 @@ def visible(text: str) -> str:
     marks = 0
     for character in text:
         marks = marks + 1 if _is_mark(character) else 0
-        if marks > MARKS:
-            continue
-        shown.append(f"⟨U+{ord(character):04X}⟩" if _is_hidden(character) else character)
+        if marks <= MARKS:
+            shown.append(f"⟨U+{ord(character):04X}⟩" if _is_hidden(character) else character)
     return "".join(shown)
 
 
@@ -46,6 +48,19 @@ def clip(text: str, limit: int = CLIPPED) -> str:
 def embedded_json(value: Any) -> str:
     """Write JSON that can stand inside a <script> element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(IN_SCRIPT)
+
+
+def template(name: str, *, autoescape: bool, **filters: Callable[..., str]) -> Template:
+    """Load a template of this package, with filters for what is put into it."""
+    environment = Environment(
+        loader=PackageLoader("repro.reporting"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(name)
 
 
 @lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -58,12 +59,7 @@ def create_optimizer(
         max_grad_norm: global norm to which larger gradients are scaled down before; None to leave them.
     """
     adamw = optax.adamw(
-        schedule,
-        b1=beta1,
-        b2=beta2,
-        eps=epsilon,
-        weight_decay=weight_decay,
-        mask=lambda params: decay_mask(params, rule),
+        schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=partial(decay_mask, rule=rule)
     )
     return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
 

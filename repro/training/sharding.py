@@ -21,11 +21,7 @@ SMALLEST_CUT = 1024
 
 
 def create_mesh(
-    devices: Sequence[jax.Device],
-    *,
-    num_replicas: int,
-    replica_batch: int,
-    shape: Mapping[str, int] | None = None,
+    devices: Sequence[jax.Device], *, num_replicas: int, replica_batch: int, shape: Mapping[str, int] | None = None
 ) -> Mesh:
     """Lay devices out for batches [R,b].
 
