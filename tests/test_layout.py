@@ -21,7 +21,7 @@ LAYERS = {
     "data": {"foundation", "data"},
     "models": {"foundation", "data", "models"},
     "training": {"foundation", "data", "training"},
-    "evaluation": {"foundation", "data", "evaluation"},
+    "evaluation": {"foundation", "data", "training", "evaluation"},
     "reporting": {"foundation", "data", "models", "training", "evaluation", "reporting"},
     "recipes": {"foundation"},
 }

@@ -157,6 +157,7 @@ def _body(folder: Path, trained: Trained) -> str:
         f"{part}: {escaped(name) if is_hub_id(name) else f'folder {escaped(_last_part(name))}'}"
         for part, name in sources.items()
     ]
+    validation = facts["data"].get("validation")
     return template("model_card.md", autoescape=False, escaped=escaped).render(
         trained=trained,
         facts=facts,
@@ -180,9 +181,7 @@ def _body(folder: Path, trained: Trained) -> str:
             ("computed on", f"{escaped(trained.device)}; {escaped(facts['platform'])}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
         ],
-        cut=cut_in_words(facts["data"]["validation"])
-        if facts["data"].get("validation", {}).get("captions_cut")
-        else "",
+        cut=cut_in_words(validation) if validation and validation["captions_cut"] else "",
         data=[
             (
                 split,
