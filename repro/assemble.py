@@ -13,52 +13,32 @@ from jax.sharding import NamedSharding
 
 from repro.data.pipeline import Schedule
 from repro.errors import InputError
-from repro.evaluation.evaluator import Evaluator
-from repro.evaluation.programs import Programs, compile_programs
+from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
 from repro.prepare import PreparedRun
 from repro.reporting.writer import log
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult, after_step, take_steps
-from repro.training.memory import (
-    SHARE,
-    choices,
-    compile_step,
-    compile_what_fits,
-    device_bytes,
-    step_bytes,
-    tree_bytes,
-)
+from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes, tree_bytes
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import put, state_sharding, train_batch_sharding
-from repro.training.state import TrainState, create_train_state
-from repro.training.steps import TrainStep, make_eval_step, make_train_step
+from repro.training.steps import TrainState, TrainStep, create_train_state, make_eval_step, make_train_step
 
-SHRINKS_FROM = 32
-"""Rows of an evaluation batch from which on captions that have ended leave it."""
+SHRINKS_FROM = 32  # rows of an evaluation batch from which on captions that have ended leave it
 GIBIBYTE = 2**30
 
 
 @dataclass(frozen=True)
 class Training:
-    """What trains.
-
-    Attributes:
-        step: compiled; takes the buffers of the state that it is given.
-        create: makes the state before the first step.
-        like: the state's shapes, dtypes and shardings.
-        schedule: which rows a step takes.
-        batch_sharding: of a batch [R,b,...].
-        facts: how it was compiled, for `run.json`.
-    """
+    """What trains."""
 
     prepared: PreparedRun
-    step: TrainStep
-    create: Callable[[], TrainState]
-    like: TrainState
-    schedule: Schedule
-    batch_sharding: NamedSharding
-    facts: dict[str, Any]
+    step: TrainStep  # compiled; takes the buffers of the state that it is given
+    create: Callable[[], TrainState]  # makes the state before the first step
+    like: TrainState  # the state's shapes, dtypes and shardings
+    schedule: Schedule  # which rows a step takes
+    batch_sharding: NamedSharding  # of a batch [R,b,...]
+    facts: dict[str, Any]  # how it was compiled, for `run.json`
 
     def from_state(self, state: TrainState, step: int) -> Iterator[StepResult]:
         """Give the step that the state comes from, if it comes from one, and then take the others."""
@@ -71,9 +51,11 @@ class Training:
 def build_training(prepared: PreparedRun) -> Training:
     """Compile the training step for as many replicas at once as the flags say or the memory holds."""
     args, mesh, num_replicas = prepared.args, prepared.mesh, prepared.num_replicas
-    schedule = create_learning_rate_fn(args.learning_rate, num_steps=prepared.num_steps, warmup_steps=args.warmup_steps)
+    learning_rate = create_learning_rate_fn(
+        args.learning_rate, num_steps=prepared.num_steps, warmup_steps=args.warmup_steps
+    )
     optimizer = create_optimizer(
-        schedule,
+        learning_rate,
         rule=prepared.protocol.decay_mask,
         weight_decay=args.weight_decay,
         beta1=args.adam_beta1,
@@ -90,7 +72,7 @@ def build_training(prepared: PreparedRun) -> Training:
         make_train_step,
         prepared.pretrained.captioner.logits,
         optimizer,
-        schedule,
+        learning_rate,
         reduction=prepared.protocol.loss_reduction,
         label_smoothing=args.label_smoothing_factor,
     )
@@ -103,52 +85,30 @@ def build_training(prepared: PreparedRun) -> Training:
     )
     facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step), "state_bytes": tree_bytes(like)}
     if at_once < num_replicas:
-        log.info(
-            "%d of %d replicas at once: a step takes %.1f GiB", at_once, num_replicas, facts["step_bytes"] / GIBIBYTE
-        )
+        size = facts["step_bytes"] / GIBIBYTE
+        log.info("%d of %d replicas at once: a step takes %.1f GiB", at_once, num_replicas, size)
 
     def start() -> TrainState:
         params = put(prepared.pretrained.params, shardings.params)
         return jax.jit(create, out_shardings=shardings)(params)
 
-    return Training(
-        prepared=prepared,
-        step=step,
-        create=start,
-        like=like,
-        schedule=Schedule(
-            seed=args.seed,
-            num_epochs=prepared.num_epochs,
-            shuffle=prepared.shuffle,
-            **sizes,
-        ),
-        batch_sharding=train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once),
-        facts=facts,
-    )
+    schedule = Schedule(seed=args.seed, num_epochs=prepared.num_epochs, shuffle=prepared.shuffle, **sizes)
+    batch_sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once)
+    return Training(prepared, step, start, like, schedule, batch_sharding, facts)
 
 
 def _at_once(prepared: PreparedRun) -> list[int]:
     args = prepared.args
-    possible = choices(
-        prepared.mesh, num_replicas=prepared.num_replicas, replica_batch=args.per_device_train_batch_size
-    )
+    num_replicas, replica_batch = prepared.num_replicas, args.per_device_train_batch_size
+    possible = choices(prepared.mesh, num_replicas=num_replicas, replica_batch=replica_batch)
     if args.replicas_at_once is None:
         return possible
     if args.replicas_at_once not in possible:
         raise InputError(
-            f"--replicas_at_once {args.replicas_at_once}: with {prepared.num_replicas} replicas of"
-            f" {args.per_device_train_batch_size} rows on {prepared.mesh.size} devices it can be"
-            f" {', '.join(map(str, possible))}."
+            f"--replicas_at_once {args.replicas_at_once}: with {num_replicas} replicas of {replica_batch} rows on"
+            f" {prepared.mesh.size} devices it can be {', '.join(map(str, possible))}."
         )
     return [args.replicas_at_once]
-
-
-def _smallest_batch(prepared: PreparedRun, batch_size: int) -> int | None:
-    """A quarter of a large batch on one device: the pocket model's captions take 10 to 40 % less time on a CPU.
-
-    A small batch does not repay compiling the search for each size; over several devices rows would have to move.
-    """
-    return batch_size // 4 if prepared.mesh.size == 1 and batch_size >= SHRINKS_FROM else None
 
 
 def build_evaluator(
@@ -175,7 +135,9 @@ def build_evaluator(
             num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
             stop_rule=prepared.protocol.stop_rule,
             group_size=replica_batch,
-            smallest_batch=_smallest_batch(prepared, num_rows),
+            # On one device down to a quarter: the pocket model's captions take 10 to 40 % less time on a CPU. A small
+            # batch does not repay compiling the search for each size; over several devices rows would have to move.
+            smallest_batch=num_rows // 4 if mesh.size == 1 and num_rows >= SHRINKS_FROM else None,
         ).tokens[:, 0]
 
     def compile_batches(number: int) -> Programs:

@@ -21,17 +21,13 @@ from repro.errors import InputError
 from repro.models.beam_search import check_beams
 from repro.models.pretrained import Implementation, Options, Pretrained, load_model
 
+# A path (or an address), a PIL image, or an array uint8[H,W,3], [H,W,4] or [H,W].
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-"""A path (or an address), a PIL image, or an array uint8[H,W,3], [H,W,4] or [H,W]."""
-
 _Decoded = np.ndarray | ImageError
 
 BATCH_SIZE = 8
-MAX_LENGTH = 32
-"""Of a caption in tokens where the model names none: the documented run's `--max_target_length`."""
-UNNAMED_LENGTHS = (None, 20)
-"""What transformers 5 and 4 give for the `max_length` of a model that names none."""
-
+MAX_LENGTH = 32  # tokens of a caption where the model names none: the documented run's `--max_target_length`
+UNNAMED_LENGTHS = (None, 20)  # what transformers 5 and 4 give for the `max_length` of a model that names none
 log = logging.getLogger("repro")
 
 
@@ -164,25 +160,16 @@ class Captioner:
         """
         config, defaults = self.pretrained.captioner.config, self.pretrained.captioner.generation_config
         num_beams = defaults.num_beams or 1 if num_beams is None else num_beams
-        check_beams(
-            num_beams=num_beams, num_return_sequences=num_return_sequences, vocab_size=config.decoder.vocab_size
-        )
-        max_length = self.max_length if max_length is None else max_length
-        if max_length < 2 or (self._positions and max_length > self._positions):
-            raise InputError(
-                f"--max_length {max_length}: must be between 2 and the decoder's {self._positions} positions."
-            )
+        beams = {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
+        check_beams(vocab_size=config.decoder.vocab_size, **beams)
+        max_length, positions = self.max_length if max_length is None else max_length, self._positions
+        if max_length < 2 or (positions and max_length > positions):
+            raise InputError(f"--max_length {max_length}: must be between 2 and the decoder's {positions} positions.")
         if batch_size < 1:
             raise InputError(f"--batch_size {batch_size}: must be at least 1.")
-        generate = partial(
-            self._generate, max_length=max_length, num_beams=num_beams, num_return_sequences=num_return_sequences
-        )
-        decode = partial(
-            _decode,
-            resize=resize_of(self.pretrained.image_processor),
-            allow_image_urls=allow_image_urls,
-            lock=threading.Lock(),
-        )
+        generate = partial(self._generate, max_length=max_length, **beams)
+        resize = resize_of(self.pretrained.image_processor)
+        decode = partial(_decode, resize=resize, allow_image_urls=allow_image_urls, lock=threading.Lock())
         return self._batches(images, decode, generate, batch_size)
 
     def _batches(

@@ -95,7 +95,9 @@ def test_token_by_token_the_logits_are_those_of_the_whole_caption(model, num_bea
     apply = partial(module.apply, {"params": params})
     cache = start_cache(apply(normalized, method="encode"), num_beams=num_beams, max_length=9)
     place = np.tile(np.arange(num_beams), (4, 1))
-    step = jax.jit(partial(apply, method="decode_step"), compiler_options=CHEAP)
+    step = jax.jit(
+        partial(apply, method=lambda module, *inputs: module.decoder.decode_step(*inputs)), compiler_options=CHEAP
+    )
     for position in range(9):
         moved = np.stack([random.permutation(num_beams) for _ in range(4)])  # beam b is now at moved[b]
         parents, following = np.empty_like(place), np.empty_like(place)

@@ -18,7 +18,7 @@ from repro.errors import RunStopped
 from repro.training.checkpoint import Checkpoints, abstract, check_checksums, find_newest, set_aside
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, state_sharding
-from repro.training.state import TrainState, create_train_state
+from repro.training.steps import TrainState, create_train_state
 
 OPTIMIZER = create_optimizer(create_learning_rate_fn(0.01, num_steps=10), rule="layer_norms", max_grad_norm=1.0)
 RECORD = {"settings": {"num_replicas": 2}}

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 
 import repro.evaluation.evaluator
 from repro.assemble import build_evaluator
-from repro.config import DataArguments, TrainingArguments
+from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
-from repro.evaluation.evaluator import Evaluator, mean_of_batch_losses
-from repro.evaluation.programs import Programs
+from repro.evaluation.evaluator import Evaluator, Programs, mean_of_batch_losses
 from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.models.beam_search import Captions
-from repro.prepare import check_fills_a_batch
+from repro.prepare import check_rows
 from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
 from repro.training.memory import SHARE, device_bytes
 from repro.training.sharding import create_mesh
@@ -161,10 +160,15 @@ def test_only_exact_evaluates_the_rows_of_the_incomplete_batch(tokenizer, protoc
 
 @pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED], ids=["current", "published"])
 def test_fewer_rows_than_a_batch_are_refused_where_they_would_all_be_dropped(protocol):
+    _, _, args = parse_arguments(
+        (ModelArguments, DataArguments, TrainingArguments),
+        ["--output_dir", "run", "--num_replicas", "2", "--per_device_eval_batch_size", "2"],
+        command="train",
+    )
     with pytest.raises(InputError, match=r"validation: 3 rows .* batch of 4.*--per_device_eval_batch_size"):
-        check_fills_a_batch(3, 4, "validation", protocol)
-    check_fills_a_batch(4, 4, "validation", protocol)
-    check_fills_a_batch(3, 4, "validation", EXACT)
+        check_rows(args, protocol, {"validation": 3}, num_devices=1)
+    check_rows(args, protocol, {"validation": 4}, num_devices=1)
+    check_rows(args, EXACT, {"validation": 3}, num_devices=1)
 
 
 def test_exact_evaluates_fewer_rows_than_a_batch():
@@ -271,7 +275,7 @@ def test_bleu_is_of_the_images_that_have_a_caption(tokenizer):
 
     def score(captions, references):
         seen.update(captions=captions, references=references)
-        return SimpleNamespace(means={"bleu4": 0.5}, tokenizer="split_words")
+        return {"bleu4": 0.5}, "split_words"
 
     evaluator = replace(make_evaluator(FakeModel(), tokenizer), caption_metrics=True)
     with pytest.MonkeyPatch.context() as patch:

@@ -24,17 +24,15 @@ from repro.data.limits import LISTED_BYTES
 from repro.errors import InputError
 from repro.progress_bar import progress_bar
 
+# Of the files that are taken from a folder; a file that is named may have any.
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
 )
-"""Of the files that are taken from a folder; a file that is named may have any."""
 LIST = "-"
-NOT_ALL = 1
-"""Exit status: there is an image without captions."""
+NOT_ALL = 1  # exit status: there is an image without captions
 WIDEST_NAME = 40
-DIGITS = 6
-"""Of a score in JSON: float32 has no more that mean something."""
+DIGITS = 6  # of a score in JSON: float32 has no more that mean something
 
 
 class Found(NamedTuple):
@@ -141,7 +139,11 @@ def _expanded(path: str, skipped: dict[str, int]) -> Iterator[Found]:
     images: list[str] = []
     problems: list[Found] = []
     others = 0
-    for folder, folders, files in os.walk(path, onerror=lambda error: problems.append(_unreadable(error))):
+
+    def note(error: OSError) -> None:
+        problems.append(Found(str(error.filename), f"the folder cannot be read: {error.strerror}"))
+
+    for folder, folders, files in os.walk(path, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith("."):
@@ -153,10 +155,6 @@ def _expanded(path: str, skipped: dict[str, int]) -> Iterator[Found]:
     if not images and not problems:
         problems.append(Found(path, f"holds no images ({', '.join(name[1:] for name in SUFFIXES)})"))
     yield from sorted([*map(Found, images), *problems], key=itemgetter(0))
-
-
-def _unreadable(error: OSError) -> Found:
-    return Found(str(error.filename), f"the folder cannot be read: {error.strerror}")
 
 
 def _width(found: Iterable[Found]) -> int:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from repro.errors import InputError
 
 NGRAMS = 4
+# Tokens that the public evaluation leaves out: pycocoevalcap's list, and what its tokenizer turns into them.
 IGNORED = frozenset(["''", "'", "``", "`", "-lrb-", "-rrb-", "-lcb-", "-rcb-", *'.?!,:-;"(){}', "--", "..."])
-"""Tokens that the public evaluation leaves out: pycocoevalcap's list, and what its tokenizer turns into them."""
 SPLIT = (
     (re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b"), lambda m: " ".join(filter(None, m.groups()))),
     (re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b"), r" \1"),
@@ -28,19 +27,6 @@ WORD = re.compile(
     r"n't\b|'(?:s|m|d|re|ve|ll)\b|(?:[a-z]\.){2,}(?!\w)|(?:st|ave|blvd|rd|ft)\.(?!\w)|\d+(?:[.,:/]\d+)+"
     r"|\w+(?:[-'&@/.]\w+)*|\.\.\.|--|[^\w\s]"
 )
-
-
-@dataclass(frozen=True)
-class CaptionScores:
-    """Scores of a set of captions.
-
-    Attributes:
-        means: `bleu1` to `bleu4`, 0 to 1, of the whole set, and `cider`, CIDEr-D, 0 to 10.
-        tokenizer: `ptb` or `split_words`.
-    """
-
-    means: dict[str, float]
-    tokenizer: str
 
 
 def split_words(caption: str) -> list[str]:
@@ -53,13 +39,16 @@ def split_words(caption: str) -> list[str]:
 
 def caption_scores(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]], *, tokenizer: str | None = None
-) -> CaptionScores:
+) -> tuple[dict[str, float], str]:
     """Score captions.
 
     Args:
         captions: one for each image.
         references: at least one for each of the same images.
         tokenizer: `ptb` or `split_words`; None for the former where there is Java.
+
+    Returns:
+        `bleu1` to `bleu4`, 0 to 1, and `cider`, CIDEr-D, 0 to 10, of the whole set, and the tokenizer.
 
     Raises:
         InputError: pycocoevalcap is not installed.
@@ -75,16 +64,11 @@ def caption_scores(
     wanted = tokenize(references)
     bleu, _ = Bleu(NGRAMS).compute_score(wanted, generated, verbose=0)
     cider, _ = Cider().compute_score(wanted, generated)
-    means = {f"bleu{n}": float(value) for n, value in enumerate(bleu, 1)} | {"cider": float(cider)}
-    return CaptionScores(means, tokenizer)
+    return {f"bleu{n}": float(value) for n, value in enumerate(bleu, 1)} | {"cider": float(cider)}, tokenizer
 
 
 def check_installed() -> None:
-    """Check that the scorers are there.
-
-    Raises:
-        InputError: they are not.
-    """
+    """Raise an `InputError` if the scorers are not there."""
     try:
         import pycocoevalcap.cider.cider  # noqa: F401
     except ImportError as error:

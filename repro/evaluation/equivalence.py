@@ -33,13 +33,10 @@ from scipy.stats import t as students_t
 
 FALSE_PASSES = 0.05
 FALSE_FAILS = 0.01
-LOOKING = 0.2
-"""Share of both rates that is left to each look, so that all looks at up to 16 runs together keep to them."""
-HOPELESS = 10
-"""Margins; there is no statistics for one run against one."""
+LOOKING = 0.2  # share of both rates for each look, so that all looks at up to 16 runs together keep to them
+HOPELESS = 10  # margins, beyond which one run fails against one: there is no statistics for them
 POWER = 0.8
-MOST_SEEDS = 200
-"""Of which it is said how many would tell."""
+MOST_SEEDS = 200  # of which it is said how many would tell
 
 
 class Verdict(StrEnum):
@@ -50,45 +47,30 @@ class Verdict(StrEnum):
     CANNOT_TELL = "CANNOT TELL"
 
 
+# The least of these places is the verdict of several targets.
 WORST_FIRST = (Verdict.FAIL, Verdict.CANNOT_TELL, Verdict.PASS)
-"""The least of these places is the verdict of several targets."""
 FAIL, CANNOT_TELL, PASS = range(3)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What new runs are held against; each field may be an array over simulated draws.
+    """What new runs are held against; each field may be an array over simulated draws."""
 
-    Attributes:
-        mean: of the reference runs.
-        runs: how many they are; 1 for a published run, infinite for a fixed value.
-        spread: standard deviation from run to run, known beforehand; 0 where nothing is known.
-        freedom: its degrees of freedom.
-    """
-
-    mean: Any
-    runs: float
-    spread: Any = 0.0
-    freedom: int = 0
+    mean: Any  # of the reference runs
+    runs: float  # how many they are; 1 for a published run, infinite for a fixed value
+    spread: Any = 0.0  # standard deviation from run to run, known beforehand; 0 where nothing is known
+    freedom: int = 0  # its degrees of freedom
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arrays over the draws, or scalars.
+    """Arrays over the draws, or scalars."""
 
-    Attributes:
-        places: of the verdicts in `WORST_FIRST`.
-        difference: of the means.
-        reach: half the width of the interval around the difference that decides about PASS.
-        outlying: [..., n], which runs by themselves lie beyond the margin.
-        uneven: whether the new runs differ from one another more than the known spread explains.
-    """
-
-    places: Any
-    difference: Any
-    reach: Any
-    outlying: Any
-    uneven: Any
+    places: Any  # of the verdicts in `WORST_FIRST`
+    difference: Any  # of the means
+    reach: Any  # half the width of the interval around the difference that decides about PASS
+    outlying: Any  # [..., n], which runs by themselves lie beyond the margin
+    uneven: Any  # whether the new runs differ from one another more than the known spread explains
 
 
 def pooled(*groups: tuple[Any, int]) -> tuple[Any, int]:
@@ -114,8 +96,8 @@ def compare(
     with np.errstate(invalid="ignore"):  # of what is not finite
         own = values.std(-1, ddof=1) if count > 1 else np.zeros_like(difference)
     spread, freedom = pooled((own, count - 1), (reference.spread, reference.freedom))
-    distance, outlying = np.abs(difference), np.zeros(values.shape, bool)
-    uneven = np.zeros(difference.shape, bool)
+    distance = np.abs(difference)
+    outlying, uneven = np.zeros(values.shape, bool), np.zeros(difference.shape, bool)
     if known and count > 1:
         uneven = own > reference.spread * math.sqrt(f_distribution.ppf(1 - false_fails, count - 1, reference.freedom))
     if freedom == 0:
@@ -129,9 +111,8 @@ def compare(
         reach = students_t.ppf(1 - false_passes, freedom) * error
         beyond = distance - students_t.ppf(1 - false_fails / 2, freedom) * error > margin
         if known:
-            limit = margin + prediction_reach(
-                reference.spread, reference.freedom, reference.runs, false_fails / 2 / count
-            )
+            of_one = false_fails / 2 / count
+            limit = margin + prediction_reach(reference.spread, reference.freedom, reference.runs, of_one)
             outlying = np.abs(values - np.asarray(reference.mean)[..., None]) > np.asarray(limit)[..., None]
         passes = (distance + reach < margin) & ~uneven
         places = np.where(beyond | outlying.any(-1), FAIL, np.where(passes, PASS, CANNOT_TELL))
@@ -149,11 +130,7 @@ def prediction_reach(spread: Any, freedom: int, runs: float, false_fails: float)
 def seeds_that_would_tell(spread: float, freedom: int, *, margin: float, false_passes: float) -> int | None:
     """Find how many runs on either side would be found equivalent with `POWER`, if nothing differs.
 
-    Args:
-        spread, freedom: of what is known by now.
-
-    Returns:
-        None if it takes more than `MOST_SEEDS`.
+    Judged by what is known of the spread by now; None if it takes more than `MOST_SEEDS`.
     """
     for count in range(2, MOST_SEEDS + 1):
         error = spread * math.sqrt(2 / count)

@@ -1,59 +1,110 @@
-"""Evaluate a model on a split: the loss of every row, captions, ROUGE."""
+"""Evaluate a model on a split: the loss of every row, captions, ROUGE; by programs compiled from shapes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from repro.data.pipeline import CaptionedImages, prefetch
 from repro.evaluation.caption_metrics import caption_scores
-from repro.evaluation.programs import Generate, Programs
 from repro.evaluation.rouge import rouge_scores
 from repro.progress_bar import progress_bar
 from repro.protocol import LossReduction, Protocol
+from repro.training.memory import batch_shapes, step_bytes, tree_bytes
+from repro.training.sharding import put_rows, replicated, rows_sharding
+
+# Batches of pixels on a device before their turn: two in the queue, one in the hand of the thread that fills it.
+BATCHES_WAITING = 3
+Load = Callable[[np.ndarray], dict[str, np.ndarray]]
+Generate = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What evaluates B rows at once."""
+
+    num_rows: int  # B
+    # (what loads rows int[n], rows int[B]) to their arrays on the devices; several processes each load some.
+    place: Callable[[Load, np.ndarray], dict[str, Any]]
+    encode: Callable[[Any, Any], Any]  # (params, pixels uint8[B,S,S,3]) to whatever the other two take for these images
+    # (params, encoded images, a caption [B,T] of each) to the captions' loss (sums, counts), float32[B].
+    row_losses: Callable[[Any, Any, dict[str, Any]], tuple[Any, Any]]
+    generate: Generate | None  # (params, encoded images) to captions int32[B,L]; None to compute the loss alone
+    num_bytes: int = 0  # the most that is held on one device at any time, parameters included
+
+
+def compile_programs(
+    encode: Callable[..., Any],
+    row_losses: Callable[..., Any],
+    generate: Callable[..., Any] | None,
+    params: Any,
+    row: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    num_rows: int,
+) -> Programs:
+    """Compile the functions of `Programs` for parameters that are whole on every device.
+
+    Args:
+        params, row: what is evaluated and one row of a batch [1,...], or their shapes.
+    """
+    everywhere, sharding = replicated(mesh), rows_sharding(mesh, num_rows=num_rows)
+    captions = batch_shapes(row, (num_rows,), sharding)
+    pixels = captions.pop("pixels")
+
+    def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    params = jax.tree.map(lambda x: placed(x, everywhere), params)
+    lowered = jax.jit(encode).lower(params, pixels)
+    encoding = lowered.compile()
+    memory = jax.tree.map(placed, lowered.out_info, encoding.output_shardings)
+    scoring = jax.jit(row_losses, out_shardings=everywhere).lower(params, memory, captions).compile()
+    searching = generate and jax.jit(generate, out_shardings=everywhere).lower(params, memory).compile()
+    # While images are encoded, the encoded ones before them are there still.
+    most = max(step_bytes(encoding) + tree_bytes(memory), *(step_bytes(done) for done in (scoring, searching) if done))
+    return Programs(
+        num_rows=num_rows,
+        place=lambda load, rows: put_rows(load, sharding, rows),
+        encode=encoding,
+        row_losses=scoring,
+        generate=searching,
+        num_bytes=most + BATCHES_WAITING * tree_bytes(pixels),
+    )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """What an evaluation found."""
 
-    Attributes:
-        metrics: `loss`, and if captions were generated `gen_len` (tokens) and ROUGE F x 100 as plain means; loss and
-            scores are of the rows that have a reference caption.
-        details: how the metrics came about: rows, bootstrap intervals, sentence splitter.
-        generations: {"label", "pred"} of each evaluated row, in order.
-        image_paths, image_ids: of the same rows.
-    """
-
+    # `loss`, and if captions were generated `gen_len` (tokens) and ROUGE F x 100 as plain means; loss and scores are of
+    # the rows that have a reference caption.
     metrics: dict[str, float]
-    details: dict[str, Any]
-    generations: list[dict[str, str]]
-    image_paths: list[str]
+    details: dict[str, Any]  # how the metrics came about: rows, bootstrap intervals, sentence splitter
+    generations: list[dict[str, str]]  # {"label", "pred"} of each evaluated row, in order
+    image_paths: list[str]  # of the same rows, as the next
     image_ids: list[str]
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """How to evaluate, whatever the split and the parameters.
+    """How to evaluate, whatever the split and the parameters."""
 
-    Attributes:
-        programs: gives, compiled once it is asked for, what computes a number of device batches [replica_batch]
-            together; how many changes time and memory alone.
-        num_replicas, replica_batch: the rows of a global batch; under the example's protocols, losses depend on both.
-        caption_metrics: compute BLEU and CIDEr-D too.
-        progress: whether to draw progress bars.
-    """
-
+    # Gives, compiled once it is asked for, what computes a number of device batches [replica_batch] together; how many
+    # changes time and memory alone.
     programs: Callable[[], Programs]
     tokenizer: Any
     protocol: Protocol
+    # The rows of a global batch are their product; under the example's protocols, losses depend on both.
     num_replicas: int
     replica_batch: int
-    caption_metrics: bool = False
-    progress: bool = True
+    caption_metrics: bool = False  # compute BLEU and CIDEr-D too
+    progress: bool = True  # whether to draw progress bars
 
     @property
     def batch_size(self) -> int:
@@ -69,38 +120,30 @@ class Evaluator:
         given = data.have_captions(rows)
         programs = self.programs()
         per_image = programs.generate if self.protocol.generate_per_image else None
-        sums, counts, tokens = self._by_image(params, data, rows, name, given=given, generate=per_image)
+        sums, counts, tokens = self._by_image(params, data, rows, name, per_image)
         if programs.generate is not None and per_image is None:
-            tokens = self._by_row(params, data, rows, f"{name} captions", generate=programs.generate)
+            tokens = self._by_row(params, data, rows, f"{name} captions", programs.generate)
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {"rows": num_rows}
         if given.any():
             metrics["loss"] = self._mean_loss(sums, counts)
-        if given.any() and not given.all():
-            details["rows_scored"] = int(given.sum())
+            if not given.all():
+                details["rows_scored"] = int(given.sum())
         generations: list[dict[str, str]] = []
         if tokens is not None:
             metrics["gen_len"] = float((tokens != self.tokenizer.pad_token_id).sum(axis=1).mean())
             generations = self._texts(tokens, data.tokens(rows)["labels"])
         scored = [row for row, is_given in zip(generations, given, strict=False) if is_given]
         if scored:
-            texts = ([row[name] for row in scored] for name in ("pred", "label"))
-            scores = rouge_scores(*texts, images=data.image_paths(rows[given]))
-            metrics.update(scores.means)
-            details["rouge_intervals"] = scores.intervals
-            details["sentence_splitter"] = scores.sentence_splitter
-        if scored and self.caption_metrics:
-            captions = caption_of_each_image(data.image_paths(rows[given]), scored)
-            found = caption_scores(captions, data.captions_of_images(rows[given]))
-            metrics.update(found.means)
-            details["caption_tokenizer"] = found.tokenizer
-        return Evaluation(
-            metrics=metrics,
-            details=details,
-            generations=generations,
-            image_paths=data.image_paths(rows),
-            image_ids=data.image_ids(rows),
-        )
+            images = data.image_paths(rows[given])
+            scores = rouge_scores(*([row[name] for row in scored] for name in ("pred", "label")), images=images)
+            metrics |= scores.means
+            details |= {"rouge_intervals": scores.intervals, "sentence_splitter": scores.sentence_splitter}
+            if self.caption_metrics:
+                captions, references = caption_of_each_image(images, scored), data.captions_of_images(rows[given])
+                means, details["caption_tokenizer"] = caption_scores(captions, references)
+                metrics |= means
+        return Evaluation(metrics, details, generations, data.image_paths(rows), data.image_ids(rows))
 
     def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:
         if self.protocol.token_eval_loss:
@@ -110,21 +153,14 @@ class Evaluator:
         return mean_of_batch_losses(sums, counts, self.protocol.loss_reduction, num_replicas=self.num_replicas)
 
     def _by_image(
-        self,
-        params: Any,
-        data: CaptionedImages,
-        rows: np.ndarray,
-        name: str,
-        *,
-        given: np.ndarray,
-        generate: Generate | None,
+        self, params: Any, data: CaptionedImages, rows: np.ndarray, description: str, generate: Generate | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Encode each distinct image once for the losses of its rows, float64[N] twice, and a caption, int32[N,L].
 
-        The losses are 0 but for the rows whose caption is given, bool[N].
+        The losses are 0 but for the rows whose caption is given.
         """
         sums, counts = np.zeros((2, len(rows)))
-        programs = self.programs()
+        programs, given = self.programs(), data.have_captions(rows)
         if not given.any() and generate is None:
             return sums, counts, None
         images, of_row, num_rows = np.unique(data.image_index[rows], return_inverse=True, return_counts=True)
@@ -133,7 +169,7 @@ class Evaluator:
         order = np.argsort(-num_captions, kind="stable")
         rows_by_image, first = np.lexsort((~given, of_row)), np.cumsum(num_rows) - num_rows
         tokens: list[np.ndarray] = []
-        for places, memory in self._encoded(params, data, images[order], name):
+        for places, memory in self._encoded(params, data, images[order], description):
             batch = np.resize(order[places], programs.num_rows)
             for turn in range(num_captions[batch].max()):
                 has_turn = (num_captions[batch] > turn) & (np.arange(programs.num_rows) < len(places))
@@ -145,7 +181,7 @@ class Evaluator:
         return sums, counts, np.concatenate(tokens)[np.argsort(order)[of_row]] if tokens else None
 
     def _by_row(
-        self, params: Any, data: CaptionedImages, rows: np.ndarray, description: str, *, generate: Generate
+        self, params: Any, data: CaptionedImages, rows: np.ndarray, description: str, generate: Generate
     ) -> np.ndarray:
         """int32[N,L], generated in batches of rows as they come: a caption may depend on its neighbours."""
         encoded = self._encoded(params, data, data.image_index[rows], description)
@@ -156,40 +192,29 @@ class Evaluator:
     ) -> Iterator[tuple[np.ndarray, Any]]:
         """Yield places in `images`, in order, with these images encoded; the last batch is padded to B with others."""
         programs = self.programs()
-        starts = range(0, len(images), programs.num_rows)
-
-        def load(numbers: np.ndarray) -> dict[str, np.ndarray]:
-            return {"pixels": data.images[numbers]}
 
         def loaded() -> Iterator[tuple[np.ndarray, Any]]:
-            for start in starts:
-                places = np.arange(start, min(start + programs.num_rows, len(images)))
-                yield places, programs.place(load, images[np.resize(places, programs.num_rows)])["pixels"]
+            for start in range(0, len(images), programs.num_rows):
+                places = np.arange(len(images))[start : start + programs.num_rows]
+                batch = images[np.resize(places, programs.num_rows)]
+                yield places, programs.place(lambda numbers: {"pixels": data.images[numbers]}, batch)["pixels"]
 
-        with progress_bar(
-            progress=self.progress, total=len(images), desc=description, unit="image", leave=False
-        ) as bar:
+        bar = progress_bar(progress=self.progress, total=len(images), desc=description, unit="image", leave=False)
+        with bar:
             for places, pixels in prefetch(loaded()):
                 yield places, programs.encode(params, pixels)
                 bar.update(len(places))
 
     def _texts(self, tokens: np.ndarray, labels: np.ndarray) -> list[dict[str, str]]:
         def decode(ids: np.ndarray) -> list[str]:
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            return [text.strip() for text in texts]
+            return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-        return [
-            {"label": label, "pred": prediction}
-            for label, prediction in zip(decode(labels), decode(tokens), strict=True)
-        ]
+        pairs = zip(decode(labels), decode(tokens), strict=True)
+        return [{"label": label, "pred": prediction} for label, prediction in pairs]
 
 
 def caption_of_each_image(images: Sequence[str], generations: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Pair each image that was evaluated with the first caption that was generated for it; empty if there is none.
-
-    Args:
-        images: what names the image of each row, its path or its id.
-    """
+    """Pair each image, by the path or id that rows give it, with the first caption that was generated for it."""
     found: dict[str, str] = {}
     for image, row in zip(images, generations, strict=False):
         found.setdefault(image, row["pred"])
@@ -199,8 +224,7 @@ def caption_of_each_image(images: Sequence[str], generations: Sequence[dict[str,
 def coco_results(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Give the first caption of each image as COCO's evaluation servers take it: {"image_id": number, "caption"}.
 
-    Returns:
-        Nothing where captions were not generated, or where the data do not name their images by numbers.
+    There are none where captions were not generated, or where the data do not name their images by numbers.
     """
     if not all(image_id.isdecimal() for image_id in evaluation.image_ids):
         return []

@@ -21,25 +21,17 @@ from rouge_score import rouge_scorer, tokenize
 TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
-CHUNK = 10
-"""Bootstrap samples drawn at once: 10 x 25,000 images x 5 columns are 10 MB."""
+CHUNK = 10  # bootstrap samples drawn at once: 10 x 25,000 images x 5 columns are 10 MB
 
 
 @dataclass(frozen=True)
 class RougeScores:
-    """Scores of a set of captions.
+    """Scores of a set of captions."""
 
-    Attributes:
-        rows: float64[N,4], F x 100 of each row, in the order of `TYPES`.
-        means: the mean of each column by type.
-        intervals: the percentile bootstrap interval of each mean, (low, high).
-        sentence_splitter: `punkt_english` or `punkt_default`, what cut sentences for rougeLsum.
-    """
-
-    rows: np.ndarray
-    means: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    sentence_splitter: str
+    rows: np.ndarray  # float64[N,4], F x 100 of each row, in the order of `TYPES`
+    means: dict[str, float]  # the mean of each column by type
+    intervals: dict[str, tuple[float, float]]  # the percentile bootstrap interval of each mean, (low, high)
+    sentence_splitter: str  # `punkt_english` or `punkt_default`, what cut sentences for rougeLsum
 
 
 def rouge_scores(
@@ -102,12 +94,8 @@ def bootstrap_interval(
     sums = np.zeros((len(places), rows.shape[1] + 1))
     np.add.at(sums, of_row, np.c_[rows, np.ones(len(rows))])
     generator = np.random.default_rng(seed)
-    totals = np.concatenate(
-        [
-            sums[generator.integers(len(sums), size=(CHUNK, len(sums)))].sum(axis=1)
-            for _ in range(NUM_RESAMPLES // CHUNK)
-        ]
-    )
+    drawn = (generator.integers(len(sums), size=(CHUNK, len(sums))) for _ in range(NUM_RESAMPLES // CHUNK))
+    totals = np.concatenate([sums[some].sum(axis=1) for some in drawn])
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(totals[:, :-1] / totals[:, -1:], [tail, 1 - tail], axis=0)
     return low, high

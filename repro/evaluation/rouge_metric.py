@@ -6,6 +6,7 @@ Apart from `rouge.py`, whose scores it gives, because importing `evaluate` would
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -44,9 +45,7 @@ class Rouge(evaluate.Metric):
         use_stemmer: bool = False,
         tokenizer: Any = None,
     ) -> dict[str, Any]:
-        wrapped = None
-        if tokenizer is not None:
-            wrapped = type("Tokenizer", (), {"tokenize": staticmethod(tokenizer)})()
+        wrapped = tokenizer and SimpleNamespace(tokenize=tokenizer)
         scorer = rouge_scorer.RougeScorer(list(rouge_types), use_stemmer=use_stemmer, tokenizer=wrapped)
         together = [[reference] if isinstance(reference, str) else reference for reference in references]
         columns = dict(zip(rouge_types, f_measures(scorer, predictions, together).T, strict=True))

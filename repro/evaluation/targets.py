@@ -24,7 +24,6 @@ from typing import Any
 
 from repro.errors import InputError
 from repro.evaluation.equivalence import (
-    CANNOT_TELL,
     FALSE_FAILS,
     FALSE_PASSES,
     HOPELESS,
@@ -38,41 +37,30 @@ from repro.evaluation.equivalence import (
     seeds_that_would_tell,
 )
 
-WIDEST = 4.0
-"""Margins that half a prediction interval may be wide, where a recipe does not say it."""
-FEWEST_POINTS = 4
-"""Of a trajectory that is not over, to find it hopeless."""
-COPIED = 0.1
-"""Share of the tolerance within which the losses of another seed are that seed's."""
+WIDEST = 4.0  # margins that half a prediction interval may be wide, where a recipe does not say it
+FEWEST_POINTS = 4  # of a trajectory that is not over, to find it hopeless
+COPIED = 0.1  # share of the tolerance within which the losses of another seed are that seed's
+# The largest possible value of a metric, by what its name holds; the least is 0.
 LARGEST = {"accuracy": 1.0, "exact_match": 1.0, "rouge": 100.0, "": math.inf}
-"""Value of a metric that is possible, by what its name holds; the least is 0."""
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
 class Target:
-    """One of a recipe's targets, as its JSON has it.
+    """One of a recipe's targets, as its JSON has it."""
 
-    Attributes:
-        metric: of a run (`read_run`), or of each step.
-        step: at which it is evaluated; None for the last evaluation, or where there are no steps.
-        low, high, value, values, tolerance, margin, seeds, fingerprint: see above.
-        widest: half the width that the prediction interval of a single run may have.
-        standard_deviation, freedom, runs: of the reference.
-        source: where the figures come from.
-    """
-
-    metric: str
-    source: str
-    step: int | None = None
-    low: float | None = None
+    metric: str  # of a run (`read_run`), or of each step
+    source: str  # where the figures come from
+    step: int | None = None  # at which it is evaluated; None for the last evaluation, or where there are no steps
+    low: float | None = None  # from here on, the names of the five kinds above
     high: float | None = None
     value: float | None = None
     values: Mapping[str, float] | None = None
     tolerance: float | None = None
     margin: float | None = None
-    widest: float | None = None
+    widest: float | None = None  # half the width that the prediction interval of a single run may have
     seeds: Mapping[str, Mapping[str, float]] | None = None
-    standard_deviation: float | None = None
+    standard_deviation: float | None = None  # of the reference, as the next two
     freedom: int | None = None
     runs: int = 1
     fingerprint: str | None = None
@@ -119,24 +107,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target and what was measured.
-
-    Attributes:
-        measured: the mean over runs; of a trajectory or several values the largest or mean distance is `difference`.
-        interval: of the difference, the one that decided, where there is one.
-        reason: the verdict in words, where the figures do not say it.
-        band: what was asked for, where that depends on the runs.
-        claim: what a PASS says.
-    """
+    """A target and what was measured."""
 
     target: Target
     verdict: Verdict
-    measured: float | None = None
-    difference: float | None = None
-    interval: tuple[float, float] | None = None
-    reason: str = ""
-    band: str = ""
-    claim: str = ""
+    measured: float | None = None  # the mean over runs
+    difference: float | None = None  # from what is wanted; of a trajectory or several values, the mean or largest one
+    interval: tuple[float, float] | None = None  # of the difference, the one that decided, where there is one
+    reason: str = ""  # the verdict in words, where the figures do not say it
+    band: str = ""  # what was asked for, where that depends on the runs
+    claim: str = ""  # what a PASS says
 
     @property
     def wanted(self) -> str:
@@ -145,20 +125,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run measured of one target.
-
-    Attributes:
-        values: by step; a metric without steps is at "".
-        text: of a fingerprint.
-    """
+    """What one run measured of one target."""
 
     seed: int
-    values: Mapping[str, float] = field(default_factory=dict)
-    text: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)  # by step; a metric without steps is at ""
+    text: str | None = None  # of a fingerprint
 
 
 Run = Callable[[Target], Measured]
-NOT_MEASURED = "not measured"
 
 
 def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
@@ -295,8 +269,8 @@ def _judge_trajectory(target: Target, runs: Sequence[Measured], rates: Mapping[s
     distances = [
         [run.values[step] - value for step, value in target.values.items() if step in run.values] for run in runs
     ]
-    if any(len(found) < len(target.values) for found in distances):
-        points = [point for found in distances for point in found]
+    points = [point for found in distances for point in found]
+    if len(points) < len(runs) * len(target.values):
         if len(points) >= FEWEST_POINTS and not any(abs(point) <= HOPELESS * target.margin for point in points):
             reason = f"each more than {HOPELESS} margins away"
             return Outcome(target, Verdict.FAIL, None, statistics.fmean(points), reason=reason)
@@ -309,7 +283,7 @@ def _judge_trajectory(target: Target, runs: Sequence[Measured], rates: Mapping[s
     verdict, mean, reach = WORST_FIRST[int(found.places)], float(found.difference), float(found.reach)
     if not math.isfinite(mean):
         return Outcome(target, Verdict.FAIL, None, mean, reason="not finite")
-    reason = "more seeds would tell" if int(found.places) == CANNOT_TELL else ""
+    reason = "more seeds would tell" if verdict is Verdict.CANNOT_TELL else ""
     return Outcome(target, verdict, None, mean, (mean - reach, mean + reach), reason, claim="near the published losses")
 
 

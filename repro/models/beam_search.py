@@ -32,8 +32,8 @@ import jax.numpy as jnp
 from repro.errors import InputError
 from repro.protocol import StopRule
 
+# Log-probability of what must not be chosen; both versions of transformers use this value.
 IMPOSSIBLE = -1.0e7
-"""Log-probability of what must not be chosen; both versions of transformers use this value."""
 
 Cache = Any
 DecodeStep = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
@@ -41,15 +41,10 @@ EarlyStopping = bool | Literal["never"]
 
 
 class Captions(NamedTuple):
-    """The best R sequences of each row, best first.
+    """The best R sequences of each row, best first."""
 
-    Attributes:
-        tokens: int32[B,R,L], start token first, padded after the end token.
-        scores: float32[B,R], length-normalized log-probability.
-    """
-
-    tokens: jax.Array
-    scores: jax.Array
+    tokens: jax.Array  # int32[B,R,L], start token first, padded after the end token
+    scores: jax.Array  # float32[B,R], length-normalized log-probability
 
 
 class _Beams(flax.struct.PyTreeNode):
@@ -71,17 +66,12 @@ class _Search(flax.struct.PyTreeNode):
 
 
 def check_beams(*, num_beams: int, num_return_sequences: int, vocab_size: int) -> None:
-    """Check what can be known before the search.
-
-    Raises:
-        InputError: there are no beams, more beams than tokens, or more sequences to return than beams.
-    """
+    """Raise an `InputError` if there are no beams, more beams than tokens, or more sequences to return than beams."""
     if not 1 <= num_beams <= vocab_size:
         raise InputError(f"--num_beams {num_beams}: must be between 1 and the vocabulary's {vocab_size} tokens.")
     if not 1 <= num_return_sequences <= num_beams:
-        raise InputError(
-            f"--num_return_sequences {num_return_sequences}: must be between 1 and --num_beams {num_beams}."
-        )
+        given = f"--num_return_sequences {num_return_sequences}"
+        raise InputError(f"{given}: must be between 1 and --num_beams {num_beams}.")
 
 
 def beam_search(
@@ -156,15 +146,22 @@ def beam_search(
             finished_scores=finished_scores,
             is_finished=_take(jnp.concatenate([known.is_finished, ended], axis=1), best),
         )
-        length = search.length + 1
+        length, going_on = search.length + 1, search.going_on
+
+        def unless_ended(new: jax.Array, old: jax.Array) -> jax.Array:
+            """Let the rows whose group had ended keep their results."""
+            return jnp.where(going_on.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
         return _Search(
             length=length,
-            # Rows whose group had ended keep their results.
-            beams=jax.tree.map(partial(_choose, search.going_on), following, known),
+            beams=jax.tree.map(unless_ended, following, known),
             parents=_take(parents, kept),
-            going_on=search.going_on & can_improve(length, following),
+            going_on=going_on & can_improve(length, following),
             cache=cache,
         )
+
+    def more_than(fewer: int, search: _Search) -> jax.Array:
+        return (search.length < max_length) & (search.going_on.sum() > fewer)
 
     blank = jnp.full((batch_size, beams, max_length), pad_token_id, jnp.int32)
     results = _Beams(
@@ -185,8 +182,7 @@ def beam_search(
     row_of = jnp.arange(batch_size)
     sizes = _batch_sizes(batch_size, group_size, smallest_batch)
     for size, fewer in zip(sizes, [*sizes[1:], 0], strict=True):
-        goes_on = partial(_more_than, fewer, max_length)
-        search = jax.lax.while_loop(goes_on, advance, search)
+        search = jax.lax.while_loop(partial(more_than, fewer), advance, search)
         results = jax.tree.map(lambda all_rows, some, row=row_of: all_rows.at[row].set(some), results, search.beams)
         if fewer:
             staying = jnp.argsort(~search.going_on, stable=True)[:fewer]
@@ -203,10 +199,6 @@ def _batch_sizes(batch_size: int, group_size: int, smallest: int | None) -> list
     return sizes
 
 
-def _more_than(fewer: int, max_length: int, search: _Search) -> jax.Array:
-    return (search.length < max_length) & (search.going_on.sum() > fewer)
-
-
 def _select_rows(rows: jax.Array, size: int, leaf: jax.Array) -> jax.Array:
     """Pick rows of [size*n,...], n entries a row."""
     if leaf.ndim == 0:
@@ -217,10 +209,6 @@ def _select_rows(rows: jax.Array, size: int, leaf: jax.Array) -> jax.Array:
 def _take(values: jax.Array, indices: jax.Array) -> jax.Array:
     """Pick beams: [B,K,...] and int32[B,J] to [B,J,...]."""
     return values[jnp.arange(values.shape[0])[:, None], indices]
-
-
-def _choose(condition: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
-    return jnp.where(condition.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
 
 
 def _best(known: _Beams, number: int, pad_token_id: int, penalty: float) -> Captions:

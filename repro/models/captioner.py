@@ -14,14 +14,12 @@ import numpy as np
 
 from repro.errors import InputError
 from repro.models.beam_search import Captions, beam_search, check_beams
-from repro.models.gpt2 import GPT2, Cache, Memory, start_cache
+from repro.models.gpt2 import GPT2, Memory, start_cache
 from repro.models.layers import ACTIVATIONS, Part
 from repro.models.vit import ViT
-from repro.protocol import StopRule
 
 Params = Any
-CHANNELS = 3
-"""Red, green, blue: what the image cache holds."""
+CHANNELS = 3  # red, green, blue: what the image cache holds
 
 
 def is_supported(config: Any) -> bool:
@@ -30,13 +28,11 @@ def is_supported(config: Any) -> bool:
 
 
 def check_config(config: Any) -> None:
-    """Check every configuration value that changes the arithmetic and has values which these modules do not know.
-
-    Raises:
-        InputError: names the first such value.
-    """
+    """Raise an `InputError` that names the first value that asks for arithmetic which these modules do not know."""
     encoder, decoder = config.encoder, config.decoder
-    acts = " or ".join(ACTIVATIONS)
+    acts, divisor = " or ".join(ACTIVATIONS), "a divisor of the width"
+    wanted_width = getattr(decoder, "cross_attention_hidden_size", None)
+    joined = "null, so that enc_to_dec_proj joins the widths"
     supported = (
         (encoder, "model_type", encoder.model_type == "vit", "vit"),
         (decoder, "model_type", decoder.model_type == "gpt2", "gpt2"),
@@ -45,20 +41,10 @@ def check_config(config: Any) -> None:
         (encoder, "num_channels", encoder.num_channels == CHANNELS, str(CHANNELS)),
         (encoder, "patch_size", isinstance(encoder.patch_size, int), "one number"),
         (encoder, "image_size", isinstance(encoder.image_size, int), "one number"),
-        (
-            encoder,
-            "num_attention_heads",
-            encoder.hidden_size % encoder.num_attention_heads == 0,
-            "a divisor of the width",
-        ),
-        (decoder, "n_head", decoder.hidden_size % decoder.num_attention_heads == 0, "a divisor of the width"),
+        (encoder, "num_attention_heads", encoder.hidden_size % encoder.num_attention_heads == 0, divisor),
+        (decoder, "n_head", decoder.hidden_size % decoder.num_attention_heads == 0, divisor),
         (decoder, "add_cross_attention", decoder.add_cross_attention, "true"),
-        (
-            decoder,
-            "cross_attention_hidden_size",
-            getattr(decoder, "cross_attention_hidden_size", None) in (None, decoder.hidden_size),
-            "null, so that enc_to_dec_proj joins the widths",
-        ),
+        (decoder, "cross_attention_hidden_size", wanted_width in (None, decoder.hidden_size), joined),
     )
     for half, name, is_good, wanted in supported:
         if not is_good:
@@ -71,22 +57,19 @@ def check_config(config: Any) -> None:
 class VisionEncoderDecoder(Part):
     """An image encoder whose states a text decoder attends to, projected where their widths differ.
 
-    Attributes:
-        config: a `VisionEncoderDecoderConfig` of a ViT and a GPT-2.
-        remat: trade time for memory in training, layer by layer.
+    `config` is a `VisionEncoderDecoderConfig` of a ViT and a GPT-2.
     """
 
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool = False  # trade time for memory in training, layer by layer
 
     def setup(self) -> None:
         encoder, decoder = self.config.encoder, self.config.decoder
         self.encoder = ViT(encoder, self.dtype, self.remat)
         self.decoder = GPT2(decoder, self.dtype, self.remat)
         if encoder.hidden_size != decoder.hidden_size:
-            self.enc_to_dec_proj = nn.Dense(
-                decoder.hidden_size, kernel_init=nn.initializers.normal(decoder.initializer_range), dtype=self.dtype
-            )
+            kernel_init = nn.initializers.normal(decoder.initializer_range)
+            self.enc_to_dec_proj = nn.Dense(decoder.hidden_size, kernel_init=kernel_init, dtype=self.dtype)
 
     def __call__(
         self,
@@ -104,16 +87,6 @@ class VisionEncoderDecoder(Part):
         """Normalized pixels [B,S,S,C] to what the decoder remembers of them."""
         return self.decoder.remember(self._states(pixel_values, True))
 
-    def decode(self, memory: Memory, decoder_input_ids: jax.Array, decoder_attention_mask: jax.Array) -> jax.Array:
-        """`GPT2.decode`."""
-        return self.decoder.decode(decoder_input_ids, decoder_attention_mask, memory)
-
-    def decode_step(
-        self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """`GPT2.decode_step`."""
-        return self.decoder.decode_step(tokens, parents, position, cache)
-
     def _states(self, pixel_values: jax.Array, deterministic: bool) -> jax.Array:
         states = self.encoder(pixel_values, deterministic=deterministic)
         return self.enc_to_dec_proj(states) if hasattr(self, "enc_to_dec_proj") else states
@@ -121,21 +94,13 @@ class VisionEncoderDecoder(Part):
 
 @dataclass(frozen=True)
 class NativeCaptioner:
-    """A captioning model as pure functions of its parameters.
+    """A captioning model as pure functions of its parameters."""
 
-    Attributes:
-        config: a `VisionEncoderDecoderConfig` of a ViT and a GPT-2.
-        generation_config: a `GenerationConfig`; beams, length penalty and early stopping where nothing else is asked.
-        pixel_table: float32[256,3], the normalized value of each byte in each channel.
-        dtype: type of the computation.
-        remat: see `VisionEncoderDecoder`.
-    """
-
-    config: Any
-    generation_config: Any
-    pixel_table: np.ndarray
-    dtype: Any = jnp.float32
-    remat: bool = False
+    config: Any  # a `VisionEncoderDecoderConfig` of a ViT and a GPT-2
+    generation_config: Any  # a `GenerationConfig`; beams, length penalty and early stopping where nothing else is asked
+    pixel_table: np.ndarray  # float32[256,3], the normalized value of each byte in each channel
+    dtype: Any = jnp.float32  # type of the computation
+    remat: bool = False  # see `VisionEncoderDecoder`
 
     @property
     def module(self) -> VisionEncoderDecoder:
@@ -169,34 +134,28 @@ class NativeCaptioner:
         Returns:
             [B,T,V] in the model's dtype.
         """
-        logits: Any = self.module.apply(
-            {"params": params},
+        return self._apply(
+            params,
             normalize(pixels, self.pixel_table, self.dtype),
             decoder_input_ids,
             decoder_attention_mask,
             deterministic=dropout_key is None,
             rngs={} if dropout_key is None else {"dropout": dropout_key},
         )
-        return logits
 
     def encode(self, params: Params, pixels: jax.Array) -> Memory:
         """Look at uint8[B,S,S,3] once, for any number of captions."""
-        memory: Any = self.module.apply(
-            {"params": params}, normalize(pixels, self.pixel_table, self.dtype), method="encode"
-        )
-        return memory
+        return self._apply(params, normalize(pixels, self.pixel_table, self.dtype), method="encode")
 
     def decode(
         self, params: Params, memory: Memory, decoder_input_ids: jax.Array, decoder_attention_mask: jax.Array
     ) -> jax.Array:
         """`logits` without dropout, of images that have been encoded."""
-        logits: Any = self.module.apply(
-            {"params": params}, memory, decoder_input_ids, decoder_attention_mask, method="decode"
-        )
-        return logits
+        inputs = (decoder_input_ids, decoder_attention_mask, memory)
+        return self._apply(params, *inputs, method=lambda module, *inputs: module.decoder.decode(*inputs))
 
     def generate(self, params: Params, memory: Memory, *, max_length: int, num_beams: int, **settings: Any) -> Captions:
-        """Caption images that have been encoded; `settings` are `search`'s.
+        """Caption images that have been encoded; `settings` are `beam_search`'s.
 
         Raises:
             InputError: there are more beams than tokens, or more sequences to return than beams.
@@ -204,15 +163,12 @@ class NativeCaptioner:
         # Once, and not at every step of the search.
         params = jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)
         cache = start_cache(memory, num_beams=num_beams, max_length=max_length)
-        return search(
-            self,
-            partial(self.module.apply, {"params": params}, method="decode_step"),
-            cache,
-            batch_size=len(cache.ancestors),
-            max_length=max_length,
-            num_beams=num_beams,
-            **settings,
-        )
+        step = partial(self._apply, params, method=lambda module, *inputs: module.decoder.decode_step(*inputs))
+        sizes = {"batch_size": len(cache.ancestors), "max_length": max_length, "num_beams": num_beams}
+        return search(self, step, cache, **sizes, **settings)
+
+    def _apply(self, params: Params, *inputs: Any, **settings: Any) -> Any:
+        return self.module.apply({"params": params}, *inputs, **settings)
 
 
 def normalize(pixels: jax.Array, pixel_table: np.ndarray, dtype: Any) -> jax.Array:
@@ -223,35 +179,21 @@ def normalize(pixels: jax.Array, pixel_table: np.ndarray, dtype: Any) -> jax.Arr
 
 
 def search(
-    captioner: Any,
-    decode_step: Any,
-    cache: Any,
-    *,
-    batch_size: int,
-    max_length: int,
-    num_beams: int,
-    stop_rule: StopRule,
-    group_size: int,
-    num_return_sequences: int = 1,
-    smallest_batch: int | None = None,
+    captioner: Any, decode_step: Any, cache: Any, *, num_beams: int, num_return_sequences: int = 1, **settings: Any
 ) -> Captions:
-    """`beam_search` with a captioner's special tokens, length penalty and early stopping."""
+    """`beam_search` and its settings, with a captioner's special tokens, length penalty and early stopping."""
     config, defaults = captioner.config, captioner.generation_config
     check_beams(num_beams=num_beams, num_return_sequences=num_return_sequences, vocab_size=config.decoder.vocab_size)
     return beam_search(
         decode_step,
         cache,
-        batch_size=batch_size,
-        num_beams=num_beams,
-        max_length=max_length,
         start_token_id=config.decoder_start_token_id,
         end_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
-        stop_rule=stop_rule,
-        group_size=group_size,
         # Unset is None in transformers 5.
         length_penalty=1.0 if defaults.length_penalty is None else defaults.length_penalty,
         early_stopping=defaults.early_stopping or False,
+        num_beams=num_beams,
         num_return_sequences=num_return_sequences,
-        smallest_batch=smallest_batch,
+        **settings,
     )

@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,7 @@ import jax.numpy as jnp
 
 from repro.models.layers import ACTIVATIONS, LayerNorm, Part, attend, by_rows, split_heads, times_transposed
 
-INIT_STDDEV = 0.02
-"""Of the projections' kernels, whatever the configuration says: FlaxGPT2's."""
+INIT_STDDEV = 0.02  # of the projections' kernels, whatever the configuration says: FlaxGPT2's
 
 
 class KeysValues(flax.struct.PyTreeNode):
@@ -29,23 +29,17 @@ class KeysValues(flax.struct.PyTreeNode):
     value: jax.Array
 
 
+# All that the decoder knows of an image: what each layer's cross-attention attends to, S = N.
 Memory = tuple[KeysValues, ...]
-"""All that the decoder knows of an image: what each layer's cross-attention attends to, S = N."""
 
 
 class Cache(flax.struct.PyTreeNode):
-    """What a search keeps.
+    """What a search keeps."""
 
-    Attributes:
-        memory: of the images, one for all beams.
-        past: each layer's tokens so far, S = L*K: each position's K beams side by side. They stay where they were
-            written.
-        ancestors: int32[B,K,L], the beam at each position from which a beam's token there comes.
-    """
-
-    memory: Memory
+    memory: Memory  # of the images, one for all beams
+    # Each layer's tokens so far, S = L*K: each position's K beams side by side, where they were written.
     past: tuple[KeysValues, ...]
-    ancestors: jax.Array
+    ancestors: jax.Array  # int32[B,K,L], the beam at each position from which a beam's token there comes
 
 
 class Conv1D(nn.Module):
@@ -63,13 +57,9 @@ class Conv1D(nn.Module):
 
 
 class Attention(Part):
-    """Attention to the tokens so far, or with `cross` to the encoder's states.
+    """Attention to the tokens so far, or with `cross` to the encoder's states."""
 
-    Attributes:
-        layer: its number, from 0, by which `scale_attn_by_inverse_layer_idx` scales.
-    """
-
-    layer: int
+    layer: int  # from 0: `scale_attn_by_inverse_layer_idx` scales by it
     cross: bool = False
 
     def setup(self) -> None:
@@ -99,8 +89,7 @@ class Attention(Part):
     ) -> jax.Array:
         """Attend and project back, [B,H,T,D/H] to [B,T,D]."""
         config = self.config
-        depth = config.hidden_size // config.num_attention_heads
-        scale = depth**-0.5 if config.scale_attn_weights else 1.0
+        scale = query.shape[-1] ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= self.layer + 1
         drops = not deterministic and config.attn_pdrop > 0
@@ -146,10 +135,7 @@ class Block(Part):
 
     def __call__(self, states: jax.Array, mask: jax.Array, encoder_states: jax.Array, deterministic: bool) -> jax.Array:
         """Add what the block finds to [B,T,D], with a bool[B,1,T,T] mask and [B,N,E] encoder states."""
-        return self.decode(states, mask, self.remember(encoder_states), deterministic)
-
-    def remember(self, encoder_states: jax.Array) -> KeysValues:
-        return self.crossattention.keys_values(encoder_states)
+        return self.decode(states, mask, self.crossattention.keys_values(encoder_states), deterministic)
 
     def decode(self, states: jax.Array, mask: jax.Array, memory: KeysValues, deterministic: bool) -> jax.Array:
         """`__call__` with what is remembered of the encoder states."""
@@ -179,6 +165,8 @@ class Block(Part):
 class Blocks(Part):
     """The blocks, under their numbers."""
 
+    config: Any
+    dtype: Any
     remat: bool
 
     def setup(self) -> None:
@@ -187,88 +175,29 @@ class Blocks(Part):
         numbers = range(self.config.num_hidden_layers)
         self.blocks = [block(self.config, self.dtype, number, name=str(number)) for number in numbers]
 
-    def __call__(self, states: jax.Array, *inputs: Any) -> jax.Array:
-        for block in self.blocks:
-            states = block(states, *inputs)
-        return states
-
-    def remember(self, encoder_states: jax.Array) -> Memory:
-        return tuple(block.remember(encoder_states) for block in self.blocks)
-
-    def decode(self, states: jax.Array, mask: jax.Array, memory: Memory) -> jax.Array:
-        for block, known in zip(self.blocks, memory, strict=True):
-            states = block.decode(states, mask, known, True)
-        return states
-
-    def decode_step(
-        self, states: jax.Array, visible: jax.Array, position: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, tuple[KeysValues, ...]]:
-        following = []
-        for block, memory, past in zip(self.blocks, cache.memory, cache.past, strict=True):
-            states, past = block.decode_step(states, visible, position, memory, past)
-            following.append(past)
-        return states, tuple(following)
-
 
 class Transformer(Part):
-    """Tokens to normalized states."""
+    """A level of names, which FlaxGPT2 has."""
 
+    config: Any
+    dtype: Any
     remat: bool
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
-        embedding_init = nn.initializers.normal(config.initializer_range)
-        width = config.hidden_size
-        self.wte = nn.Embed(config.vocab_size, width, embedding_init=embedding_init, dtype=dtype)
-        self.wpe = nn.Embed(config.max_position_embeddings, width, embedding_init=embedding_init, dtype=dtype)
+        init = nn.initializers.normal(config.initializer_range)
+        embedding = partial(nn.Embed, features=config.hidden_size, embedding_init=init, dtype=dtype)
+        self.wte, self.wpe = embedding(config.vocab_size), embedding(config.max_position_embeddings)
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.h = Blocks(config, dtype, self.remat)
         self.ln_f = LayerNorm(config.layer_norm_epsilon, dtype)
 
-    def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array, encoder_states: jax.Array, deterministic: bool
-    ) -> jax.Array:
-        """int32[B,T] twice and [B,N,E] to [B,T,D]."""
-        states, mask = self._embed(input_ids, attention_mask, deterministic)
-        return self.ln_f(self.h(states, mask, encoder_states, deterministic))
-
-    def decode(self, input_ids: jax.Array, attention_mask: jax.Array, memory: Memory) -> jax.Array:
-        states, mask = self._embed(input_ids, attention_mask, True)
-        return self.ln_f(self.h.decode(states, mask, memory))
-
-    def _embed(
-        self, input_ids: jax.Array, attention_mask: jax.Array, deterministic: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        length = input_ids.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        mask = causal & (attention_mask[:, None, None, :] > 0)
-        states = self.wte(input_ids) + self.wpe(jnp.arange(length))
-        return self.dropout(states, deterministic=deterministic), mask
-
-    def decode_step(
-        self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        batch, beams, length = cache.ancestors.shape
-        ancestors = jnp.take_along_axis(cache.ancestors, parents[:, :, None], axis=1)
-        ancestors = ancestors.at[:, :, position].set(jnp.arange(beams))
-        is_written = (jnp.arange(length) <= position)[:, None]
-        visible = is_written & (ancestors[..., None] == jnp.arange(beams))
-        states = self.wte(tokens) + self.wpe(position)
-        visible = visible.reshape(batch, 1, beams, length * beams)
-        states, past = self.h.decode_step(states, visible, position, cache)
-        return self.ln_f(states), Cache(cache.memory, past, ancestors)
-
 
 class GPT2(Part):
-    """Tokens and an encoder's states to next-token logits.
+    """Tokens and an encoder's states to next-token logits."""
 
-    Attributes:
-        config: a `GPT2Config`.
-        remat: compute each block's activations again in the backward pass instead of keeping them.
-    """
-
-    dtype: Any = jnp.float32
-    remat: bool = False
+    dtype: Any = jnp.float32  # of the computation
+    remat: bool = False  # compute each block's activations again in the backward pass instead of keeping them
 
     def setup(self) -> None:
         config = self.config
@@ -281,15 +210,21 @@ class GPT2(Part):
         self, input_ids: jax.Array, attention_mask: jax.Array, encoder_states: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
         """int32[B,T] twice and [B,N,E] to logits [B,T,V]."""
-        return self._logits(self.transformer(input_ids, attention_mask, encoder_states, deterministic))
+        states, mask = self._embed(input_ids, attention_mask, deterministic)
+        for block in self.transformer.h.blocks:
+            states = block(states, mask, encoder_states, deterministic)
+        return self._logits(states)
 
     def remember(self, encoder_states: jax.Array) -> Memory:
         """Compute from [B,N,E] all that depends on the image alone."""
-        return self.transformer.h.remember(encoder_states)
+        return tuple(block.crossattention.keys_values(encoder_states) for block in self.transformer.h.blocks)
 
     def decode(self, input_ids: jax.Array, attention_mask: jax.Array, memory: Memory) -> jax.Array:
         """`__call__` without dropout, with what is remembered of the encoder states."""
-        return self._logits(self.transformer.decode(input_ids, attention_mask, memory))
+        states, mask = self._embed(input_ids, attention_mask, True)
+        for block, known in zip(self.transformer.h.blocks, memory, strict=True):
+            states = block.decode(states, mask, known, True)
+        return self._logits(states)
 
     def decode_step(
         self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
@@ -304,24 +239,38 @@ class GPT2(Part):
         Returns:
             (logits [B,K,V], cache).
         """
-        states, cache = self.transformer.decode_step(tokens, parents, position, cache)
-        return self._logits(states), cache
+        batch, beams, length = cache.ancestors.shape
+        ancestors = jnp.take_along_axis(cache.ancestors, parents[:, :, None], axis=1)
+        ancestors = ancestors.at[:, :, position].set(jnp.arange(beams))
+        is_written = (jnp.arange(length) <= position)[:, None]
+        visible = is_written & (ancestors[..., None] == jnp.arange(beams))
+        visible = visible.reshape(batch, 1, beams, length * beams)
+        states = self.transformer.wte(tokens) + self.transformer.wpe(position)
+        following = []
+        for block, memory, past in zip(self.transformer.h.blocks, cache.memory, cache.past, strict=True):
+            states, past = block.decode_step(states, visible, position, memory, past)
+            following.append(past)
+        return self._logits(states), Cache(cache.memory, tuple(following), ancestors)
+
+    def _embed(
+        self, input_ids: jax.Array, attention_mask: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """int32[B,T] twice to states [B,T,D] and which tokens each may see, bool[B,1,T,T]."""
+        length = input_ids.shape[1]
+        mask = jnp.tril(jnp.ones((length, length), bool)) & (attention_mask[:, None, None, :] > 0)
+        states = self.transformer.wte(input_ids) + self.transformer.wpe(jnp.arange(length))
+        return self.transformer.dropout(states, deterministic=deterministic), mask
 
     def _logits(self, states: jax.Array) -> jax.Array:
-        tied = self.config.tie_word_embeddings
-        return by_rows(self.transformer.wte.attend if tied else self.lm_head, states)
+        project = self.transformer.wte.attend if self.config.tie_word_embeddings else self.lm_head
+        return by_rows(project, self.transformer.ln_f(states))
 
 
 def start_cache(memory: Memory, *, num_beams: int, max_length: int) -> Cache:
     """Make room for the beams of captions of `max_length` tokens."""
-
-    def empty(known: KeysValues) -> KeysValues:
-        *rows, _, depth = known.value.shape
-        tokens = num_beams * max_length
-        return KeysValues(
-            key=jnp.zeros((*rows, depth, tokens), known.key.dtype),
-            value=jnp.zeros((*rows, tokens, depth), known.value.dtype),
-        )
-
-    ancestors = jnp.zeros((len(memory[0].value), num_beams, max_length), jnp.int32)
-    return Cache(memory, tuple(empty(known) for known in memory), ancestors)
+    batch, heads, _, depth = memory[0].value.shape
+    tokens, dtype = num_beams * max_length, memory[0].value.dtype
+    empty = KeysValues(
+        key=jnp.zeros((batch, heads, depth, tokens), dtype), value=jnp.zeros((batch, heads, tokens, depth), dtype)
+    )
+    return Cache(memory, (empty,) * len(memory), jnp.zeros((batch, num_beams, max_length), jnp.int32))

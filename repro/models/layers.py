@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 Elementwise = Callable[[jax.Array], jax.Array]
 
+# With at most FEW_ROWS rows and WIDE columns or more, XLA:CPU multiplies faster with the rows as its second operand.
 FEW_ROWS, WIDE = 128, 256
-"""Up to so many rows, and from so wide a kernel on, XLA's CPU backend gains by having the rows on the right."""
 
 
 def with_saved_slope(function: Elementwise) -> Elementwise:
@@ -36,6 +36,7 @@ def _gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype)))
 
 
+# By their names in Hugging Face configurations.
 ACTIVATIONS: dict[str, Elementwise] = {
     "gelu": with_saved_slope(_gelu),
     "gelu_new": partial(nn.gelu, approximate=True),
@@ -46,7 +47,6 @@ ACTIVATIONS: dict[str, Elementwise] = {
     "swish": nn.silu,
     "tanh": nn.tanh,
 }
-"""By their names in Hugging Face configurations."""
 
 
 class Part(nn.Module):
@@ -116,9 +116,8 @@ def by_rows(layer: Callable[[jax.Array], jax.Array], states: jax.Array) -> jax.A
 def times_transposed(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiply [R,D] with the transpose of [F,D], to [R,F].
 
-    On a CPU, few rows of a wide kernel go to the right: XLA brings its second operand into another layout first, and
-    one beam of one image takes a third of the time when that is the smaller one (jax 0.10). The barrier keeps XLA from
-    turning the product around again.
+    XLA:CPU brings its second operand into another layout first: with the smaller one there, one beam of one image takes
+    a third of the time (jax 0.10). The barrier keeps XLA from turning the product around again.
     """
     if rows.shape[0] > FEW_ROWS or min(kernel.shape) < WIDE or jax.default_backend() != "cpu":
         return rows @ kernel.T
@@ -161,7 +160,7 @@ def attend(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     factors = None
-    if dropout_key is not None and dropout_rate > 0:
+    if dropout_key is not None:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, (query.shape[2], value.shape[2]))
         factors = kept / (1 - dropout_rate)
     if upcast:

@@ -32,18 +32,14 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 FLAX_INDEX = "flax_model.msgpack.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 
+# What a file holds, as the prefix of its parameters in the whole tree.
 WHOLE, ENCODER, DECODER = "", "encoder.", "decoder."
-"""What a file holds, as the prefix of its parameters in the whole tree."""
-
+# Constants that PyTorch's models keep among their weights.
 BUFFERS = re.compile(r"(^|\.)((cross)?attn|crossattention)\.(masked_)?bias$|(^|\.)position_ids$")
-"""Constants that PyTorch's models keep among their weights."""
-
+# What other tasks put on a ViT or a GPT-2.
 HEADS = re.compile(r"^(classifier|score|qa_outputs|multiple_choice_head|lm_head|decoder)\.|(^|\.)mask_token$")
-"""What other tasks put on a ViT or a GPT-2."""
-
+# Weights that a half was trained without, and the pooler, whose output no captioner uses.
 MAY_BE_MISSING = re.compile(r"crossattention\.|ln_cross_attn\.|enc_to_dec_proj\.|^encoder\.pooler\.")
-"""Weights that a half was trained without, and the pooler, whose output no captioner uses."""
-
 LISTED = 20
 
 
@@ -77,21 +73,17 @@ def load_weights(
             unexpected[name] = array
     missing = sorted(set(shapes) - set(found))
     random = [name for name in missing if MAY_BE_MISSING.search(name)]
-    _refuse(
-        file,
-        missing=[f"{name} {shapes[name].shape}" for name in missing if name not in random],
-        unexpected=[f"{name} {np.shape(array)}" for name, array in sorted(unexpected.items())],
-        **{
-            "of another shape": [
-                f"{name} {array.shape} instead of {shapes[name].shape}"
-                for name, array in sorted(found.items())
-                if array.shape != shapes[name].shape
-            ],
-            "not finite": [
-                f"{name} {array.shape}" for name, array in sorted(found.items()) if not np.isfinite(array).all()
-            ],
-        },
-    )
+    read = sorted(found.items())
+    misshapen = [(name, array.shape, shapes[name].shape) for name, array in read if array.shape != shapes[name].shape]
+    problems = {
+        "missing": [f"{name} {shapes[name].shape}" for name in missing if name not in random],
+        "unexpected": [f"{name} {np.shape(array)}" for name, array in sorted(unexpected.items())],
+        "of another shape": [f"{name} {shape} instead of {wanted}" for name, shape, wanted in misshapen],
+        "not finite": [f"{name} {array.shape}" for name, array in read if not np.isfinite(array).all()],
+    }
+    parts = [f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names]
+    if parts:
+        raise InputError(f"{file}: the weights do not fit the configuration (config.json). {'; '.join(parts)}.")
     if random:
         drawn = flatten(initial())
         found |= {name: np.asarray(drawn[name]) for name in random}
@@ -154,7 +146,7 @@ def _read(path: str, hub: Mapping[str, Any], largest: int) -> tuple[Path, Weight
         return None if found is None else Path(found)
 
     readers: dict[str, Callable[[Path], Weights]] = {
-        FLAX_FILE: _read_msgpack,
+        FLAX_FILE: lambda file: flatten(serialization.msgpack_restore(file.read_bytes())),
         SAFETENSORS_FILE: load_file,
         SAFETENSORS_INDEX: partial(_read_shards, find=find, largest=largest),
         PICKLE_FILE: _read_pickle,
@@ -163,10 +155,6 @@ def _read(path: str, hub: Mapping[str, Any], largest: int) -> tuple[Path, Weight
         if file := find(name):
             return file, _checked(file, read, largest)
     raise InputError(f"{path}: holds no weights; one of {', '.join(readers)} is needed.")
-
-
-def _read_msgpack(file: Path) -> Weights:
-    return flatten(serialization.msgpack_restore(file.read_bytes()))
 
 
 def shards_of(index: Path) -> list[str]:
@@ -214,11 +202,6 @@ def _read_pickle(file: Path) -> Weights:
     return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
-def _refuse(file: Path, **problems: list[str]) -> None:
-    parts = []
-    for problem, names in problems.items():
-        if names:
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            parts.append(f"{len(names)} {problem}: {', '.join(names[:LISTED])}{more}")
-    if parts:
-        raise InputError(f"{file}: the weights do not fit the configuration (config.json). {'; '.join(parts)}.")
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

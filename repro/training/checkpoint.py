@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from repro.data.whole_file import sha256_of
 from repro.errors import is_disk_full, stopping_on_full_disk
 from repro.training.processes import is_first
-from repro.training.state import TrainState
+from repro.training.steps import TrainState
 
 CHECKSUMS = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"

@@ -13,28 +13,19 @@ from jax.sharding import NamedSharding
 
 from repro.data.pipeline import CaptionedImages, Schedule, prefetch
 from repro.training.sharding import put_rows
-from repro.training.state import TrainState
-from repro.training.steps import TrainStep
+from repro.training.steps import TrainState, TrainStep
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step that was taken.
+    """One step that was taken."""
 
-    Attributes:
-        state: the state after it; the next step takes its buffers away.
-        step: counted from 1 over the whole run.
-        epoch: counted from 1.
-        metrics: the step's, still on the device.
-        waited: seconds until the step's batch was there.
-    """
-
-    state: TrainState
-    step: int
-    epoch: int
+    state: TrainState  # the state after it; the next step takes its buffers away
+    step: int  # counted from 1 over the whole run
+    epoch: int  # counted from 1
     is_epoch_end: bool
-    metrics: dict[str, jax.Array]
-    waited: float = 0.0
+    metrics: dict[str, jax.Array]  # the step's, still on the device
+    waited: float = 0.0  # seconds until the step's batch was there
 
 
 def take_steps(
@@ -46,11 +37,7 @@ def take_steps(
     *,
     first_step: int = 0,
 ) -> Iterator[StepResult]:
-    """Train, yielding after each step without waiting for the device to finish it.
-
-    Args:
-        state: after `first_step` steps, which are not taken again.
-    """
+    """Train on from a state after `first_step` steps, yielding after each without waiting for the device."""
     steps_per_epoch = schedule.steps_per_epoch(len(data))
     load = partial(put_rows, data.batch, sharding)
     for epoch in range(first_step // steps_per_epoch, schedule.num_epochs):

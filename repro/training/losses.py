@@ -10,8 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-LOG_OFFSET = 1e-20
-"""Keeps log(0) out of the smoothed minimum; the example's value."""
+LOG_OFFSET = 1e-20  # keeps log(0) out of the smoothed minimum; the example's value
 
 
 def token_losses(logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:

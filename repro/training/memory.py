@@ -13,32 +13,25 @@ from jax.sharding import Mesh, NamedSharding
 
 from repro.training.processes import true_in_all
 from repro.training.sharding import make_whole, replicated, train_batch_sharding
-from repro.training.state import TrainState
-from repro.training.steps import TrainStep
+from repro.training.steps import TrainState, TrainStep
 
+# Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest.
 SHARE = 0.92
-"""Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest."""
 
 Program = TypeVar("Program")
 
 
 def compile_step(
-    make_step: Callable[..., TrainStep],
-    like: TrainState,
-    row: Mapping[str, Any],
+    make_step: Callable[..., TrainStep],  # `make_train_step` but for `replicas_at_once` and `gather`
+    like: TrainState,  # shapes, dtypes and shardings
+    row: Mapping[str, Any],  # of a batch [1,...], or its shapes
     mesh: Mesh,
     *,
     num_replicas: int,
     replica_batch: int,
     replicas_at_once: int,
 ) -> jax.stages.Compiled:
-    """Compile a step that takes the buffers of its state and gives the next one the same place.
-
-    Args:
-        make_step: `make_train_step` but for `replicas_at_once` and `gather`.
-        like: shapes, dtypes and shardings of the state.
-        row: one row of a batch [1,...], or its shapes.
-    """
+    """Compile a step that takes the buffers of its state and gives the next one the same place."""
     step = make_step(replicas_at_once=replicas_at_once, gather=partial(make_whole, mesh=mesh))
     sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=replicas_at_once)
     batch = batch_shapes(row, (num_replicas, replica_batch), sharding)
@@ -65,22 +58,16 @@ def tree_bytes(tree: Any) -> int:
 
 def step_bytes(compiled: jax.stages.Compiled) -> int:
     """Sum what a compiled function holds on one device: arguments, results and temporaries, donated buffers once."""
-    analysis = compiled.memory_analysis()
-    assert analysis is not None, "every backend of jax 0.10 tells"
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
+    found = compiled.memory_analysis()
+    assert found is not None, "every backend of jax 0.10 tells"
+    held = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return held - found.alias_size_in_bytes
 
 
 def device_bytes(device: jax.Device) -> int:
     """Tell the memory of a device; of a CPU, its part of the machine's."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit", shared)
 
 
 def choices(mesh: Mesh, *, num_replicas: int, replica_batch: int) -> list[int]:
@@ -90,17 +77,9 @@ def choices(mesh: Mesh, *, num_replicas: int, replica_batch: int) -> list[int]:
 
 
 def compile_what_fits(
-    compile_program: Callable[[int], Program],
-    at_once: list[int],
-    *,
-    limit: float,
-    bytes_of: Callable[[Program], int],
+    compile_program: Callable[[int], Program], at_once: list[int], *, limit: float, bytes_of: Callable[[Program], int]
 ) -> tuple[int, Program]:
-    """Compile for the most replicas at once that take at most `limit` bytes in every process, or else for the fewest.
-
-    Returns:
-        The number, and what was compiled.
-    """
+    """Compile for the most replicas at once that take at most `limit` bytes in every process, else for the fewest."""
     for number in at_once:
         compiled = compile_program(number)
         if number == at_once[-1] or true_in_all(bytes_of(compiled) <= limit):

@@ -51,16 +51,11 @@ def create_optimizer(
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
-    max_grad_norm: float | None = None,
+    max_grad_norm: float | None = None,  # the global norm to which larger gradients are scaled down before
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) under a schedule and one of the decay masks.
-
-    Args:
-        max_grad_norm: global norm to which larger gradients are scaled down before; None to leave them.
-    """
-    adamw = optax.adamw(
-        schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=partial(decay_mask, rule=rule)
-    )
+    """AdamW (Loshchilov and Hutter 2019) under a schedule and one of the decay masks."""
+    mask = partial(decay_mask, rule=rule)
+    adamw = optax.adamw(schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=mask)
     return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
 
 

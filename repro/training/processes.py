@@ -15,8 +15,7 @@ from repro.errors import InputError
 
 Value = TypeVar("Value")
 PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-HEARTBEAT_SECONDS = 30
-"""After which silence of one process the others end; JAX's own 100 seconds are paid by all of them."""
+HEARTBEAT_SECONDS = 30  # of silence after which the other processes end; JAX's 100 are paid by all of them
 TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 
 
@@ -33,22 +32,17 @@ def start_processes(
         InputError: the three values are not all given or do not fit together, or JAX finds no cluster.
     """
     explicit = {"--coordinator": coordinator, "--process_id": process_id, "--num_processes": num_processes}
-    missing = [name for name, value in explicit.items() if value is None]
-    if len(missing) == len(explicit):
-        if not (distributed or launched_several(os.environ)):
-            return
-        try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-        except ValueError as error:
-            raise InputError(
-                f"--distributed: JAX finds no cluster ({error}); give {', '.join(explicit)} instead."
-            ) from error
+    names = ", ".join(explicit)
+    if coordinator is None or process_id is None or num_processes is None:
+        missing = [name for name, value in explicit.items() if value is None]
+        if len(missing) < len(explicit):
+            raise InputError(f"{', '.join(missing)} missing: the three of {names} go together.")
+        if distributed or launched_several(os.environ):
+            try:
+                jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+            except ValueError as error:
+                raise InputError(f"--distributed: JAX finds no cluster ({error}); give {names} instead.") from error
         return
-    if missing:
-        raise InputError(f"{', '.join(missing)} missing: the three of {', '.join(explicit)} go together.")
-    assert coordinator is not None
-    assert process_id is not None
-    assert num_processes is not None
     if not 0 <= process_id < num_processes:
         raise InputError(f"--process_id {process_id}: must be between 0 and {num_processes - 1}.")
     if not coordinator.rpartition(":")[2].isdigit():
@@ -64,9 +58,8 @@ def start_processes(
 
 def launched_several(environment: Mapping[str, str]) -> bool:
     """Tell from the variables of Slurm, Open MPI and TPU pods (GKE) whether there are other processes."""
-    return any(int(environment.get(name) or 1) > 1 for name in PROCESS_COUNTS) or any(
-        "," in environment.get(name, "") for name in TPU_HOSTS
-    )
+    several_hosts = any("," in environment.get(name, "") for name in TPU_HOSTS)
+    return several_hosts or any(int(environment.get(name) or 1) > 1 for name in PROCESS_COUNTS)
 
 
 def is_first() -> bool:

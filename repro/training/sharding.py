@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from repro.errors import InputError
 
 AXES = ("data", "fsdp")
+# Scalars from which on an array is cut by `fsdp`: gathering smaller ones costs more than keeping them.
 SMALLEST_CUT = 1024
-"""Scalars from which on an array is cut by `fsdp`: gathering smaller ones costs more than keeping them."""
 
 
 def create_mesh(
@@ -32,12 +32,16 @@ def create_mesh(
     Raises:
         InputError: the devices cannot be laid out so, or share the rows of a batch unevenly, or a process has none.
     """
-    sizes = shape or {"data": _most_that_divide(len(devices), num_replicas, replica_batch)}
+
+    def divides(count: int) -> bool:
+        return num_replicas % count == 0 or replica_batch % count == 0
+
+    sizes = shape or {"data": next(filter(divides, range(len(devices), 0, -1)))}
     data, fsdp = (sizes.get(axis, 1) for axis in AXES)
     used = data * fsdp
     if used > len(devices):
         raise InputError(f"--mesh data={data},fsdp={fsdp}: needs {used} devices; there are {len(devices)}.")
-    if num_replicas % used and replica_batch % used:
+    if not divides(used):
         raise InputError(
             f"--mesh data={data},fsdp={fsdp}: its {used} devices divide neither the {num_replicas} replicas nor the"
             f" {replica_batch} rows of each; change --mesh, --num_replicas or --per_device_train_batch_size."
@@ -49,10 +53,6 @@ def create_mesh(
             f" leaves {len(idle)} processes without any; change --num_replicas or --per_device_train_batch_size."
         )
     return Mesh(np.asarray(devices[:used]).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _most_that_divide(count: int, num_replicas: int, replica_batch: int) -> int:
-    return next(n for n in range(count, 0, -1) if num_replicas % n == 0 or replica_batch % n == 0)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -100,10 +100,10 @@ def rows_sharding(mesh: Mesh, *, num_rows: int) -> NamedSharding:
 def put(tree: Any, sharding: Any) -> Any:
     """Copy host arrays to the devices (asynchronously); with several processes, each gives the parts that it holds.
 
-    Args:
-        sharding: one for all arrays, or a tree of them.
+    The sharding is one for all arrays, or a tree of them.
     """
-    shardings = sharding if not isinstance(sharding, NamedSharding) else jax.tree.map(lambda _: sharding, tree)
+    if isinstance(sharding, NamedSharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
 
     def place(array: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
@@ -111,7 +111,7 @@ def put(tree: Any, sharding: Any) -> Any:
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(place, tree, shardings)
+    return jax.tree.map(place, tree, sharding)
 
 
 def put_rows(

@@ -7,36 +7,45 @@ mean loss; which devices compute them is the sharding's matter (`repro.training.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from repro.protocol import LossReduction
 from repro.training.losses import row_losses
-from repro.training.state import TrainState
 
 Batch = dict[str, jax.Array]
+# `NativeCaptioner.logits`: (params, pixels, inputs [B,T], mask [B,T], dropout_key=key) to logits [B,T,V].
+LogitsFn = Callable[..., jax.Array]
+# `NativeCaptioner.decode`: (params, encoded images, inputs [B,T], mask [B,T]) to logits [B,T,V].
 DecodeFn = Callable[[Any, Any, jax.Array, jax.Array], jax.Array]
-"""`NativeCaptioner.decode`: (params, encoded images, inputs [B,T], mask [B,T]) to logits [B,T,V]."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training step reads and replaces, after `step` steps."""
+
+    step: jax.Array  # int32[]
+    params: Any  # float32 tree
+    opt_state: optax.OptState  # the optimizer's
+    dropout_keys: jax.Array  # uint32[R,2], one key for each replica
+
+
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
 
 
-class LogitsFn(Protocol):
-    """`NativeCaptioner.logits`: next-token logits [B,T,V], with dropout where a key is given."""
-
-    def __call__(
-        self,
-        params: Any,
-        pixels: jax.Array,
-        decoder_input_ids: jax.Array,
-        decoder_attention_mask: jax.Array,
-        *,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array: ...
+def create_train_state(
+    params: Any, optimizer: optax.GradientTransformation, *, seed: int, num_replicas: int
+) -> TrainState:
+    """Start a run: step 0, and the example's dropout keys (the second half of the seed, split by replica)."""
+    _, dropout_key = jax.random.split(jax.random.PRNGKey(seed))
+    keys = jax.random.split(dropout_key, num_replicas)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), keys)
 
 
 def check_captions(batch: Batch, *, leading_axes: int) -> None:
@@ -88,19 +97,9 @@ def make_train_step(
     """
 
     def replica_loss(params: Any, batch: Batch, key: jax.Array) -> jax.Array:
-        logits = logits_fn(
-            params,
-            batch["pixels"],
-            batch["decoder_input_ids"],
-            batch["decoder_attention_mask"],
-            dropout_key=key,
-        )
-        sums, _ = row_losses(
-            logits,
-            batch["labels"],
-            batch["decoder_attention_mask"],
-            label_smoothing=label_smoothing,
-        )
+        mask = batch["decoder_attention_mask"]
+        logits = logits_fn(params, batch["pixels"], batch["decoder_input_ids"], mask, dropout_key=key)
+        sums, _ = row_losses(logits, batch["labels"], mask, label_smoothing=label_smoothing)
         return sums.sum()
 
     def loss_fn(params: Any, batch: Batch, keys: jax.Array, weights: jax.Array) -> jax.Array:
@@ -119,12 +118,7 @@ def make_train_step(
         replicas = (batch, keys[:, 0], replica_weights(counts, reduction))
         loss, gradients = _in_turns(jax.value_and_grad(loss_fn), state.params, replicas, replicas_at_once)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        following = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            dropout_keys=keys[:, 1],
-        )
+        following = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, keys[:, 1])
         metrics = {
             "loss": loss,
             "learning_rate": jnp.asarray(schedule(state.step)),
@@ -156,11 +150,8 @@ def make_eval_step(decode_fn: DecodeFn, *, label_smoothing: float = 0.0) -> Eval
 
     def eval_step(params: Any, memory: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         check_captions(batch, leading_axes=1)
-        return row_losses(
-            decode_fn(params, memory, batch["decoder_input_ids"], batch["decoder_attention_mask"]),
-            batch["labels"],
-            batch["decoder_attention_mask"],
-            label_smoothing=label_smoothing,
-        )
+        mask = batch["decoder_attention_mask"]
+        logits = decode_fn(params, memory, batch["decoder_input_ids"], mask)
+        return row_losses(logits, batch["labels"], mask, label_smoothing=label_smoothing)
 
     return eval_step
