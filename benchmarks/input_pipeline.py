@@ -138,10 +138,10 @@ def start_ours(folder: Path, cache: Path, num_workers: int | None) -> tuple[Any,
 
 
 def batches_of(data: Any) -> Iterator[dict[str, np.ndarray]]:
-    from repro.data.pipeline import Schedule
+    from repro.data.pipeline import RowOrder
 
-    schedule = Schedule(seed=0, num_epochs=1, shuffle=True, num_replicas=1, replica_batch=min(BATCH, len(data)))
-    return (data.batch(rows.reshape(-1)) for rows in schedule.epoch_rows(0, len(data)))
+    row_order = RowOrder(seed=0, num_epochs=1, shuffle=True, num_replicas=1, replica_batch=min(BATCH, len(data)))
+    return (data.batch(rows.reshape(-1)) for rows in row_order.epoch_rows(0, len(data)))
 
 
 def epoch_ours(folder: Path, cache: Path) -> int:

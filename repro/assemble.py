@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from repro.data.pipeline import Schedule
+from repro.data.pipeline import RowOrder
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
 from repro.prepare import PreparedRun
@@ -36,7 +36,7 @@ class Training:
     step: TrainStep  # compiled; takes the buffers of the state that it is given
     create: Callable[[], TrainState]  # makes the state before the first step
     like: TrainState  # the state's shapes, dtypes and shardings
-    schedule: Schedule  # which rows a step takes
+    row_order: RowOrder  # which rows a step takes
     batch_sharding: NamedSharding  # of a batch [R,b,...]
     facts: dict[str, Any]  # how it was compiled, for `run.json`
 
@@ -45,7 +45,7 @@ class Training:
         if step:
             yield after_step(state, step, self.prepared.steps_per_epoch, {})
         data = self.prepared.splits["train"]
-        yield from take_steps(self.step, state, data, self.schedule, self.batch_sharding, first_step=step)
+        yield from take_steps(self.step, state, data, self.row_order, self.batch_sharding, first_step=step)
 
 
 def build_training(prepared: PreparedRun) -> Training:
@@ -92,9 +92,9 @@ def build_training(prepared: PreparedRun) -> Training:
         params = put(prepared.pretrained.params, shardings.params)
         return jax.jit(create, out_shardings=shardings)(params)
 
-    schedule = Schedule(seed=args.seed, num_epochs=prepared.num_epochs, shuffle=prepared.shuffle, **sizes)
+    row_order = RowOrder(seed=args.seed, num_epochs=prepared.num_epochs, shuffle=prepared.shuffle, **sizes)
     batch_sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once)
-    return Training(prepared, step, start, like, schedule, batch_sharding, facts)
+    return Training(prepared, step, start, like, row_order, batch_sharding, facts)
 
 
 def _at_once(prepared: PreparedRun) -> list[int]:

@@ -313,7 +313,7 @@ class _Run:
     def _describe_non_finite(self, error: NonFinite, training: Training, states: Checkpoints) -> str:
         data = self.prepared.splits["train"]
         epoch, index = divmod(error.step - 1, self.prepared.steps_per_epoch)
-        rows = data.kept[training.schedule.epoch_rows(epoch, len(data))[index].reshape(-1)]
+        rows = data.kept[training.row_order.epoch_rows(epoch, len(data))[index].reshape(-1)]
         told = ("row", "image_path", "caption")
         self.writer.non_finite(
             step=error.step,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from repro.data.image_store import load_images
-from repro.data.pipeline import CaptionedImages, Schedule, number_images, prepare_split
+from repro.data.pipeline import CaptionedImages, RowOrder, number_images, prepare_split
 from repro.data.pocket import render_pocket
 from repro.data.sources import load_splits
 from repro.training.loop import take_steps
@@ -23,7 +23,7 @@ from repro.training.sharding import create_mesh, train_batch_sharding
 
 BLOCK = 16
 """Rows, and images in memory at most; two batches."""
-SCHEDULE = Schedule(seed=7, num_epochs=2, shuffle=True, num_replicas=4, replica_batch=2)
+ROW_ORDER = RowOrder(seed=7, num_epochs=2, shuffle=True, num_replicas=4, replica_batch=2)
 NUM_STEPS = 2 * (12 * 5 // 8)
 Batches = list[dict[str, np.ndarray]]
 
@@ -72,7 +72,7 @@ def batches_of(data: CaptionedImages, num_devices: int = 1) -> Batches:
         seen.append({name: np.asarray(array) for name, array in batch.items()})
         return state, {}
 
-    list(take_steps(record, jnp.zeros(()), data, SCHEDULE, sharding))
+    list(take_steps(record, jnp.zeros(()), data, ROW_ORDER, sharding))
     return seen
 
 
@@ -88,7 +88,7 @@ def assert_same(batches: Batches, expected: Batches) -> None:
 def expected(coco: Path, tokenizer, image_processor) -> Batches:
     """Batches cut by hand: each image decoded when it is needed, in the documented order."""
     data = split_of(coco, tokenizer, image_processor, None, num_workers=1)
-    rows = [rows for epoch in range(2) for rows in SCHEDULE.epoch_rows(epoch, len(data))]
+    rows = [rows for epoch in range(2) for rows in ROW_ORDER.epoch_rows(epoch, len(data))]
     return [
         {
             name: array.reshape(4, 2, *array.shape[1:])
@@ -123,9 +123,9 @@ def test_batches_are_the_same_bytes(
 
 def test_a_step_needs_no_replay(coco: Path, tokenizer, image_processor, expected: Batches) -> None:
     data = split_of(coco, tokenizer, image_processor, None)
-    steps = SCHEDULE.steps_per_epoch(len(data))
+    steps = ROW_ORDER.steps_per_epoch(len(data))
     for step in (NUM_STEPS - 1, 3):
-        rows = SCHEDULE.epoch_rows(step // steps, len(data))[step % steps]
+        rows = ROW_ORDER.epoch_rows(step // steps, len(data))[step % steps]
         for name, array in data.batch(rows.reshape(-1)).items():
             np.testing.assert_array_equal(array.reshape(expected[step][name].shape), expected[step][name])
 
@@ -164,7 +164,7 @@ def one_process(arguments: dict) -> None:
         return state, {}
 
     sharding = train_batch_sharding(mesh, num_replicas=4)
-    list(take_steps(record, jnp.zeros(()), Recorder(), SCHEDULE, sharding))
+    list(take_steps(record, jnp.zeros(()), Recorder(), ROW_ORDER, sharding))
     np.savez(arguments["out"], asked=json.dumps(asked), **arrays)
 
 
@@ -206,5 +206,5 @@ def test_each_process_reads_its_own_rows_and_together_they_are_the_batch(
     asked = [json.loads(str(part["asked"])) for part in parts]
     for step in range(NUM_STEPS):
         rows = [row for process in asked for row in process[step]]
-        assert len(rows) == len(set(rows)) == SCHEDULE.global_batch
-        assert {len(process[step]) for process in asked} == {SCHEDULE.global_batch // num_processes}
+        assert len(rows) == len(set(rows)) == ROW_ORDER.global_batch
+        assert {len(process[step]) for process in asked} == {ROW_ORDER.global_batch // num_processes}

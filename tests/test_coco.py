@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from repro.data.image_store import load_images
-from repro.data.images import read_image
+from repro.data.images import open_image
 from repro.data.pocket import render_pocket
 from repro.data.sources import load_splits
 from repro.errors import InputError
@@ -23,6 +24,11 @@ ZIPS = {
     "annotations_trainval2017.zip": "annotations/captions_*",
     "image_info_test2017.zip": "annotations/image_info_*",
 }
+
+
+def read_image(reference: str) -> Image.Image:
+    with open_image(reference) as image:
+        return image
 
 
 def read_coco(folder: Path, splits=("train", "validation", "test"), year: str = "2017"):

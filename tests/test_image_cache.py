@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import shutil
@@ -103,6 +102,17 @@ def test_an_image_is_decoded_again_only_if_something_changed(pictures, decoded, 
     assert count() == 0
 
 
+@pytest.mark.parametrize("number", [5, BROKEN])
+def test_two_names_of_one_file_are_one_image(pictures, tmp_path: Path, number: int) -> None:
+    names = [pictures[number], f"{Path(pictures[number]).parent}/../pictures/{number}.png"]
+    for _ in range(2):
+        store = load(names, tmp_path / "cache")
+        if number == BROKEN:
+            assert list(store.failures) == names
+        else:
+            assert (store.images[np.arange(2)] == number).all()
+
+
 def test_what_the_system_refused_is_tried_again_and_what_is_broken_is_not(pictures, decoded, tmp_path: Path) -> None:
     cache, absent = tmp_path / "cache", Path(pictures[5])
     content = absent.read_bytes()
@@ -137,7 +147,7 @@ import sys
 from pathlib import Path
 from transformers import ViTImageProcessor
 from repro.data import image_cache, image_store
-image_cache.COMMIT, image_cache.CHUNK = 4, 2
+image_cache.COMMIT = 4
 real = image_store.decode_image
 def slowly(*arguments, **options):
     import time
@@ -190,7 +200,7 @@ def test_two_runs_that_build_at_once_share_the_work(pictures, tmp_path: Path) ->
 
 
 def spoil(folder: Path, how: str) -> None:
-    pixels, index = folder / "pixels", folder / "index"
+    pixels, index = folder / "pixels", folder / "index.jsonl"
     if how == "pixels cut":
         os.truncate(pixels, pixels.stat().st_size // 2 + 5)
     elif how == "index cut":
@@ -202,13 +212,12 @@ def spoil(folder: Path, how: str) -> None:
     elif how == "pixels empty":
         pixels.write_bytes(b"")
     elif how == "other settings":
-        settings = json.loads((folder / "settings.json").read_text())
-        (folder / "settings.json").write_text(json.dumps(settings | {"height": 9}))
+        index.write_text(index.read_text().replace(f'"height": {SIDE}', f'"height": {SIDE + 1}'))
     elif how == "settings gone":
-        (folder / "settings.json").unlink()
+        index.write_text(index.read_text().partition("\n")[2])
     elif how == "half a line":
-        with (folder / "failures.jsonl").open("a") as file:
-            file.write('{"key": "00')
+        with index.open("a") as file:
+            file.write('["00')
 
 
 SPOILED = ("pixels cut", "index cut", "pixels gone", "index gone", "pixels empty", "other settings", "settings gone")
@@ -225,9 +234,12 @@ def test_a_cache_that_is_not_whole_is_mended(pictures, decoded, tmp_path: Path, 
     assert bool(decoded) == (how != "half a line")
     if how.endswith("cut"):  # what is left of it is used
         assert 30 <= len(decoded) <= 40
-    decoded.clear()
-    check(load(pictures, cache), pictures)
-    assert not decoded
+    pictures.append(str(Path(pictures[0]).with_name("70.png")))
+    Image.new("RGB", (5, 5), (70, 70, 70)).save(pictures[-1])
+    for expected in (pictures[-1:], []):  # and it grows
+        decoded.clear()
+        check(load(pictures, cache), pictures)
+        assert decoded == expected
 
 
 def test_a_run_keeps_its_images_while_another_one_discards_the_cache(pictures, tmp_path: Path) -> None:
@@ -285,9 +297,13 @@ def test_images_are_read_from_zip_files_by_any_number_of_threads(pictures, tmp_p
         assert (store.images[np.array([number])] == number).all()
 
 
-def test_pages_are_given_back(pictures, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(image_cache, "RELEASE_AFTER", 10 * SIDE * SIDE * 3)
-    check(load(pictures, tmp_path / "cache"), pictures)
+def test_pixels_that_are_cut_while_a_run_reads_them_are_named(pictures, tmp_path: Path) -> None:
+    store = load(pictures, tmp_path / "cache")
+    (pixels,) = tmp_path.glob("cache/*/pixels")
+    os.truncate(pixels, SIDE * SIDE * 3)
+    assert (store.images[np.array([0])] == 0).all()
+    with pytest.raises(InputError, match="pixels: was cut while it was read"):
+        store.images[np.array([0, COUNT - 1])]
 
 
 def test_without_a_cache_no_more_images_than_the_capacity_are_held(pictures, decoded) -> None:
@@ -314,9 +330,9 @@ def test_without_a_cache_a_batch_larger_than_the_capacity_is_whole(pictures) -> 
 
 def test_without_a_cache_a_file_that_vanishes_is_named(pictures) -> None:
     store = load(pictures, None, capacity=10)
-    Path(pictures[1]).unlink()
-    with pytest.raises(InputError, match=r"1\.png: could be read before, and now it cannot: No such file"):
-        store.images[np.array([1])]
+    Path(pictures[40]).unlink()
+    with pytest.raises(InputError, match=r"40\.png: could be read before, and now it cannot: No such file"):
+        store.images[np.array([40])]
 
 
 def test_without_a_cache_images_that_do_not_fit_into_memory_are_refused(pictures, decoded, monkeypatch) -> None:

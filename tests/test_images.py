@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from repro.data.images import ImageError, decode_image, pixel_table, read_image, resize_of
+from repro.data.images import ImageError, Resize, decode_image, open_image, pixel_table, resize_image, resize_of
 from repro.errors import InputError
 
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "YCbCr")
@@ -105,6 +105,31 @@ def test_pixels_equal_the_processors_bit_for_bit_and_what_it_refuses_is_refused(
             np.testing.assert_array_equal(ours(path, processor), expected)
 
 
+FILTERS = st.sampled_from(list(Image.Resampling))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 40), FILTERS)
+def test_an_image_of_the_right_size_is_left_as_it_is(seed: int, width: int, height: int, resample: int) -> None:
+    image = random_image(seed, width, height)
+    resized = resize_image(image, Resize(height, width, resample), convert_to_rgb=False)
+    np.testing.assert_array_equal(resized, np.asarray(image))
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3), st.integers(2, 300), st.integers(2, 300), FILTERS)
+def test_one_colour_stays_itself_at_any_size(colour: tuple[int, int, int], width: int, height: int, resample) -> None:
+    resized = resize_image(Image.new("RGB", (width, height), colour), Resize(17, 32, resample), convert_to_rgb=True)
+    assert resized.shape == (17, 32, 3)
+    assert (resized == colour).all()
+
+
+@given(st.lists(st.floats(0.05, 0.95), min_size=6, max_size=6))
+def test_the_table_rescales_and_normalizes_every_value(settings: list[float]) -> None:
+    mean, std = np.array(settings[:3]), np.array(settings[3:])
+    processor = ViTImageProcessor(image_mean=mean.tolist(), image_std=std.tolist())
+    expected = (np.arange(256)[:, None] / 255 - mean) / std
+    np.testing.assert_allclose(pixel_table(processor), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [224, 48])
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 def test_the_processors_settings_are_followed(folder: Path, size: int, resample: int) -> None:
@@ -182,8 +207,8 @@ def test_real_photographs_give_the_references_pixels(real_data: Path, image_proc
 def test_postscript_is_not_run(tmp_path: Path) -> None:
     picture = tmp_path / "photo.jpg"
     Image.new("RGB", (8, 8)).save(picture, "EPS")
-    with pytest.raises(ImageError, match="not in a format that is read: JPEG, PNG"):
-        read_image(str(picture))
+    with pytest.raises(ImageError, match="not in a format that is read: JPEG, PNG"), open_image(str(picture)):
+        pass
 
 
 def test_whatever_pillow_raises_on_a_broken_image_is_about_the_image(tmp_path: Path, monkeypatch) -> None:
@@ -193,5 +218,5 @@ def test_whatever_pillow_raises_on_a_broken_image_is_about_the_image(tmp_path: P
     picture = tmp_path / "photo.png"
     Image.new("RGB", (8, 8)).save(picture)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", broken)
-    with pytest.raises(ImageError, match="has no attribute"):
-        read_image(str(picture))
+    with pytest.raises(ImageError, match="has no attribute"), open_image(str(picture)):
+        pass

@@ -21,7 +21,7 @@ from PIL import Image
 from repro.__main__ import main
 from repro.data import images, limits
 from repro.data.files import read_file
-from repro.data.images import ImageError, Resize, decode_image, read_image
+from repro.data.images import ImageError, Resize, decode_image, open_image
 from repro.data.limits import Budget, CheckedJson, Refused
 from repro.data.sources import load_splits
 from repro.errors import InputError
@@ -31,6 +31,10 @@ from repro.reporting.run_folder import read_run_folder
 SMALL = Resize(32, 32, 3)
 MEMORY, SECONDS = 2 << 30, 20
 """What an input may cost, at most."""
+
+
+def decode(reference: str | Path, resize: Resize = SMALL) -> np.ndarray:
+    return decode_image(str(reference), resize, convert_to_rgb=True)
 
 
 def sparse(path: Path, size: int = 3 << 30) -> Path:
@@ -163,12 +167,12 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe.png", tmp_path / "link.png", "/dev/zero", "/dev/kmsg", "/dev/tty"):
         if os.path.exists(path):
             with pytest.raises(ImageError, match="not a regular file"):
-                read_image(str(path))
+                decode(path)
     with pytest.raises(ImageError, match=r"3,221,225,472 bytes; at most 100,663,296"):
-        read_image(str(sparse(tmp_path / "sparse.png")))
+        decode(sparse(tmp_path / "sparse.png"))
     for reference in (f"zip://a::{tmp_path / 'pipe.png'}", f"arrow://0/a::{tmp_path / 'pipe.png'}"):
         with pytest.raises(ImageError, match="not a regular file"):
-            read_image(reference)
+            decode(reference)
 
 
 def test_a_file_without_a_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +187,7 @@ def test_nothing_else_is_started_or_tried(tmp_path: Path, monkeypatch: pytest.Mo
     for content in (EPS, iptc(EPS), PLAIN[:2] + b"\xff\xed\x00\x20Photoshop 3.0\x008BIM\x04\x04\0\0" + bytes(8)):
         (tmp_path / "photo.jpg").write_bytes(content)
         with pytest.raises(ImageError):
-            read_image(str(tmp_path / "photo.jpg"))
+            decode(tmp_path / "photo.jpg")
     assert set(images.formats()) <= set(limits.FORMATS)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert ", ".join(limits.FORMATS[:-1]) + " and " + limits.FORMATS[-1] in readme
@@ -196,30 +200,35 @@ def test_memory_that_the_system_does_not_give_drops_the_image(tmp_path: Path, mo
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "resize", resize)
     with pytest.raises(ImageError, match="MemoryError"):
-        decode_image(str(tmp_path / "a.png"), SMALL, convert_to_rgb=True)
+        decode(tmp_path / "a.png")
 
 
 def test_a_resize_is_refused_by_what_lies_half_way(tmp_path: Path) -> None:
     (tmp_path / "tall.png").write_bytes(png(1, limits.IMAGE_SIDE))
-    assert decode_image(str(tmp_path / "tall.png"), SMALL, convert_to_rgb=True).shape == (32, 32, 3)
+    assert decode(tmp_path / "tall.png").shape == (32, 32, 3)
     with pytest.raises(ImageError, match="made 1000 wide"):
-        decode_image(str(tmp_path / "tall.png"), Resize(1000, 1000, 3), convert_to_rgb=True)
+        decode(tmp_path / "tall.png", Resize(1000, 1000, 3))
 
 
 def test_a_photograph_of_many_scans_is_read(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
     thumbnails = PLAIN * 2000  # and what a telephone appends
     (tmp_path / "a.jpg").write_bytes(encoded(Image.fromarray(values), "JPEG", progressive=True) + thumbnails)
-    assert read_image(str(tmp_path / "a.jpg")).size == (800, 600)
+    with open_image(str(tmp_path / "a.jpg")) as image:
+        assert image.size == (800, 600)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 100}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_jpegs_first_scan_tells_whether_there_are_others(mode: str, options: dict[str, object]) -> None:
-    content = encoded(Image.new(mode, (80, 60)), "JPEG", **options)
-    assert limits.is_plain_jpeg(content) == ("progressive" not in options)
-    assert not limits.is_plain_jpeg(jpeg(8, 8, 3, kind=0xC0))
-    assert not limits.is_plain_jpeg(content[:100])
+def test_a_jpegs_scans_are_counted_but_for_those_of_its_thumbnails(mode: str, options: dict[str, object]) -> None:
+    thumbnail = b"Exif\0\0" + exif(0, 0) + PLAIN
+    values = np.random.default_rng(0).integers(0, 256, (60, 80, 4), dtype=np.uint8)
+    content = encoded(Image.fromarray(values).convert(mode), "JPEG", exif=thumbnail, **options)
+    assert content.count(PLAIN) == 1
+    scans = limits.count_scans(content + PLAIN)
+    assert scans == 1 if "progressive" not in options else scans > 1
+    assert limits.count_scans(jpeg(8, 8, 300)) == limits.count_scans(jpeg(8, 8, 300, kind=0xC0)) == 300
+    assert limits.count_scans(content[:100]) == 0
 
 
 def test_a_budget_is_kept_and_one_thread_may_have_all_of_it() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from repro.data.captions import caption_lengths
 from repro.data.image_store import ImageStore
-from repro.data.pipeline import Schedule, check_sizes, epoch_order, number_images, prefetch, prepare_split
+from repro.data.pipeline import RowOrder, check_sizes, epoch_order, number_images, prefetch, prepare_split
 from repro.errors import InputError
 
 
@@ -23,17 +23,28 @@ from repro.errors import InputError
 def test_every_row_comes_once_an_epoch_but_for_the_incomplete_batch(
     num_rows: int, num_replicas: int, replica_batch: int, epoch: int, shuffle: bool
 ) -> None:
-    schedule = Schedule(seed=3, num_epochs=3, shuffle=shuffle, num_replicas=num_replicas, replica_batch=replica_batch)
-    cut = schedule.epoch_rows(epoch, num_rows)
+    row_order = RowOrder(seed=3, num_epochs=3, shuffle=shuffle, num_replicas=num_replicas, replica_batch=replica_batch)
+    cut = row_order.epoch_rows(epoch, num_rows)
     rows = cut.reshape(-1).tolist()
-    assert cut.shape == (schedule.steps_per_epoch(num_rows), num_replicas, replica_batch)
-    assert len(rows) == num_rows // schedule.global_batch * schedule.global_batch
+    assert cut.shape == (row_order.steps_per_epoch(num_rows), num_replicas, replica_batch)
+    assert len(rows) == num_rows // row_order.global_batch * row_order.global_batch
     if shuffle:
         assert rows == epoch_order(3, epoch, num_rows)[: len(rows)].tolist()
     assert len(set(rows)) == len(rows)
     assert set(rows) <= set(range(num_rows))
     if not shuffle:
         assert rows == sorted(rows)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.sampled_from([1, 24, 50]), st.booleans())
+def test_a_steps_rows_do_not_depend_on_how_replicas_share_them(
+    num_replicas: int, replica_batch: int, epoch: int, num_rows: int, shuffle: bool
+) -> None:
+    batch = num_replicas * replica_batch
+    shared = RowOrder(seed=5, num_epochs=3, shuffle=shuffle, num_replicas=num_replicas, replica_batch=replica_batch)
+    alone = RowOrder(seed=5, num_epochs=3, shuffle=shuffle, num_replicas=1, replica_batch=batch)
+    rows = shared.epoch_rows(epoch, num_rows).reshape(-1, 1, batch)
+    np.testing.assert_array_equal(rows, alone.epoch_rows(epoch, num_rows))
 
 
 @pytest.mark.parametrize("partitionable", [True, False])
@@ -125,9 +136,9 @@ def test_no_row_left_is_an_error(tokenizer) -> None:
         make_split(tokenizer, dict.fromkeys(["a.jpg", "b.jpg", "c.jpg"], "gone"))
 
 
-@given(st.lists(st.integers(), max_size=20), st.integers(1, 4))
-def test_prefetch_keeps_every_item_in_order(items: list[int], size: int) -> None:
-    assert list(prefetch(iter(items), size)) == items
+@given(st.lists(st.none() | st.integers(), max_size=20))
+def test_prefetch_keeps_every_item_in_order(items: list[int | None]) -> None:
+    assert list(prefetch(iter(items))) == items
 
 
 def test_prefetch_raises_where_the_items_are_used() -> None:
@@ -144,7 +155,7 @@ def test_prefetch_raises_where_the_items_are_used() -> None:
 def test_prefetch_is_bounded_and_ends_with_its_consumer() -> None:
     made: list[int] = []
     before = threading.active_count()
-    items = prefetch((made.append(n) or n for n in range(1000)), size=2)
+    items = prefetch(made.append(n) or n for n in range(1000))
     assert next(items) == 0
     time.sleep(0.2)
     assert len(made) <= 4  # one used, two waiting, one in the hand

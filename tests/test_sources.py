@@ -14,11 +14,16 @@ import pyarrow.parquet
 import pytest
 
 from repro.data import sources
-from repro.data.images import read_image
+from repro.data.images import open_image
 from repro.data.sources import load_splits
 from repro.errors import InputError
 
 ROWS = [{"image_path": "a.jpg", "caption": "one"}, {"image_path": "b.jpg", "caption": 'two, "quoted" ü'}]
+
+
+def read_image(reference: str) -> PIL.Image.Image:
+    with open_image(reference) as image:
+        return image
 
 
 def write(path: Path, text: str, encoding: str = "utf-8") -> str:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repro.data.captions import TokenizedCaptions, pack_tokens
-from repro.data.pipeline import CaptionedImages, Schedule, epoch_order
+from repro.data.pipeline import CaptionedImages, RowOrder, epoch_order
 from repro.errors import InputError
 from repro.models.pretrained import load_model
 from repro.training.loop import take_steps
@@ -354,13 +354,13 @@ def captioned(num_rows: int) -> CaptionedImages:
     )
 
 
-def order_of(**settings) -> Schedule:
+def order_of(**settings) -> RowOrder:
     defaults = {"seed": 5, "num_epochs": 1, "shuffle": True, "num_replicas": 2, "replica_batch": 2}
-    return Schedule(**defaults | settings)
+    return RowOrder(**defaults | settings)
 
 
 def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
-    data, schedule = captioned(11), order_of(num_epochs=3)
+    data, row_order = captioned(11), order_of(num_epochs=3)
     mesh = create_mesh(jax.devices()[:1], num_replicas=2, replica_batch=2)
     seen = []
 
@@ -368,7 +368,7 @@ def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
         seen.append({name: np.asarray(array) for name, array in batch.items()})
         return state + 1, {"loss": jnp.zeros(())}
 
-    results = list(take_steps(record, jnp.zeros(()), data, schedule, train_batch_sharding(mesh, num_replicas=2)))
+    results = list(take_steps(record, jnp.zeros(()), data, row_order, train_batch_sharding(mesh, num_replicas=2)))
 
     assert [result.step for result in results] == [1, 2, 3, 4, 5, 6]
     assert [result.epoch for result in results] == [1, 1, 2, 2, 3, 3]
@@ -382,14 +382,14 @@ def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
 def test_training_lowers_the_loss_of_what_it_sees():
     data = captioned(12)
     data.captions.records["labels"] = np.arange(1, LENGTH + 1) % VOCABULARY  # each token follows the one before
-    schedule = order_of(num_epochs=10)
+    row_order = order_of(num_epochs=10)
     optimizer = create_optimizer(optax.constant_schedule(0.05), rule="layer_norms")
     step = make_train_step(make_logits(), optimizer, optax.constant_schedule(0.05), reduction="tokens")
     mesh = create_mesh(jax.devices(), num_replicas=2, replica_batch=2)
     state = put(create_train_state(make_params(), optimizer, seed=0, num_replicas=2), replicated(mesh))
     sharding = train_batch_sharding(mesh, num_replicas=2)
     losses = [
-        float(result.metrics["loss"]) for result in take_steps(compile_fast(step), state, data, schedule, sharding)
+        float(result.metrics["loss"]) for result in take_steps(compile_fast(step), state, data, row_order, sharding)
     ]
     assert len(losses) == 30
     assert max(losses[-3:]) < 0.2 * min(losses[:3])

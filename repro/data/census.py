@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from repro.data.image_cache import CHUNK, in_parallel
+from repro.data.image_cache import in_parallel
 from repro.data.images import ImageError, Resize, open_image, resize_image
 from repro.progress_bar import progress_bar
 
@@ -54,16 +54,14 @@ def inspect_images(
     modes: Counter[str] = Counter()
     sizes = np.zeros((len(references), 2), np.int32)
     failures: dict[str, str] = {}
-    chunks = (range(start, min(start + CHUNK, len(references))) for start in range(0, len(references), CHUNK))
     with progress_bar(progress=progress, total=len(references), desc="images", unit="image", leave=False) as bar:
-        for places, facts in in_parallel(lambda places: [inspect(references[p]) for p in places], chunks, num_workers):
-            for place, (mode, size, failure) in zip(places, facts, strict=True):
-                sizes[place] = size
-                if mode is not None:
-                    modes[mode] += 1
-                if failure is not None:
-                    failures[references[place]] = failure
-            bar.update(len(places))
+        for place, (reference, found) in enumerate(in_parallel(inspect, references, num_workers)):
+            mode, sizes[place], failure = found
+            if mode is not None:
+                modes[mode] += 1
+            if failure is not None:
+                failures[reference] = failure
+            bar.update()
     return ImageCensus(modes, sizes, failures)
 
 

@@ -8,7 +8,6 @@ An image is referred to by a path or a URL, or as `zip://MEMBER::ARCHIVE` or `ar
 
 from __future__ import annotations
 
-import io
 import os
 import time
 import warnings
@@ -23,31 +22,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from repro.data.limits import (
-    DOWNLOAD_BYTES,
-    FORMATS,
-    IMAGE_BYTES,
-    IMAGE_PIXELS,
-    LIST_BYTES,
-    BoundedReads,
-    Budget,
-    Content,
-    Refused,
-    bounded,
-    check_image,
-    is_plain_jpeg,
-    open_file,
-    read_file,
-    size_of,
-)
+from repro.data import limits
+from repro.data.limits import Refused
 from repro.errors import InputError
 
 URL_SCHEMES = ("http://", "https://")
 ZIP, ARROW = "zip://", "arrow://"
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")
 DOWNLOAD_SECONDS = 20
-BYTES, PIXELS = Budget(IMAGE_BYTES), Budget(IMAGE_PIXELS)
-"""Of images that are being decoded."""
+# Of all images that are being decoded.
+BYTES, PIXELS = limits.Budget(limits.IMAGE_BYTES), limits.Budget(limits.IMAGE_PIXELS)
 
 # Several threads decode, and what a `catch_warnings` in one of them does reaches the others. Pillow refuses images of
 # more than twice the number of pixels from which on it warns; that is a reason to drop one.
@@ -81,8 +65,8 @@ class Resize:
 
 def pixel_table(image_processor: Any) -> np.ndarray:
     """Ask the processor what it makes of each byte value: float32[256,3], one column a channel."""
-    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    ramp = np.repeat(ramp, 8, axis=0)  # a height of 1, 3 or 4 would be taken for the channels
+    # Of height 8: one of 1, 3 or 4 would be taken for the channels.
+    ramp = np.tile(np.arange(256, dtype=np.uint8)[:, None], (8, 1, 3))
     values = image_processor(images=ramp, do_resize=False, return_tensors="np").pixel_values
     return np.ascontiguousarray(values[0, :, 0, :].T, np.float32)
 
@@ -117,9 +101,8 @@ def open_image(reference: str) -> Iterator[Image.Image]:
         size, read = _source(reference)
         with BYTES.held(size):
             content = read()
-            plain = is_plain_jpeg(content)
-            image = Image.open(io.BytesIO(content) if plain else Content(content), formats=formats())
-            check_image(image, content, plain=plain)
+            image = Image.open(limits.Content(content), formats=formats())
+            limits.check_image(image, content)
             with PIXELS.held(image.width * image.height):
                 image.load()
                 yield image
@@ -137,17 +120,11 @@ def open_image(reference: str) -> Iterator[Image.Image]:
         raise ImageError(_reason(error)) from error
 
 
-def read_image(reference: str) -> Image.Image:
-    """The image of `open_image`, for one thread that keeps it."""
-    with open_image(reference) as image:
-        return image
-
-
 @cache
 def formats() -> tuple[str, ...]:
     """Which of `FORMATS` this Pillow knows; it looks for no other behind them."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in limits.FORMATS if name in Image.OPEN)
 
 
 def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
@@ -161,7 +138,7 @@ def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) ->
     Raises:
         ImageError: it is refused.
     """
-    if resize.width * image.height > IMAGE_PIXELS:  # Pillow makes it narrow first, or wide, and then lower
+    if resize.width * image.height > limits.IMAGE_PIXELS:  # Pillow makes it narrow first, or wide, and then lower
         raise ImageError(f"{image.width} x {image.height} pixels are too many, made {resize.width} wide")
     if convert_to_rgb:
         if image.mode in SIXTEEN_BITS:  # Pillow's own conversion makes everything above 255 white
@@ -183,37 +160,19 @@ def decode_image(reference: str, resize: Resize, *, convert_to_rgb: bool) -> np.
         return resize_image(image, resize, convert_to_rgb=convert_to_rgb)
 
 
-def image_key(reference: str, stamps: dict[str, tuple[int, ...]]) -> bytes | None:
-    """Hash an image's absolute path, size and time (16 bytes); None if the system does not tell them.
-
-    Args:
-        stamps: what is known of archives, to which is added: they are asked once.
-    """
-    if reference.startswith(URL_SCHEMES):
-        return _digest(reference, ())
-    inner, _, archive = reference.partition("::") if reference.startswith((ZIP, ARROW)) else ("", "", "")
-    file = os.path.abspath(archive or reference)
-    try:
-        stamp = stamps.get(file) or _stamp(file)
-    except (OSError, ValueError):
-        return None
-    if archive:
-        stamps[file] = stamp
-    return _digest(f"{inner}::{file}", stamp)
-
-
-def content_digest(content: bytes) -> bytes:
-    """Hash an image's own bytes (16 bytes): rows that embed the same ones share their image."""
-    return blake2b(content, digest_size=16).digest()
-
-
-def _stamp(file: str) -> tuple[int, ...]:
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
-def _digest(name: str, stamp: tuple[int, ...]) -> bytes:
-    return blake2b(f"{name}\n{stamp}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def image_key(reference: str) -> str | None:
+    """Hash an image's absolute path, size and time (32 hexadecimal digits); None if the system does not tell them."""
+    name = reference
+    stamp: tuple[int, ...] = ()
+    if not reference.startswith(URL_SCHEMES):
+        inner, _, archive = reference.partition("::") if reference.startswith((ZIP, ARROW)) else ("", "", "")
+        file = os.path.abspath(archive or reference)
+        try:
+            status = os.stat(file)
+        except (OSError, ValueError):
+            return None
+        name, stamp = f"{inner}::{file}", (status.st_size, status.st_mtime_ns)
+    return blake2b(f"{name}\n{stamp}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _reason(error: BaseException) -> str:
@@ -226,15 +185,15 @@ def _source(reference: str) -> tuple[int, Callable[[], bytes]]:
         return 0, partial(_fetch, reference)
     if reference.startswith(ZIP):
         member, _, archive = reference.removeprefix(ZIP).partition("::")
-        info = find_member(open_zip(archive), member, IMAGE_BYTES)
+        info = find_member(open_zip(archive), member, limits.IMAGE_BYTES)
         return info.file_size, partial(open_zip(archive).read, info)
     if reference.startswith(ARROW):
         place, _, file = reference.removeprefix(ARROW).partition("::")
         row, _, column = place.partition("/")
         value = _arrow_column(file, column)[int(row)]
         value = value["bytes"] if hasattr(value, "keys") else value
-        return bounded(len(value.as_buffer()), IMAGE_BYTES), value.as_py
-    return size_of(reference, IMAGE_BYTES), partial(read_file, reference, IMAGE_BYTES)
+        return limits.bounded(len(value.as_buffer()), limits.IMAGE_BYTES), value.as_py
+    return limits.size_of(reference, limits.IMAGE_BYTES), partial(limits.read_file, reference, limits.IMAGE_BYTES)
 
 
 def _fetch(url: str) -> bytes:
@@ -246,15 +205,15 @@ def _fetch(url: str) -> bytes:
         content = bytearray()
         for chunk in response.iter_content(1 << 14):
             content += chunk
-            if len(content) > DOWNLOAD_BYTES or time.monotonic() > end:
-                raise Refused(f"more than {DOWNLOAD_BYTES:,} bytes, or {DOWNLOAD_SECONDS} s, would be fetched")
+            if len(content) > limits.DOWNLOAD_BYTES or time.monotonic() > end:
+                raise Refused(f"more than {limits.DOWNLOAD_BYTES:,} bytes, or {DOWNLOAD_SECONDS} s, would be fetched")
     return bytes(content)
 
 
 @lru_cache(maxsize=8)
 def open_zip(path: str) -> zipfile.ZipFile:
     """Open a zip file, for several threads."""
-    return zipfile.ZipFile(BoundedReads(open_file(path, LIST_BYTES), IMAGE_BYTES))
+    return zipfile.ZipFile(limits.BoundedReads(limits.open_file(path, limits.LIST_BYTES)))
 
 
 def find_member(archive: zipfile.ZipFile, name: str, largest: int) -> zipfile.ZipInfo:
@@ -262,7 +221,7 @@ def find_member(archive: zipfile.ZipFile, name: str, largest: int) -> zipfile.Zi
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise Refused("is compressed by another method than deflate, whose memory has no bound")
-    bounded(info.file_size, largest)
+    limits.bounded(info.file_size, largest)
     return info
 
 
@@ -270,5 +229,5 @@ def find_member(archive: zipfile.ZipFile, name: str, largest: int) -> zipfile.Zi
 def _arrow_column(file: str, column: str) -> Any:
     import pyarrow
 
-    size_of(file, LIST_BYTES)
+    limits.size_of(file, limits.LIST_BYTES)
     return pyarrow.ipc.open_stream(pyarrow.memory_map(file)).read_all()[column]

@@ -13,49 +13,46 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TextIO
+from typing import IO, TextIO
 
 import numpy as np
 from PIL import Image
 
 from repro.errors import InputError
 
+# Of images. `FORMATS` are Pillow's names of the only formats that are opened: none starts a program, or takes memory
+# beyond its pixels.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
-"""Pillow's names of the only formats that are opened: none starts a program, or takes memory beyond its pixels."""
-IMAGE_BYTES, DOWNLOAD_BYTES = 96 << 20, 32 << 20
-"""Of an image's file, or of a zip file's list of members (train2017.zip's has 12 MB); of an image that is fetched."""
-IMAGE_PIXELS, IMAGE_SIDE = 110_000_000, 1 << 18
-"""Of an image, also half-way through a resize. Phones make 108 million; a pixel of WebP takes 16 bytes (Pillow 13)."""
-SCANNED_PIXELS = 1 << 32
-"""Of a JPEG, pixels times scans, which take 1.5 ns in a plain picture. A progressive photograph has ten scans."""
-SEGMENTS = 1000
-"""Of a JPEG before its first scan; one that has more is read with `Content`'s care."""
-IMAGE_READS = 1 << 20
-"""Of pieces of an image. Of a real one, GIF's are the smallest with 255 bytes."""
+IMAGE_BYTES = 96 << 20  # an image's file, or a zip file's list of members (train2017.zip's has 12 MB)
+DOWNLOAD_BYTES = 32 << 20  # an image that is fetched
+IMAGE_PIXELS = 110_000_000  # also half-way through a resize; phones make 108 million; WebP takes 16 bytes for each
+IMAGE_SIDE = 1 << 18
+SCANNED_PIXELS = 1 << 32  # a JPEG's pixels times its scans, 1.5 ns each; a progressive photograph has ten scans
+IMAGE_READS = 1 << 20  # pieces of an image; real ones are smallest in a GIF, with 255 bytes
+
+# Of lists of rows, which are streamed.
 LIST_BYTES = 1 << 36
-"""Of a list of rows, which is streamed."""
-RECORD_CHARACTERS = 1 << 24
-"""Of one line, row or object of a list. COCO's largest annotation has some 10,000."""
+RECORD_CHARACTERS = 1 << 24  # one line, row or object; COCO's largest annotation has some 10,000
 CAPTION_CHARACTERS = 1 << 14
 JSON_DEPTH = 100
-NAMED_BYTES = 1 << 30
-"""Of the images that a COCO file names, as they are held."""
-DROPPED_CHARACTERS = 1 << 28
-"""Of the rows that are left out, as they are listed."""
-SETTINGS_BYTES = 48 << 20
-"""Of a configuration or a tokenizer; Gemma's has 33 MB. Python's objects take up to 30 times as much as their JSON."""
+NAMED_BYTES = 1 << 30  # the images that a COCO file names, as they are held
+DROPPED_CHARACTERS = 1 << 28  # the rows that are left out, as they are listed
+LISTED_BYTES = 1 << 25  # the names on standard input
+
+# Of models and runs. `SETTINGS` is how the names begin of what is read of a model's folder besides its weights.
 SETTINGS = (
     *("config", "generation_config", "preprocessor_config", "processor_config", "tokenizer", "vocab", "merges"),
     *("special_tokens_map", "added_tokens", "chat_template", "sentencepiece", "spiece", "spm"),
 )
-"""How the names begin of what is read of a model's folder besides its weights."""
-WEIGHTS_BYTES = 768 << 20
-"""Of weights, beyond the configuration's float32: GPT-2 XL's buffers and second embedding have 520 MB."""
+SETTINGS_BYTES = 48 << 20  # Gemma's tokenizer has 33 MB; Python's objects take up to 30 times as much as their JSON
+WEIGHTS_BYTES = 768 << 20  # beyond the configuration's float32; GPT-2 XL's buffers and second embedding have 520 MB
 LAYERS = 1000
-RECORDED_BYTES = 1 << 26
-"""Of each file of a run that a report reads."""
-LISTED_BYTES = 1 << 25
-"""Of the names on standard input."""
+RECORDED_BYTES = 1 << 26  # each file of a run that a report reads
+
+# Of TIFF's tags and JPEG's markers. `MARKER` finds those that end an image or stand before a length.
+TILE_WIDTH, TILE_LENGTH = 322, 323
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 
 class Refused(OSError):
@@ -81,7 +78,7 @@ def size_of(path: str | Path, largest: int) -> int:
     return bounded(status.st_size, largest)
 
 
-def open_file(path: str | Path, largest: int) -> BinaryIO:
+def open_file(path: str | Path, largest: int) -> io.BufferedReader | io.BytesIO:
     """Open a regular file of at most `largest` bytes; raises as `size_of` does."""
     if not size_of(path, largest):  # what the kernel makes up, such as its log, has no size and may have no end
         return io.BytesIO()
@@ -115,20 +112,14 @@ class Lines(Iterator[str]):
 
 
 class BoundedReads(io.BufferedReader):
-    """A file of which little is read at once."""
-
-    def __init__(self, opened: Any, most: int) -> None:
-        super().__init__(opened)
-        self._most = most
+    """A zip file, of which at most `IMAGE_BYTES` are read at once."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        to_end = size is None or size < 0
-        data = super().read(self._most + 1 if to_end else bounded(size or 0, self._most))
-        bounded(len(data), self._most)
-        return data
+        # To the end zipfile reads nothing but the archive's comment, 64 kB at most.
+        return super().read(bounded(-1 if size is None else size, IMAGE_BYTES))
 
 
-class CheckedJson:
+class CheckedJson(io.IOBase):
     """JSON on its way to a streaming parser, which takes memory with the square of the depth, and with each object.
 
     Args:
@@ -143,10 +134,7 @@ class CheckedJson:
         self._opened, self._list_depth = opened, list_depth
         self._rest, self._in_string, self._depth, self._record = b"", 0, 0, 0
 
-    def __enter__(self) -> CheckedJson:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._opened.close()
 
     def read(self, size: int = -1) -> bytes:
@@ -177,10 +165,9 @@ def check_settings(folder: Path) -> None:
     Raises:
         InputError: a file there is no regular file, too large, or nested too deep.
     """
-    if not folder.is_dir():
-        return
-    for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-        if file.is_dir() or not (file.name.startswith(SETTINGS) or file.parent != folder):
+    files = [file for file in folder.glob("*") if file.name.startswith(SETTINGS)]
+    for file in [*files, *folder.glob("additional_chat_templates/*")]:
+        if file.is_dir():
             continue
         try:
             with CheckedJson(open_file(file, SETTINGS_BYTES), JSON_DEPTH) as opened:
@@ -193,15 +180,13 @@ def check_settings(folder: Path) -> None:
 class Content(io.BytesIO):
     """An image's bytes, for Pillow's readers, which are Python where there are pieces, and keep them."""
 
-    def __init__(self, content: bytes) -> None:
-        super().__init__(content)
-        self._reads = 0
+    _reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._reads += 1
         if self._reads > IMAGE_READS:
             raise Refused(f"has more than {IMAGE_READS:,} pieces")
-        return io.BytesIO.read(self, size)
+        return super().read(size)
 
 
 class Budget:
@@ -223,12 +208,8 @@ class Budget:
                 self._changed.notify_all()
 
 
-def check_image(image: Image.Image, content: bytes, *, plain: bool) -> None:
-    """Refuse an image that would take too much memory or time, before it is decoded.
-
-    Args:
-        plain: what `is_plain_jpeg` says of the content.
-    """
+def check_image(image: Image.Image, content: bytes) -> None:
+    """Refuse an image that would take too much memory or time, before it is decoded."""
     width, height = image.size
     if width * height > IMAGE_PIXELS or max(width, height) > IMAGE_SIDE:
         raise Refused(
@@ -238,41 +219,12 @@ def check_image(image: Image.Image, content: bytes, *, plain: bool) -> None:
         tags = image.tag_v2  # type: ignore[attr-defined]
         if tags.get(TILE_WIDTH, 1) * tags.get(TILE_LENGTH, 1) > IMAGE_PIXELS:
             raise Refused(f"has tiles of more than {IMAGE_PIXELS:,} pixels")
-    if not plain and image.format in ("JPEG", "MPO"):
-        scans = _scans(content, SCANNED_PIXELS // (width * height))
-        if scans * width * height > SCANNED_PIXELS:
-            raise Refused(f"has {scans} scans of {width} x {height} pixels; {SCANNED_PIXELS:,} in all are decoded")
+    if image.format in ("JPEG", "MPO") and (scans := count_scans(content)) * width * height > SCANNED_PIXELS:
+        raise Refused(f"has {scans} scans of {width} x {height} pixels; {SCANNED_PIXELS:,} in all are decoded")
 
 
-TILE_WIDTH, TILE_LENGTH = 322, 323
-START_OF_IMAGE, START_OF_SCAN, END_OF_IMAGE = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
-FRAMES = b"\xc0\xc1"
-"""Of a sequential JPEG."""
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
-"""Of those that stand in a JPEG, the ones before a length; the last ends it."""
-
-
-def is_plain_jpeg(content: bytes) -> bool:
-    """Tell whether an image is a JPEG with all components in its first scan, before which there is nothing unusual."""
-    if not content.startswith(START_OF_IMAGE):
-        return False
-    place, components = 2, 0
-    for _ in range(SEGMENTS):
-        header = content[place : place + 10]
-        if len(header) < 10 or header[0] != 0xFF:
-            return False
-        if header[1] in FRAMES:
-            components = header[9]
-        elif header.startswith(START_OF_SCAN):
-            return 0 < components == header[4]
-        place += 2 + header[2] * 256 + header[3]
-    return False
-
-
-def _scans(content: bytes, most: int) -> int:
-    """Count a JPEG's scans, and its thumbnails' and what follows it too as long as they are at most so many."""
-    if (scans := content.count(START_OF_SCAN)) <= most:
-        return scans
+def count_scans(content: bytes) -> int:
+    """Count a JPEG's scans, without those of its thumbnails and of what follows it."""
     scans, place = 0, 2
     while (found := MARKER.search(content, place)) and found[0] != END_OF_IMAGE:
         scans += found[0] == START_OF_SCAN

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from datasets import Dataset
 
 from repro.data.captions import TokenizedCaptions, caption_lengths, tokenize_captions
+from repro.data.image_cache import in_parallel
 from repro.data.image_store import Images, ImageStore
 from repro.data.rows import column
 from repro.errors import InputError
 
 Item = TypeVar("Item")
 REASONS_SHOWN = 3
-HASHED = 100_000
-"""Rows hashed at once."""
-IMAGES_HASHED = 32
-"""All images of COCO would be 18 GB to read at every start."""
+HASHED = 100_000  # rows at once
+IMAGES_HASHED = 32  # all of COCO's would be 18 GB to read at every start
 
 
 @dataclass(frozen=True)
-class Schedule:
+class RowOrder:
     """In which order rows are trained on.
 
     Attributes:
@@ -158,11 +157,8 @@ class CaptionedImages:
 
 def number_images(datasets: Iterable[Dataset]) -> dict[str, int]:
     """Give each distinct image of some splits a place."""
-    places: dict[str, int] = {}
-    for dataset in datasets:
-        for path in column(dataset, "image_path"):
-            places.setdefault(path, len(places))
-    return places
+    distinct = dict.fromkeys(path for dataset in datasets for path in column(dataset, "image_path"))
+    return {path: place for place, path in enumerate(distinct)}
 
 
 def prepare_split(
@@ -222,42 +218,11 @@ def _captions_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def prefetch(items: Iterable[Item], size: int = 2) -> Generator[Item]:
-    """Compute up to `size` items ahead in a thread.
-
-    The thread ends with its consumer, and its exceptions are raised where the items are used.
-    """
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=size)
-    stopped = threading.Event()
-
-    def offer(kind: str, value: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not offer("item", item):
-                    return
-            offer("end", None)
-        except BaseException as error:  # the consumer raises it
-            offer("error", error)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
+def prefetch(items: Iterable[Item]) -> Generator[Item]:
+    """Compute two items ahead in a thread, which ends with its consumer; its exceptions are raised where it is used."""
+    source, end = iter(items), cast("Item", object())
+    with closing(in_parallel(lambda _: next(source, end), repeat(None), 1)) as computed:
+        for _, item in computed:
+            if item is end:
                 return
-            yield value
-    finally:
-        stopped.set()
-        thread.join()
+            yield item

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from repro.errors import InputError
 COCO_NAMES = ("ydshieh/dummy_coco_dataset", "ydshieh/coco_dataset_script")
 IMAGE_COLUMNS = ("image_path", "image", "file_name", "filename", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentence", "sentences", "description")
+# Of the rows that are kept on disk: to be raised when a reader gives other rows for the same file.
 VERSION = 1
-"""Of the rows that are kept on disk: to be raised when a reader gives other rows for the same file."""
+
+Columns = tuple[str | None, str | None]  # of images and of captions, as asked for
 
 
 @dataclass(frozen=True)
@@ -66,96 +69,71 @@ def load_splits(
     """
     files = {"train": train_file, "validation": validation_file, "test": test_file}
     columns = (image_column, caption_column)
-    if dataset_name in COCO_NAMES:
-        find = _official_coco(dataset_name, dataset_config_name or coco.YEARS[0], data_dir)
-    elif dataset_name is not None:
+    loaded = {}
+    if dataset_name is not None and dataset_name not in COCO_NAMES:
         loaded = tables.load_hub(dataset_name, dataset_config_name, data_dir, cache_dir=cache_dir, token=token)
-        missing = [split for split in splits if split not in loaded]
-        if missing:
+
+    def find(split: str) -> _Source:
+        if dataset_name is None:
+            return _file(files[split], split, data_dir, cache_dir, columns)
+        if dataset_name in COCO_NAMES:
+            return _official_coco(dataset_name, dataset_config_name or coco.YEARS[0], data_dir, split)
+        if split not in loaded:
             raise InputError(
-                f"--dataset_name {dataset_name}: has no split {missing[0]!r}, only {', '.join(map(repr, loaded))}."
+                f"--dataset_name {dataset_name}: has no split {split!r}, only {', '.join(map(repr, loaded))}."
             )
-
-        def find(split: str) -> _Source:
-            return _table(loaded[split], split, dataset_name, Path(data_dir or dataset_name), *columns)
-
-    else:
-
-        def find(split: str) -> _Source:
-            path = files[split]
-            if path is None:
-                raise InputError(f"no {split} rows: give --{split}_file, or --dataset_name.")
-            return _file(path, split, data_dir, cache_dir, *columns)
+        return _table(loaded[split], split, dataset_name, Path(data_dir or dataset_name), columns)
 
     result = {}
-    for split in splits:
-        source = find(split)
+    for split, source in [(split, find(split)) for split in splits]:
         records = _without_urls(source, allowed=allow_image_urls)
         file = rows_dir / f"{_key(source, split, allow_image_urls)}.arrow" if rows_dir else None
         result[split] = make_rows(records, split=split, source=source.name, file=file, rebuild=rebuild)
     return result
 
 
-def _official_coco(name: str, year: str, data_dir: str | None) -> Callable[[str], _Source]:
+def _official_coco(name: str, year: str, data_dir: str | None, split: str) -> _Source:
     if year not in coco.YEARS:
         raise InputError(f"--dataset_config_name {year}: the built-in COCO reader knows {', '.join(coco.YEARS)}.")
     if data_dir is None:
         raise InputError(f"--dataset_name {name} needs --data_dir with the COCO files.")
     folder = coco.check_folder(data_dir)
-
-    def find(split: str) -> _Source:
-        file, member = coco.annotation_file(folder, year, split)
-        coco.official_images(folder, coco.SPLIT_NAMES[split] + year)
-        is_folder = (folder / (coco.SPLIT_NAMES[split] + year)).is_dir()
-        return _Source(member, lambda: coco.read_official(folder, year, split), [file], (year, is_folder))
-
-    return find
+    file, member = coco.annotation_file(folder, year, split)
+    coco.official_images(folder, coco.SPLIT_NAMES[split] + year)
+    is_folder = (folder / (coco.SPLIT_NAMES[split] + year)).is_dir()
+    return _Source(member, lambda: coco.read_official(folder, year, split), [file], (year, is_folder))
 
 
-def _file(
-    path: str, split: str, data_dir: str | None, cache_dir: str | None, image_column: str | None, caption: str | None
-) -> _Source:
-    if Path(path).suffix in tables.BUILDERS:
-        found = sorted(glob.glob(path)) if not Path(path).exists() else [path]
-        if not found:
-            raise InputError(f"{path}: there is no such file.")
-        dataset = tables.load_files(found, cache_dir=cache_dir)
-        return _table(dataset, split, path, Path(path).parent, image_column, caption)
+def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | None, columns: Columns) -> _Source:
+    if path is None:
+        raise InputError(f"no {split} rows: give --{split}_file, or --dataset_name.")
     file = Path(path)
-    if file.suffix not in FORMATS:
+    is_table = file.suffix in tables.BUILDERS
+    if not is_table and file.suffix not in FORMATS:
         raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *tables.BUILDERS))}.")
-    if not file.exists():
+    found = sorted(glob.glob(path)) if is_table and not file.exists() else [path]
+    if not found or not Path(found[0]).exists():
         raise InputError(f"{path}: there is no such file.")
+    if is_table:
+        return _table(tables.load_files(found, cache_dir=cache_dir), split, path, file.parent, columns)
 
     def records() -> Iterator[Record]:
         layout = json_prefix(file) if file.suffix == ".json" else None
-        folders = [*([Path(data_dir)] if data_dir else []), file.parent, file.parent.parent]
         if layout in coco.LAYOUTS:
+            folders = [*([Path(data_dir)] if data_dir else []), file.parent, file.parent.parent]
             return coco.read_file(file, layout, split, [folder.absolute() for folder in folders])
-        return _select(read_file(path), split, path, file.parent, image_column, caption)
+        return _select(read_file(path), split, path, file.parent, columns)
 
-    return _Source(path, records, [file], (image_column, caption, data_dir and os.path.abspath(data_dir)))
+    return _Source(path, records, [file], (*columns, data_dir and os.path.abspath(data_dir)))
 
 
 def _select(
-    records: Iterator[dict[str, Any]],
-    split: str,
-    source: str,
-    folder: Path,
-    image_column: str | None,
-    caption_column: str | None,
+    records: Iterator[dict[str, Any]], split: str, source: str, folder: Path, columns: Columns
 ) -> Iterator[Record]:
     """Take image and caption from the objects of a file; the first one says which columns there are."""
     first = next(records)
-    names = list(first)
-    image = _column("image", image_column, IMAGE_COLUMNS, names, source)
-    caption = _caption_column(split, caption_column, names, source)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        yield first
-        yield from records
-
-    for row, record in enumerate(rows()):
+    image, caption = _found_columns(split, source, list(first), columns)
+    for row, record in enumerate(chain([first], records)):
         value = record.get(image)
         yield {
             "row": row,
@@ -165,15 +143,11 @@ def _select(
         }
 
 
-def _table(
-    dataset: Dataset, split: str, source: str, folder: Path, image_column: str | None, caption_column: str | None
-) -> _Source:
-    names = list(dataset.column_names)
+def _table(dataset: Dataset, split: str, source: str, folder: Path, columns: Columns) -> _Source:
     typed = tables.image_columns(dataset)
-    if image_column is None and len(typed) == 1:
-        image_column = typed[0]
-    image = _column("image", image_column, IMAGE_COLUMNS, names, source)
-    caption = _caption_column(split, caption_column, names, source)
+    if columns[0] is None and len(typed) == 1:
+        columns = typed[0], columns[1]
+    image, caption = _found_columns(split, source, dataset.column_names, columns)
 
     def records() -> Iterator[Record]:
         for record in tables.read_table(dataset, image, caption):
@@ -183,19 +157,19 @@ def _table(
     return _Source(source, records, files, (image, caption, str(folder.absolute())))
 
 
-def _caption_column(split: str, name: str | None, names: Sequence[str], source: str) -> str | None:
-    if split == "test" and name not in names and not set(CAPTION_COLUMNS) & set(names):
-        return None
-    return _column("caption", name, CAPTION_COLUMNS, names, source)
+def _found_columns(split: str, source: str, names: Sequence[str], wanted: Columns) -> tuple[str, str | None]:
+    """Tell which columns hold images and captions, which a test split may lack."""
+    image = _column("image", wanted[0], IMAGE_COLUMNS, names, source)
+    if split == "test" and wanted[1] not in names and not set(CAPTION_COLUMNS) & set(names):
+        return image, None
+    return image, _column("caption", wanted[1], CAPTION_COLUMNS, names, source)
 
 
 def _column(what: str, name: str | None, usual: Sequence[str], names: Sequence[str], source: str) -> str:
     found = ", ".join(map(repr, names))
-    if name is not None:
-        if name not in names:
-            raise InputError(f"--{what}_column {name!r}: {source} has the columns {found}.")
-        return name
-    candidates = [column for column in usual if column in names]
+    if name is not None and name not in names:
+        raise InputError(f"--{what}_column {name!r}: {source} has the columns {found}.")
+    candidates = [column for column in usual if column in names] if name is None else [name]
     if len(candidates) != 1:
         raise InputError(f"{source}: which column holds the {what}s? Give --{what}_column; there are {found}.")
     return candidates[0]

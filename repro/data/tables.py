@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
-from repro.data.images import ARROW, content_digest
+from repro.data.images import ARROW
 from repro.data.limits import LIST_BYTES, size_of
 from repro.data.rows import Record
 from repro.errors import InputError
@@ -62,8 +63,9 @@ def image_columns(dataset: Dataset) -> list[str]:
     found = []
     for name, feature in dataset.features.items():
         kind = dataset.data.schema.field(name).type
-        is_struct = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        if isinstance(feature, Image) or is_struct or _is_binary(kind):
+        has_bytes = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+        if isinstance(feature, Image) or has_bytes or is_bytes:
             found.append(name)
     return found
 
@@ -71,30 +73,25 @@ def image_columns(dataset: Dataset) -> list[str]:
 def read_table(dataset: Dataset, image_column: str, caption_column: str | None) -> Iterator[Record]:
     """Give a data set's records; the same image, embedded twice, is one."""
     first_place: dict[bytes, str] = {}
-    names = [name for name in (image_column, caption_column) if name is not None]
     row = 0
-    for cached in dataset.cache_files:
+    for file in (os.path.abspath(cached["filename"]) for cached in dataset.cache_files):
         in_file = 0
-        with pyarrow.memory_map(os.path.abspath(cached["filename"])) as file:
-            for batch in pyarrow.ipc.open_stream(file):
-                images, *captions = (batch.column(name) for name in names)
-                for place in range(len(batch)):
-                    value = images[place].as_py()
-                    name = value.get("path") if isinstance(value, dict) else value
-                    content = value.get("bytes") if isinstance(value, dict) else value
+        with pyarrow.memory_map(file) as opened:
+            for batch in pyarrow.ipc.open_stream(opened):
+                captions = batch.column(caption_column) if caption_column else pyarrow.nulls(len(batch))
+                for value, caption in zip(batch.column(image_column), captions, strict=True):
+                    image = value.as_py()
+                    name = content = image
+                    if isinstance(image, dict):
+                        name, content = image.get("path"), image.get("bytes")
                     reference: Any = name
                     if isinstance(content, bytes):
-                        here = f"{ARROW}{in_file}/{image_column}::{os.path.abspath(cached['filename'])}"
-                        reference = first_place.setdefault(content_digest(content), here)
+                        here = f"{ARROW}{in_file}/{image_column}::{file}"
+                        reference = first_place.setdefault(blake2b(content, digest_size=16).digest(), here)
                     yield {
                         "row": row,
                         "image_path": reference,
                         "image_id": name if isinstance(name, str) else reference,
-                        "caption": captions[0][place].as_py() if captions else None,
+                        "caption": caption.as_py(),
                     }
-                    row += 1
-                    in_file += 1
-
-
-def _is_binary(kind: Any) -> bool:
-    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+                    row, in_file = row + 1, in_file + 1

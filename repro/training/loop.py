@@ -11,7 +11,7 @@ from functools import partial
 import jax
 from jax.sharding import NamedSharding
 
-from repro.data.pipeline import CaptionedImages, Schedule, prefetch
+from repro.data.pipeline import CaptionedImages, RowOrder, prefetch
 from repro.training.sharding import put_rows
 from repro.training.steps import TrainState, TrainStep
 
@@ -32,17 +32,17 @@ def take_steps(
     train_step: TrainStep,
     state: TrainState,
     data: CaptionedImages,
-    schedule: Schedule,
+    row_order: RowOrder,
     sharding: NamedSharding,
     *,
     first_step: int = 0,
 ) -> Iterator[StepResult]:
     """Train on from a state after `first_step` steps, yielding after each without waiting for the device."""
-    steps_per_epoch = schedule.steps_per_epoch(len(data))
+    steps_per_epoch = row_order.steps_per_epoch(len(data))
     load = partial(put_rows, data.batch, sharding)
-    for epoch in range(first_step // steps_per_epoch, schedule.num_epochs):
+    for epoch in range(first_step // steps_per_epoch, row_order.num_epochs):
         # Drawn in this thread: which random stream JAX uses is thread-local.
-        rows = schedule.epoch_rows(epoch, len(data))
+        rows = row_order.epoch_rows(epoch, len(data))
         taken = max(first_step - epoch * steps_per_epoch, 0)
         with closing(prefetch(map(load, rows[taken:]))) as batches:
             for step in range(epoch * steps_per_epoch + taken + 1, (epoch + 1) * steps_per_epoch + 1):
