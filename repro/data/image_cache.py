@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import shutil
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,13 +49,15 @@ class StoredImages:
     """
 
     def __init__(self, file: Path, slots: np.ndarray, shape: tuple[int, ...]) -> None:
-        self._file, self._slots, self._shape = file.open("rb", buffering=0), slots, shape
+        self._file, self._slots, self._shape = file, slots, shape
+        self._descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         images = np.empty((len(places), *self._shape), np.uint8)
         for image, slot in zip(images, self._slots[places].tolist(), strict=True):
-            if os.preadv(self._file.fileno(), [image], slot * image.nbytes) != image.nbytes:
-                raise InputError(f"{self._file.name}: was cut while it was read; start again.")
+            if os.preadv(self._descriptor, [image], slot * image.nbytes) != image.nbytes:
+                raise InputError(f"{self._file}: was cut while it was read; start again.")
         return images
 
 
