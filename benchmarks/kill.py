@@ -195,6 +195,7 @@ def _rows(out: Path) -> list[Any]:
     """What `metrics.jsonl` says but for times."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
+        row.pop("seconds", None)
         for evaluation in ("eval", "test"):
             for name in TIMES:
                 row.get(evaluation, {}).pop(name, None)

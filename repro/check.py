@@ -22,6 +22,7 @@ from repro.data.pipeline import number_images
 from repro.data.rows import Rows, column
 from repro.data.whole_file import check_writable
 from repro.flags import check_values
+from repro.json_files import write_json
 from repro.models.pretrained import Pretrained
 from repro.prepare import (
     SPLIT_FLAGS,
@@ -35,7 +36,6 @@ from repro.prepare import (
     target_length,
 )
 from repro.protocol import Protocol, protocol_named
-from repro.reporting.writer import write_json
 from repro.training.losses import row_losses
 from repro.training.optimizer import count_parameters
 

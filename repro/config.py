@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from repro.commands.parser import Checked, Numbers, Parser, add_fields, sentence
-from repro.data.limits import SETTINGS_BYTES, read_file
 from repro.errors import InputError
+from repro.limits import SETTINGS_BYTES, read_file
 from repro.masking import learn_flags
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -5,7 +5,6 @@ It need not stop a forger; it must stop every accident.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from repro.config import DataArguments, ModelArguments, TrainingArguments, flags_of, parse_arguments
+from repro.config import ARGUMENTS, flags_of, parse_arguments
 from repro.data.whole_file import sha256_of
 from repro.errors import InputError
 from repro.evaluation.rouge import rouge_scores
-from repro.reporting.writer import Recorded, checked_files, models_in, prefixed
+from repro.json_files import read_json
+from repro.reporting.record import FACTS, GENERATION, ROWS, Recorded, digest_of
+from repro.reporting.writer import checked_files, models_in, prefixed
 
 if TYPE_CHECKING:
     from repro.verify import RunRecord
@@ -36,25 +37,19 @@ def missing_of_record(folder: Path, facts: Mapping[str, Any], recorded: Recorded
     checksums: Mapping[str, str] = facts.get("checksums", {})
     if not checksums:
         return ["run.json has no checksums of its figures"]
-    needed = {path.relative_to(folder).as_posix() for path in checked_files(folder)} | {"metrics.jsonl"}
-    needed |= {path for step in _evaluated(recorded) for path in _files_of(folder, facts, step)}
+    needed = {path.relative_to(folder).as_posix() for path in checked_files(folder)} | {ROWS}
+    needed |= {path for step in recorded.evaluations("eval") for path in _files_of(folder, facts, step)}
     problems = [f"run.json has no checksum of {name}" for name in sorted(needed - checksums.keys())]
-    problems += [
-        f"{name} is not as the run left it"
-        for name, checksum in checksums.items()
-        if not (folder / name).is_file() or sha256_of(folder / name) != checksum
-    ]
+    now = {name: sha256_of(folder / name) for name in checksums if name != FACTS and (folder / name).is_file()}
+    now[FACTS] = digest_of(facts)  # which earlier versions did not note
+    problems += [f"{name} is not as the run left it" for name, digest in checksums.items() if now.get(name) != digest]
     steps = [row["step"] for row in recorded.rows if "loss" in row]
-    if steps != list(range(1, facts.get("num_steps", 0) + 1)):
-        problems.append(f"metrics.jsonl has {len(set(steps))} of {facts.get('num_steps')} steps, or not in order")
+    if steps != list(range(1, facts["num_steps"] + 1)):
+        problems.append(f"metrics.jsonl has {len(set(steps))} of {facts['num_steps']} steps, or not in order")
     broken = [row["step"] for row in recorded.rows if "loss" in row and not math.isfinite(row["loss"])]
     if broken:
         problems.append(f"the loss of step {broken[0]} is not finite")
     return problems
-
-
-def _evaluated(recorded: Recorded) -> Iterator[int]:
-    return (row["step"] for row in recorded.rows if "eval" in row)
 
 
 def _place(folder: Path, step: int) -> Path:
@@ -66,31 +61,31 @@ def _files_of(folder: Path, facts: Mapping[str, Any], step: int) -> Iterator[str
     """Name the files that an evaluation leaves; at the last step its weights, too."""
     place = f"{_place(folder, step).relative_to(folder).as_posix()}/".removeprefix("./")
     yield f"{place}eval_results.json"
-    if facts.get("flags", {}).get("predict_with_generate"):
+    if facts["flags"].get("predict_with_generate"):
         yield f"{place}eval_generation.json"
-    if step and step == facts.get("num_steps"):
+    if step and step == facts["num_steps"]:
         yield f"{place}flax_model.msgpack"
 
 
 def contradictions(folder: Path, recorded: Recorded) -> list[str]:
     """Compute scores again from the captions, and hold results against the record."""
     problems = []
-    for step in _evaluated(recorded):
-        entry, place = recorded.evaluation("eval", step) or {}, _place(folder, step)
+    for step, entry in recorded.evaluations("eval").items():
+        place = _place(folder, step)
         named = prefixed("eval", {name: v for name, v in entry.items() if isinstance(v, int | float)})
         try:
-            results = json.loads((place / "eval_results.json").read_text(encoding="utf-8"))
+            results = read_json(place / "eval_results.json", dict[str, float])
             found = {name: (value, named.get(name)) for name, value in results.items()}
             if "rouge1" in entry:
-                rows = json.loads((place / "eval_generation.json").read_text(encoding="utf-8"))
+                rows = read_json(place / "eval_generation.json", list[GENERATION])
                 if len(rows) != entry["rows"]:
                     problems.append(f"step {step}: {len(rows)} captions, of {entry['rows']} rows that were evaluated")
                 again = rouge_scores([row["pred"] for row in rows], [row["label"] for row in rows])
                 if again.sentence_splitter != entry["sentence_splitter"]:  # which decides about rougeLsum alone
                     again.means.pop("rougeLsum")
                 found |= {f"{name} of its captions": (value, entry[name]) for name, value in again.means.items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            problems.append(f"step {step}: its results and captions cannot be read ({type(error).__name__})")
+        except (InputError, LookupError) as error:
+            problems.append(f"step {step}: its results and captions cannot be read ({error})")
             continue
         problems += [
             f"step {step}: {name} is {value}, and metrics.jsonl has {other}"
@@ -108,19 +103,18 @@ def evaluated_again(folder: Path, facts: Mapping[str, Any], recorded: Recorded) 
     """
     from repro.run import run
 
-    step = facts.get("num_steps", 0)
-    recorded_metrics = recorded.evaluation("eval", step)
+    step = facts["num_steps"]
+    recorded_metrics = recorded.evaluations("eval").get(step)
     if not recorded_metrics:
         return [], ["not evaluated again: there is no evaluation of the last step"]
     own = {"do_train": False, "do_predict": False, "push_to_hub": False, "resume": "never", "mesh": None}
     own |= {"model_name_or_path": str(_place(folder, step)), "num_replicas": facts["num_replicas"]}
+    own |= {f"{half}_{part}": None for half in ("encoder", "decoder") for part in ("model_name_or_path", "config_name")}
     own |= {"distributed": False, "coordinator": None, "num_processes": None, "process_id": None}
     with tempfile.TemporaryDirectory() as output:
         flags = {**facts["flags"], **own, "output_dir": f"{output}/again", "overwrite_output_dir": False}
         try:
-            arguments = parse_arguments(
-                (ModelArguments, DataArguments, TrainingArguments), flags_of(flags), command="verify"
-            )
+            arguments = parse_arguments(ARGUMENTS, flags_of(flags), command="verify")
             found = run(*arguments, progress=False).evaluations["eval"]
         except InputError as error:
             return [], [f"not evaluated again: {error}"]
@@ -146,7 +140,7 @@ def not_repetitions(runs: Sequence[RunRecord]) -> list[str]:
     ]
     return problems + _different(
         model_implementation=[run.facts["model"]["implementation"] for run in usable],
-        dtype=[run.facts["flags"]["dtype"] for run in usable],
+        dtype=[run.facts["flags"].get("dtype") for run in usable],
     )
 
 

@@ -20,10 +20,11 @@ from repro.data.pocket import read_scenes, render_pocket
 from repro.errors import InputError
 from repro.evaluation.attributes import attribute_accuracy
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
+from repro.json_files import read_json, write_json
 from repro.recipes import read_recipe
-from repro.reporting.writer import entries, locked, write_json
+from repro.reporting.writer import entries, locked
 from repro.run import RunResult, run
-from repro.verify import MARKER, RUN, Verification, Watcher, as_json, verify
+from repro.verify import MARKER, MARKER_FORM, RUN, Verification, Watcher, as_json, verify
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLES = 6
@@ -140,7 +141,7 @@ def recipe_flags(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, An
 
 def _check_is_of(marker: Path, name: str) -> None:
     folder = marker.parent
-    is_of = marker.is_file() and json.loads(marker.read_text(encoding="utf-8")).get("name") == name
+    is_of = marker.is_file() and read_json(marker, MARKER_FORM)["name"] == name
     if entries(folder) and not is_of:
         raise InputError(f"--output_dir {folder}: holds something else; name a new or an empty folder.")
 

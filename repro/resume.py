@@ -13,18 +13,9 @@ from repro.config import ModelArguments, TrainingArguments
 from repro.data.whole_file import check_writable
 from repro.errors import InputError
 from repro.prepare import PreparedRun
-from repro.reporting.writer import (
-    STATE,
-    Recorded,
-    check_output_dir,
-    holds_only_run_files,
-    locked,
-    models_in,
-    read_clock,
-    read_facts,
-    read_recorded,
-)
-from repro.training.checkpoint import RECORD, Found, find_newest, whole_states
+from repro.reporting.record import FACTS, ROWS, Recorded, read_clock, read_record
+from repro.reporting.writer import STATE, check_output_dir, holds_only_run_files, locked, models_in
+from repro.training.checkpoint import RECORD, STEP, Found, find_newest, whole_states
 from repro.training.processes import decided_by_first
 
 
@@ -120,7 +111,7 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
 def _holds_only_a_start(folder: Path) -> bool:
     """Tell whether a folder is empty, or holds nothing but what a run writes before its first state."""
     later = [*models_in(folder), *whole_states(folder / STATE)]
-    return not later and "finished" not in read_facts(folder) and holds_only_run_files(folder)
+    return not later and "finished" not in read_record(folder).facts and holds_only_run_files(folder)
 
 
 def other_run(resume: str, folder: Path) -> Path | None:
@@ -132,7 +123,7 @@ def other_run(resume: str, folder: Path) -> Path | None:
 def _named(path: Path) -> tuple[Path, int | None]:
     """The folder of the run that a path names, and the step if it is a state's."""
     path = path.absolute()
-    if path.name.isdecimal() and (path / RECORD).is_dir():
+    if STEP.fullmatch(path.name) and (path / RECORD).is_dir():
         return path.parent.resolve().parent, int(path.name)
     return (path.resolve().parent if path.name == STATE and not (path / STATE).is_dir() else path), None
 
@@ -144,11 +135,20 @@ def _same(source: Path, folder: Path) -> bool:
 
 
 def _after(found: Found, source: Path, folder: Path) -> Start:
-    recorded, branches_off = read_recorded(source, found.step), source != folder
+    record, branches_off = read_record(source), source != folder
+    recorded = record.recorded.up_to(found.step)
+    missing = set(range(1, found.step + 1)) - {row["step"] for row in recorded.steps}
+    if missing:
+        raise InputError(
+            f"{source / ROWS}: step {min(missing)} is missing or damaged in it, and the state is of step"
+            f" {found.step}; put a whole copy there, or resume from an earlier state ({STATE}/STEP)."
+        )
+    if (source / FACTS).exists() and not record.facts:
+        raise InputError(f"{source / FACTS}: is damaged; take it away, and the run goes on without what it told.")
     seconds = found.record.get("seconds", 0.0) if branches_off else read_clock(folder)
     if branches_off:  # the model of this step stays behind, so it is saved and evaluated once more
         recorded = Recorded([row for row in recorded.rows if "loss" in row or row["step"] < found.step])
-    return Start(found, recorded, read_facts(source).get("parts", []), branches_off, seconds)
+    return Start(found, recorded, record.facts.get("parts", []), branches_off, seconds)
 
 
 def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any]:

@@ -21,13 +21,14 @@ from repro.config import ARGUMENTS, DataArguments, ModelArguments, TrainingArgum
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
 from repro.flags import check_flags
+from repro.json_files import PARTIAL
 from repro.models.pretrained import save_model
 from repro.prepare import PreparedRun, cache_folder, data_in_words, evaluates_at, prepare
 from repro.protocol import protocol_named
 from repro.reporting.hub import HubUploader
 from repro.reporting.model_card import Trained, write_card
 from repro.reporting.progress import NonFinite, StepLog
-from repro.reporting.writer import NON_FINITE, PARTIAL, STATE, RunWriter, log, models_in, prefixed
+from repro.reporting.writer import NON_FINITE, STATE, RunWriter, log, models_in, prefixed
 from repro.resume import Start, check_same, enter_folders, settings
 from repro.training.checkpoint import CORRUPT, Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
@@ -107,6 +108,7 @@ def run(
         if args.push_to_hub and is_first():
             uploader = stack.enter_context(HubUploader(folder, repository=args.hub_model_id, token=args.hub_token))
         wait_for_all("folder")
+        watch = watch or (lambda facts, rows: None)
         return _Run(prepared, training, writer, uploader, folder, start, same, signals, score, watch, began).execute()
 
 
@@ -123,7 +125,7 @@ class _Run:
     settings: dict[str, Any]
     signals: StopSignals
     score: Score | None
-    watch: Watch | None
+    watch: Watch
     began: float
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -160,7 +162,7 @@ class _Run:
         for note in prepared.pretrained.notes:
             log.info("model: %s", note)
         evaluator = build_evaluator(prepared, self.signals, held_bytes=facts.get("state_bytes", 0))
-        self._look(facts)
+        self.watch(facts, self.writer.recorded.rows)
         if self.training is not None:
             params = self._train(self.training, evaluator, facts)
         else:
@@ -180,7 +182,9 @@ class _Run:
 
     def _train(self, training: Training, evaluator: Evaluator, facts: dict[str, Any]) -> Any:
         """Train to the end; returns the parameters, whole on every device."""
-        with contextlib.closing(self._open_states()) as states:
+        args, recorded, metric = self.prepared.args, self.writer.recorded, self.prepared.args.metric_for_best_model
+        best = lambda: recorded.best_step(metric) if metric else None  # noqa: E731
+        with contextlib.closing(Checkpoints(self.folder / STATE, keep=args.save_total_limit, best=best)) as states:
             state = states.restore(self.start.found, training.like) if self.start.found else training.create()
             jax.block_until_ready(state)
             self.signals.defer()
@@ -188,12 +192,12 @@ class _Run:
                 self.writer,
                 num_steps=self.prepared.num_steps,
                 batch_size=self.prepared.train_batch,
-                logging_steps=self.prepared.args.logging_steps,
+                logging_steps=args.logging_steps,
                 progress=self.prepared.progress,
                 first_step=self.start.step,
                 seconds_before=self.start.clock("training_seconds"),
                 waited_before=self.start.clock("waiting_for_input_seconds"),
-                log_grad_norm=self.prepared.args.log_grad_norm,
+                log_grad_norm=args.log_grad_norm,
             )
             try:
                 with steps.bar:  # closed, so that what is said next has a line of its own
@@ -203,7 +207,7 @@ class _Run:
                             steps.add(result)
                         self._after(result, steps, states, evaluator)
                         if steps.logs(result.step):
-                            self._look(facts)
+                            self.watch(facts, self.writer.recorded.rows)
                         if self.signals.requested(self.step) and self.step < self.prepared.num_steps:
                             self._save_state(result, steps, states)
                             assert self.signals.received is not None
@@ -216,18 +220,6 @@ class _Run:
             facts |= steps.close()
         return self._whole(state.params)
 
-    def _look(self, facts: dict[str, Any]) -> None:
-        if self.watch is not None:
-            self.watch(facts, self.writer.recorded.rows)
-
-    def _open_states(self) -> Checkpoints:
-        metric = self.prepared.args.metric_for_best_model
-        return Checkpoints(
-            self.folder / STATE,
-            keep=self.prepared.args.save_total_limit,
-            best=lambda: self.writer.recorded.best_step(metric) if metric else None,
-        )
-
     def _after(self, result: StepResult, steps: StepLog, states: Checkpoints, evaluator: Evaluator) -> None:
         """Save and evaluate what is due after a step and was not done before the run was resumed."""
         prepared = self.prepared
@@ -237,7 +229,7 @@ class _Run:
             self._save_state(result, steps, states)
         # The example saves its models when it evaluates, which may be never; no training ends without one here.
         at_end = result.step == prepared.num_steps
-        if not evaluates and not (at_end and not self.writer.recorded.evaluated("eval")):
+        if not evaluates and (not at_end or self.writer.recorded.evaluations("eval")):
             return
         steps.pause()
         params = self._whole(result.state.params)
@@ -294,10 +286,8 @@ class _Run:
         rows = np.arange(len(data))
         paths, ids = data.image_paths(rows), data.image_ids(rows)
         self.writer.images(prefix, paths, ids)
-        if self.writer.recorded.evaluation(prefix, self.step):
-            evaluation = self.writer.read_evaluation(
-                prefix, step=self.step, folder=folder, image_paths=paths, image_ids=ids
-            )
+        if self.step in self.writer.recorded.evaluations(prefix):
+            evaluation = self.writer.read_evaluation(prefix, self.step, folder, image_paths=paths, image_ids=ids)
         else:
             started = time.perf_counter()
             evaluation = evaluator.evaluate(params, data, name=prefix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,16 @@ from repro.errors import InputError, RunStopped
 from repro.evaluation.equivalence import Verdict
 from repro.evaluation.targets import Measured, Outcome, Target, against, judge_all, overall, read_targets
 from repro.integrity import contradictions, evaluated_again, missing_of_record, mixed, not_repetitions
+from repro.json_files import keys, read_json
 from repro.protocol import protocol_named
 from repro.recipes import read_recipe
-from repro.reporting.writer import Recorded, read_facts, read_recorded
+from repro.reporting.record import FACTS, Recorded, read_record
 
-MARKER = "recipe.json"
+MARKER, MARKER_FORM = "recipe.json", keys(name=str)
 RUN = "run"
 BY_STEP = ("loss", "learning_rate")
-COUNTS = ("train_rows", "train_dropped", "train_images", "num_steps", "parameters")
+OF_TRAIN = {"rows": "kept", "dropped": "dropped", "images": "images"}
+COUNTS = (*(f"train_{what}" for what in OF_TRAIN), "num_steps", "parameters")
 FINGERPRINTS = {"train_fingerprint": "train", "validation_fingerprint": "validation"}
 STARTS = ("model_name_or_path", "encoder_model_name_or_path", "decoder_model_name_or_path")
 ALSO_COMPARED = ("do_train", "num_replicas", "eval_steps", "max_train_samples", "max_eval_samples", *STARTS)
@@ -33,6 +34,10 @@ OF_ITS_FOLDER = ("data_dir", "cache_dir", "encoder_config_name", "decoder_config
 LOOKS = (
     "each look at so many runs is paid for; a number that was named before the first run, --seeds N, tells with fewer"
 )
+NEEDED = ("flags", "data", "model", "num_steps", "num_replicas")
+"""Of a run's facts; whatever else may be missing has a meaning."""
+OUTCOME = ("wanted", "measured", "difference", "interval", "verdict", "reason")
+"""What `--json` writes of an outcome."""
 EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)
 """What is known before the run is over."""
 
@@ -55,7 +60,7 @@ class RunRecord:
 
     @property
     def seed(self) -> int:
-        return int(self.facts["flags"]["seed"])
+        return self.facts["flags"]["seed"]
 
     def measured(self, target: Target) -> Measured:
         """Read what a target is about."""
@@ -64,7 +69,7 @@ class RunRecord:
     @property
     def minutes(self) -> float | None:
         """What the run took, start-up, evaluations and saved models included."""
-        return values_of(Target("minutes", ""), self.facts, self.recorded.rows).get("")
+        return self.facts["seconds"] / 60 if "seconds" in self.facts else None
 
     @property
     def counts(self) -> dict[str, float | None]:
@@ -189,10 +194,12 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> RunRecord:
     """Read a run, and find what forbids conclusions from it."""
     if (folder / RUN).is_dir():
         folder = folder / RUN
-    facts = read_facts(folder)
-    if not facts:
-        return RunRecord(folder, {}, Recorded([]), ("there is no run.json that can be read",))
-    recorded = read_recorded(folder, int(facts.get("num_steps", 0)))
+    record = read_record(folder)
+    facts = record.facts
+    lacks = [f"{FACTS}: has no {name}" for name in NEEDED if record.facts and name not in facts]
+    if record.problems or lacks:
+        return RunRecord(folder, {}, Recorded([]), (*record.problems, *lacks))
+    recorded = record.recorded.up_to(facts["num_steps"])
     problems, notes = _flags_that_differ(facts, recipe)
     if not facts.get("finished"):
         problems.append("the run is not finished; --resume auto goes on with it")
@@ -215,15 +222,8 @@ def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[s
         }
     evaluations = {row["step"]: row["eval"] for row in rows if "eval" in row}
     train = facts.get("data", {}).get("train", {})
-    values: dict[str, Any] = {
-        "train_rows": train.get("kept"),
-        "train_dropped": train.get("dropped"),
-        "train_images": train.get("images"),
-        "num_steps": facts.get("num_steps"),
-        "parameters": facts.get("model", {}).get("parameters"),
-    }
-    if "seconds" in facts:
-        values["minutes"] = facts["seconds"] / 60
+    values: dict[str, Any] = {f"train_{what}": train.get(name) for what, name in OF_TRAIN.items()}
+    values |= {"num_steps": facts.get("num_steps"), "parameters": facts.get("model", {}).get("parameters")}
     step = target.step if target.step is not None else max(evaluations, default=None)
     found = evaluations.get(step, {}) if step is not None else {}
     values |= {f"eval_{name}": value for name, value in found.items() if isinstance(value, int | float)}
@@ -235,14 +235,11 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
     marker = (folder if (folder / MARKER).is_file() else folder.parent) / MARKER
     if not marker.is_file():
         raise InputError(f"{folder}: does not say which recipe it is of; add --recipe NAME.")
-    return read_recipe(json.loads(marker.read_text(encoding="utf-8"))["name"])
+    return read_recipe(read_json(marker, MARKER_FORM)["name"])
 
 
 def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    parsed, may_vary = (
-        parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify"),
-        recipe.get("may_vary", ()),
-    )
+    parsed = parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify")
     fields = [(arguments, field) for arguments in parsed for field in dataclasses.fields(arguments)]
     flags = facts["flags"]
     problems: list[str] = []
@@ -254,7 +251,7 @@ def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> t
             continue
         free = field.metadata.get("may_change") and name not in ALSO_COMPARED
         text = f"--{name} {flags.get(name)}, the recipe has {value}"
-        (notes if free or name in may_vary else problems).append(text)
+        (notes if free or name in recipe.get("may_vary", ()) else problems).append(text)
     shuffles = parsed[-1].block_size > 0 or protocol_named(parsed[-1].protocol).shuffle_without_blocks
     if facts.get("shuffle", shuffles) != shuffles:
         size = flags.get("block_size")
@@ -304,24 +301,15 @@ def as_json(verification: Verification) -> dict[str, Any]:
         "runs": [
             {
                 "folder": str(run.folder),
-                "seed": run.facts.get("flags", {}).get("seed"),
+                "seed": run.seed if run.facts else None,
                 "minutes": run.minutes,
-                "notes": list(run.notes),
+                "notes": run.notes,
             }
             for run in verification.runs
         ],
         "targets": [
-            {
-                "target": outcome.target.name,
-                "wanted": outcome.wanted,
-                "measured": outcome.measured,
-                "difference": outcome.difference,
-                "interval": outcome.interval,
-                "verdict": outcome.verdict,
-                "reason": outcome.reason,
-                "source": outcome.target.source,
-            }
-            for outcome in verification.outcomes
+            {"target": of.target.name, **{name: getattr(of, name) for name in OUTCOME}, "source": of.target.source}
+            for of in verification.outcomes
         ],
     }
 

@@ -21,7 +21,9 @@ def write_run(
     """Write a run of some steps and one evaluation of rows (image path, generated caption, reference)."""
     with RunWriter(folder) as writer:
         writer.train_steps(
-            {"step": step, "loss": 3 / step, "learning_rate": 1e-3 / step} for step in range(1, num_steps + 1)
+            {"step": step, "loss": 3 / step, "learning_rate": 1e-3 / step}
+            | ({"seconds": 0.5 * step} if step % 10 == 0 else {})
+            for step in range(1, num_steps + 1)
         )
         for step in range(10, num_steps + 1, 10):
             writer.train_scalars(step, {"loss": 3 / step, "learning_rate": 1e-3 / step}, seconds=0.5 * step)

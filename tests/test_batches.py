@@ -101,6 +101,33 @@ def expected(coco: Path, tokenizer, image_processor) -> Batches:
     ]
 
 
+def damaged(content: bytes, how: str) -> bytes:
+    half = len(content) // 2
+    return {
+        "gone": b"",
+        "cut": content[:half],
+        "zeros at the end": content[:-40] + bytes(40),
+        "zeros behind": content + bytes(40),
+        "another byte": content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :],
+        "a list": b"[1]",
+    }[how]
+
+
+@pytest.mark.parametrize("kind", ["rows/*.arrow", "rows/*.json", "tokens/*.npy", "tokens/*.json"])
+@pytest.mark.parametrize("how", ["gone", "cut", "zeros at the end", "zeros behind", "another byte", "a list"])
+def test_a_damaged_cache_is_named_and_made_again(
+    coco: Path, tokenizer, image_processor, expected: Batches, tmp_path: Path, caplog, kind: str, how: str
+) -> None:
+    split_of(coco, tokenizer, image_processor, tmp_path)
+    (file,) = tmp_path.glob(kind)
+    whole = file.read_bytes()
+    file.write_bytes(damaged(whole, how))
+    assert_same(batches_of(split_of(coco, tokenizer, image_processor, tmp_path)), expected)
+    assert f"{str(file).removesuffix('.json')}: is damaged" in caplog.text
+    assert file.read_bytes() == whole
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 @pytest.mark.parametrize("num_devices", [1, 4, 8])
 @pytest.mark.parametrize("num_workers", [1, 3, None])
 @pytest.mark.parametrize("mode", ["cold cache", "warm cache", "memory", "blocks"])

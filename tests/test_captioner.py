@@ -17,7 +17,8 @@ from test_beam_search import CHEAP, images, randomized
 from transformers import VisionEncoderDecoderConfig
 
 from repro.errors import InputError
-from repro.models.captioner import VisionEncoderDecoder, check_config
+from repro.models.captioner import VisionEncoderDecoder
+from repro.models.configuration import check_config
 from repro.models.gpt2 import start_cache
 from repro.models.layers import FEW_ROWS, WIDE, times_transposed
 from repro.models.pretrained import Options, load_model
@@ -208,3 +209,64 @@ def test_a_configuration_of_another_form_is_named(golden_inputs, tmp_path, conte
     Path(path, "config.json").write_text(content)
     with pytest.raises(InputError, match=re.escape(str(path))):
         load_model(path)
+
+
+CANNOT_BE = [
+    *(("config.json", "encoder", name, 0) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")),
+    *(("config.json", "encoder", name, -1) for name in ("patch_size", "image_size", "intermediate_size")),
+    *(("config.json", "encoder", name, 0) for name in ("patch_size", "layer_norm_eps")),
+    *(("config.json", "encoder", name, 1.5) for name in ("patch_size", "hidden_dropout_prob")),
+    *(("config.json", "encoder", name, "x") for name in ("qkv_bias", "initializer_range", "hidden_act")),
+    ("config.json", "encoder", "patch_size", 64),
+    *(("config.json", "decoder", name, 0) for name in ("n_embd", "n_layer", "n_head", "n_positions", "n_inner")),
+    *(("config.json", "decoder", name, -0.5) for name in ("resid_pdrop", "embd_pdrop", "layer_norm_epsilon")),
+    *(("config.json", "decoder", name, 3) for name in ("scale_attn_weights", "activation_function")),
+    *(("config.json", None, f"{name}_id", -1) for name in ("decoder_start_token", "eos_token", "pad_token")),
+    *(("config.json", None, f"{name}_id", 340) for name in ("decoder_start_token", "eos_token", "pad_token")),
+    ("config.json", None, "eos_token_id", [0]),
+    *(("preprocessor_config.json", None, "resample", value) for value in ("x", 17, -1, 1e400)),
+    *(("preprocessor_config.json", None, "image_mean", value) for value in ([0.5, 0.5], "x", [0.5, None, 1], [1e400])),
+    *(("preprocessor_config.json", None, "image_std", value) for value in ([0.5, 0.5, 0], 0, [0.5, 0.5])),
+    *(("preprocessor_config.json", None, "rescale_factor", value) for value in (-1, "x", 1e400)),
+    *(("preprocessor_config.json", None, "size", value) for value in (0, "x", {"height": -1, "width": 32})),
+    *(("generation_config.json", None, name, 0) for name in ("num_beams", "max_length", "max_new_tokens")),
+    *(("generation_config.json", None, name, "x") for name in ("num_beams", "length_penalty", "early_stopping")),
+    ("generation_config.json", None, "length_penalty", 1e400),
+    ("generation_config.json", None, "eos_token_id", -1),
+]
+
+
+@pytest.mark.parametrize(("file", "part", "name", "value"), CANNOT_BE)
+def test_a_value_that_cannot_be_is_refused_by_name_before_anything_is_compiled(
+    golden_inputs, tmp_path, monkeypatch, file, part, name, value
+):
+    path = edited(golden_inputs, tmp_path / "model", file, lambda content: None)
+    content = json.loads(Path(path, file).read_text())
+    (content[part] if part else content)[name] = value
+    Path(path, file).write_text(json.dumps(content).replace("Infinity", "1e400"))
+    monkeypatch.setattr(jax, "jit", lambda *_: pytest.fail("it compiles"))
+    with pytest.raises(InputError, match=rf"(?s){re.escape(path)}.*{name.removeprefix('image_').partition('_')[0]}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"null", b"\xff", b"{}", b"[" * 50_000, None, 0.3, 0.7])
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "preprocessor_config.json"])
+def test_a_file_that_is_cut_or_of_another_form_is_named(golden_inputs, tmp_path, file, content):
+    path = edited(golden_inputs, tmp_path / "model", file, lambda content: None)
+    whole = Path(path, file).read_bytes()
+    content = bytes(len(whole)) if content is None else content
+    Path(path, file).write_bytes(whole[: int(content * len(whole))] if isinstance(content, float) else content)
+    if (file, content) == ("generation_config.json", b"{}"):  # every value is then transformers' own
+        load_model(path)
+        return
+    with pytest.raises(InputError, match=re.escape(path)):
+        load_model(path)
+
+
+def test_a_tokenizer_with_tokens_beyond_the_vocabulary_is_refused(golden_inputs, tmp_path):
+    def edit(content) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary[list(vocabulary)[-1]] = 5000
+
+    with pytest.raises(InputError, match="number 5000, the decoder's vocabulary ends at 339"):
+        load_model(edited(golden_inputs, tmp_path / "model", "tokenizer.json", edit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import threading
@@ -14,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repro.errors import RunStopped
-from repro.training.checkpoint import Checkpoints, abstract, check_checksums, find_newest, set_aside
+from repro.errors import InputError, RunStopped
+from repro.training.checkpoint import Checkpoints, abstract, check_checksums, find_newest, set_aside, write_checksums
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, state_sharding
 from repro.training.steps import TrainState, create_train_state
 
 OPTIMIZER = create_optimizer(create_learning_rate_fn(0.01, num_steps=10), rule="layer_norms", max_grad_norm=1.0)
-RECORD = {"settings": {"num_replicas": 2}}
+RECORD = {"step": 2, "training_seconds": 1.5, "settings": {"num_replicas": 2}}
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_a_state_is_saved_as_it_was_though_training_goes_on(tmp_path):
 def test_a_state_is_read_onto_another_mesh(saved, read, tmp_path):
     state, wanted = state_on(saved[0], **saved[1]), like(state_on(read[0], **read[1]))
     with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
-        checkpoints.save(state, 5, RECORD)
+        checkpoints.save(state, 5, RECORD | {"step": 5})
     with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         restored = checkpoints.restore(find_newest(tmp_path), wanted)
     assert_same(restored, state)
@@ -119,6 +120,47 @@ def test_a_damaged_state_is_named_and_the_one_before_is_used(damage, tmp_path, c
     assert find_newest(tmp_path).step == 2
 
 
+def damaged_record(folder: Path, content: str) -> None:
+    (folder / "record" / "metadata").write_text(content)
+    (folder / "checksums.json").unlink()
+
+
+DAMAGES = [
+    *(lambda folder, key=key: damaged_record(folder, json.dumps({**RECORD, key: None})) for key in RECORD),
+    *(
+        lambda folder, text=text: damaged_record(folder, text)
+        for text in ("{}", "[]", "", "\0\0", '{"step": 1e400}', '{"step": 2', json.dumps(RECORD | {"step": 1}))
+    ),
+    lambda folder: damaged_record(folder, json.dumps({**RECORD, "settings": {"num_replicas": 0}})),
+    lambda folder: (folder / "checksums.json").write_text("[]"),
+    lambda folder: (folder / "checksums.json").write_text('{"a": 3}'),
+    lambda folder: (folder / "checksums.json").write_text('{"../../x": "0"}'),
+    lambda folder: (folder / "checksums.json").write_text('{"/dev/zero": "0"}'),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
+def test_a_state_whose_record_is_of_another_form_is_named_and_the_one_before_is_used(damage, tmp_path, caplog):
+    save_steps(tmp_path, 1, 2)
+    damage(tmp_path / "2")
+    found = find_newest(tmp_path)
+    assert (found.step, found.corrupt) == (1, [2])
+    assert f"{tmp_path / '2'} is corrupt" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["2²", "٢", "002", "2 ", "2.bak", "9" * 400])
+def test_a_folder_that_is_not_named_by_a_step_is_no_state(name, tmp_path):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "2").rename(tmp_path / name[:200])
+    found = find_newest(tmp_path)
+    assert (found.step, found.corrupt) == (1, [])
+    save_steps(tmp_path, 3)
+    set_aside(tmp_path, find_newest(tmp_path))
+    with closing(Checkpoints(tmp_path, keep=9)) as checkpoints:
+        checkpoints.restore(find_newest(tmp_path), like(state_on(1)))
+    assert (tmp_path / name[:200]).is_dir()
+
+
 def test_what_was_killed_while_it_was_written_is_not_found(tmp_path):
     save_steps(tmp_path, 1)
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
@@ -135,6 +177,24 @@ def test_a_state_that_was_killed_before_its_checksums_is_trusted(tmp_path):
     with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         checkpoints.restore(found, like(state_on(1)))
     assert (tmp_path / "1" / "checksums.json").exists(), "and has them once it was read"
+
+
+def test_a_damaged_state_without_checksums_is_named_when_it_is_read(tmp_path):
+    save_steps(tmp_path, 1)
+    refused = []
+    for file in sorted((tmp_path / "1" / "state").rglob("*")):
+        if file.is_file() and (content := file.read_bytes()):
+            (tmp_path / "1" / "checksums.json").unlink()
+            file.write_bytes(bytes(len(content)))
+            with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+                try:
+                    checkpoints.restore(find_newest(tmp_path), like(state_on(1)))
+                except InputError as error:
+                    refused.append(str(error))
+            file.write_bytes(content)
+            write_checksums(tmp_path / "1")
+    assert len(refused) > 2
+    assert all(f"{tmp_path / '1'}: the state cannot be read" in text for text in refused)
 
 
 def test_there_is_none_in_an_empty_folder_or_among_damaged_ones(tmp_path):
@@ -159,7 +219,7 @@ def test_damaged_states_are_set_aside_and_later_ones_removed(tmp_path):
 def test_a_full_disk_leaves_the_earlier_states_usable_and_nothing_half_written(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
-        checkpoints.save(state_on(1), 1, RECORD)
+        checkpoints.save(state_on(1), 1, RECORD | {"step": 1})
         checkpoints.wait()
         # To a writer, a limit on the size of files looks like a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -270,10 +274,92 @@ def test_duplicate_annotations_and_images_without_one_change_nothing(coco: Path)
 @pytest.mark.parametrize("key", ["image_id", "caption"])
 def test_an_annotation_that_lacks_a_key_is_named(coco: Path, key: str) -> None:
     path = change(coco, lambda content: content["annotations"][2].pop(key))
-    with pytest.raises(InputError, match=rf"{path.name}: cannot be read \('{key}' is missing in it\)"):
+    with pytest.raises(InputError, match=rf"{path.name}: cannot be read \(Object missing required field `{key}`\)"):
         read_coco(coco, splits=["validation"])
 
 
 def test_the_whole_of_val2017_is_read(real_data: Path, tmp_path: Path) -> None:
     table = read_json(real_data / "captions_val2017_full.json", data_dir=str(real_data / "coco2017_mini" / "val2017"))
     assert (len(table), len(set(table["image_id"]))) == (25_014, 5_000)
+
+
+NUMBERS = ["9" * 5000, "-" + "9" * 200_000, "9" * 400, "1e400", "1" * 5000 + ".5e9999"]
+PLACES = [
+    '{"info": NUMBER, "images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []}',
+    '{"images": [{"id": NUMBER, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}',
+    '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": NUMBER, "caption": "a"}]}',
+    '{"images": [{"id": NUMBER, "file_name": "1.jpg"}]}',
+    '{"images": [{"cocoid": NUMBER, "split": "train", "filename": "1.jpg", "sentences": [{"raw": "a"}]}]}',
+    '[{"image": "1.jpg", "caption": NUMBER}]',
+    '{"data": [{"image": "1.jpg", "caption": "a", "more": NUMBER}]}',
+    '{"image": "1.jpg", "caption": NUMBER}',
+]
+
+
+def test_a_number_of_any_length_is_refused_by_name_and_ends_no_interpreter(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").touch()
+    files = []
+    for place, number in itertools.product(PLACES, NUMBERS):
+        files.append(tmp_path / f"{len(files)}.json")
+        files[-1].write_text(place.replace("NUMBER", number))
+    code = (
+        "import sys\nfrom repro.data.sources import load_splits\nfrom repro.errors import InputError\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(path, len(load_splits(splits=['train'], train_file=path)['train'].dataset))\n"
+        "    except InputError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    said = [line for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
+    assert [line.partition(".json")[0] for line in said] == [str(file.with_suffix("")) for file in files]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content.update(images=3),
+        lambda content: content.update(images=[3]),
+        lambda content: content["images"].insert(0, {"id": [], "file_name": "a"}),
+        lambda content: content["images"].insert(0, {"id": 1, "file_name": 3}),
+        lambda content: content["annotations"].insert(0, None),
+        lambda content: content["annotations"].insert(0, {"image_id": {}, "caption": "a"}),
+    ],
+)
+def test_annotations_of_another_form_are_refused_by_name(coco: Path, edit) -> None:
+    path = change(coco, edit)
+    for read in (lambda: read_coco(coco, splits=["validation"]), lambda: read_json(path, "validation")):
+        with pytest.raises(InputError, match=path.name):
+            read()
+
+
+def test_a_zip_member_that_does_not_unpack_drops_its_rows(coco: Path, image_processor) -> None:
+    archive = coco / "val2017.zip"
+    paths = sorted((coco / "val2017").iterdir())
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for path in paths:
+            opened.write(path, path.relative_to(coco))
+    with zipfile.ZipFile(archive) as opened:
+        member = opened.infolist()[0]
+    content = bytearray(archive.read_bytes())
+    start, end = (member.header_offset + 30 + len(member.filename) + skip for skip in (0, member.compress_size))
+    content[start:end] = b"\xff" * (end - start)
+    archive.write_bytes(content)
+    shutil.rmtree(coco / "val2017")
+    rows = read_coco(coco, splits=["validation"])["validation"]
+    references = list(dict.fromkeys(rows.dataset["image_path"]))
+    store = load_images(references, image_processor, convert_to_rgb=True, cache_dir=None, progress=False)
+    assert [name.partition("::")[0] for name in store.failures] == [f"zip://{member.filename}"]
+
+
+def test_an_annotation_zip_that_is_damaged_is_named(coco: Path, zipped: Path) -> None:
+    archive = zipped / "annotations_trainval2017.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.write(coco / "annotations" / "captions_val2017.json", "annotations/captions_val2017.json")
+    whole = archive.read_bytes()
+    for place in range(80, len(whole), len(whole) // 40):
+        archive.write_bytes(whole[:place] + b"\xff" * 12 + whole[place + 12 :])
+        with suppress(InputError):
+            assert len(read_coco(zipped, splits=["validation"])["validation"].dataset) == 10
+            continue
+        with pytest.raises(InputError, match=archive.name):
+            read_coco(zipped, splits=["validation"])

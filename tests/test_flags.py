@@ -21,7 +21,8 @@ from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments, parse
 from repro.errors import InputError
 from repro.recipes import read_recipe
 from repro.reporting.metrics import METRICS
-from repro.reporting.writer import Recorded, locked
+from repro.reporting.record import Recorded
+from repro.reporting.writer import locked
 
 CLASSES = Checked.__subclasses__()
 FIELDS = [(kind, field) for kind in CLASSES for field in dataclasses.fields(kind)]

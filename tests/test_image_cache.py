@@ -220,10 +220,14 @@ def spoil(folder: Path, how: str) -> None:
             file.write('["00')
 
 
-SPOILED = ("pixels cut", "index cut", "pixels gone", "index gone", "pixels empty", "other settings", "settings gone")
+SPOILED = (
+    *("pixels cut", "index cut", "pixels gone", "index gone", "pixels empty", "other settings", "settings gone"),
+    *("settings a list", "settings not text", "index zeros", "index repeated", "index negative"),
+)
+LINES = ("half a line", "failures not text", "failures a list", "failures of no image")
 
 
-@pytest.mark.parametrize("how", [*SPOILED, "half a line"])
+@pytest.mark.parametrize("how", [*SPOILED, *LINES])
 def test_a_cache_that_is_not_whole_is_mended(pictures, decoded, tmp_path: Path, how: str) -> None:
     cache = tmp_path / "cache"
     load(pictures, cache)
@@ -231,7 +235,7 @@ def test_a_cache_that_is_not_whole_is_mended(pictures, decoded, tmp_path: Path, 
     spoil(folder, how)
     decoded.clear()
     check(load(pictures, cache), pictures)
-    assert bool(decoded) == (how != "half a line")
+    assert bool(decoded) == (how not in LINES)
     if how.endswith("cut"):  # what is left of it is used
         assert 30 <= len(decoded) <= 40
     pictures.append(str(Path(pictures[0]).with_name("70.png")))
@@ -240,6 +244,17 @@ def test_a_cache_that_is_not_whole_is_mended(pictures, decoded, tmp_path: Path, 
         decoded.clear()
         check(load(pictures, cache), pictures)
         assert decoded == expected
+
+
+def test_zeros_at_the_end_of_the_index_are_no_image(pictures, tmp_path: Path, caplog) -> None:
+    cache, missing = tmp_path / "cache", str(tmp_path / "absent.png")
+    load(pictures, cache)
+    (index,) = cache.glob("*/index")
+    with index.open("ab") as file:
+        file.write(bytes(3 * image_cache.RECORD.itemsize + 5))
+    store = load([*pictures, missing], cache)
+    assert set(store.failures) == {pictures[BROKEN], missing}, "it is not shown as the image of slot 0"
+    assert f"{index}: is damaged" in caplog.text
 
 
 def test_a_run_keeps_its_images_while_another_one_discards_the_cache(pictures, tmp_path: Path) -> None:

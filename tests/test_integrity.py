@@ -22,6 +22,7 @@ import repro.training.steps
 from repro.__main__ import main
 from repro.data.whole_file import sha256_of
 from repro.evaluation import rouge
+from repro.reporting.record import digest_of
 from repro.reporting.writer import checked_files, models_in
 from repro.verify import verify
 
@@ -39,10 +40,13 @@ def facts_of(run: Path) -> dict[str, Any]:
 
 
 def change_facts(run: Path, **changed: Any) -> None:
-    """Put values in `run.json`; a mapping into what is there."""
+    """Put values in `run.json`, a mapping into what is there, and its checksum; take those out that are None."""
     facts = facts_of(run)
     for name, value in changed.items():
         facts[name] = {**facts[name], **value} if isinstance(value, dict) else value
+    facts = {name: value for name, value in facts.items() if name not in changed or value is not None}
+    if "checksums" in facts:
+        facts["checksums"]["run.json"] = digest_of(facts)
     (run / "run.json").write_text(json.dumps(facts))
 
 
@@ -177,6 +181,10 @@ MANIPULATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "metrics without their checksum": (lambda run: drop_checksum(run, "metrics.jsonl"), "no checksum of metrics.jsonl"),
     "weights without their checksum": (lambda run: drop_checksum(run, ".msgpack"), "no checksum of ckpt_"),
     "no checksums": (lambda run: change_facts(run, checksums=None), "no checksums"),
+    "facts edited by hand": (
+        lambda run: (run / "run.json").write_text(json.dumps({**facts_of(run), "train_seconds": 1.0})),
+        "run.json is not as the run left it",
+    ),
     "a changed checkpoint": (swap_weights, "flax_model.msgpack is not as the run left it"),
     "a checkpoint is gone": (
         lambda run: (models_in(run)[-1] / "flax_model.msgpack").unlink(),

@@ -25,7 +25,10 @@ LAYERS = {
     "reporting": {"foundation", "data", "models", "training", "evaluation", "reporting"},
     "recipes": {"foundation"},
 }
-FOUNDATION = {"errors", "masking", "progress_bar", "protocol", "provenance", "__init__", "__version__", "__doc__"}
+FOUNDATION = {
+    *("errors", "json_files", "limits", "masking", "progress_bar", "protocol", "provenance"),
+    *("__init__", "__version__", "__doc__"),
+}
 COMMANDS = {
     "__main__",
     "assemble",

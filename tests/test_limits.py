@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repro import limits
 from repro.__main__ import main
-from repro.data import images, limits
+from repro.data import images
 from repro.data.files import read_file
 from repro.data.images import ImageError, Resize, decode_image, open_image
-from repro.data.limits import Budget, CheckedJson, Refused
 from repro.data.sources import load_splits
 from repro.errors import InputError
+from repro.limits import Budget, CheckedJson, Refused
 from repro.models.pretrained import load_model
 from repro.reporting.run_folder import read_run_folder
 

@@ -43,6 +43,7 @@ from repro.data.pocket import render_pocket
 from repro.data.whole_file import sha256_of
 from repro.models.pretrained import load_model, save_model
 from repro.recipes import read_recipe
+from repro.reporting.record import digest_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -360,7 +361,8 @@ def copy_with_seed(run_folder: Path, seed: int) -> None:
     results.write_text(json.dumps({**json.loads(results.read_text()), "eval_loss": rows[-1]["eval"]["loss"]}))
     facts = json.loads((copy / "run.json").read_text())
     facts["flags"]["seed"] = seed
-    facts["checksums"] = {name: sha256_of(copy / name) for name in facts["checksums"]}
+    facts["checksums"] = {name: sha256_of(copy / name) for name in facts["checksums"] if name != "run.json"}
+    facts["checksums"]["run.json"] = digest_of(facts)
     (copy / "run.json").write_text(json.dumps(facts))
 
 

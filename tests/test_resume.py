@@ -22,7 +22,8 @@ from repro.__main__ import main
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.errors import InputError, Interrupted, RunStopped
 from repro.reporting.progress import StepLog
-from repro.reporting.writer import locked, read_clock
+from repro.reporting.record import read_clock
+from repro.reporting.writer import locked
 from repro.resume import check_same
 from repro.run import RunResult, run
 from repro.selftest import command_line, read_case
@@ -46,8 +47,9 @@ def start(folder: Path, *more: str, num_devices: int = 1) -> RunResult:
 def rows(folder: Path) -> list[str]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in found:
-        for name in ("seconds", "saving_seconds"):
-            row.get("eval", {}).pop(name, None)
+        for entry in (row, row.get("eval", {})):
+            for name in ("seconds", "saving_seconds"):
+                entry.pop(name, None)
     return [json.dumps(row) for row in found]
 
 

@@ -306,7 +306,7 @@ def without_checksums(run: Path) -> None:
         (edited_metrics, "metrics.jsonl is not as the run left it"),
         (unfinished, "the run is not finished"),
         (without_evaluation, "not measured"),
-        (crashed, "there is no run.json"),
+        (crashed, "run.json: is not there"),
         (without_checksums, "no checksums"),
     ],
 )

@@ -39,6 +39,11 @@ assert Path(sys.argv[1]).read_text() == 20 * {WORDS!r}
 """
 
 
+def write_mine(partial: Path) -> list[str]:
+    partial.write_text("mine")
+    return ["a note"]
+
+
 def start(file: Path, pause: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", BUILD, str(file), str(pause)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -69,7 +74,7 @@ def test_a_builder_that_was_killed_keeps_nobody_waiting_and_leaves_nothing(tmp_p
     while not list(tmp_path.glob("*.partial")):
         assert builder.poll() is None
         time.sleep(0.01)
-    waiting = threading.Thread(target=build_once, args=(file, "words", lambda partial: partial.write_text("mine")))
+    waiting = threading.Thread(target=build_once, args=(file, "words", write_mine))
     waiting.start()
     time.sleep(0.3)
     assert not file.exists(), "the builder is at work"
@@ -82,9 +87,23 @@ def test_a_builder_that_was_killed_keeps_nobody_waiting_and_leaves_nothing(tmp_p
 
 def test_what_is_there_is_read_without_a_lock(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "file"
-    file.write_text("there")
+    build_once(file, "words", write_mine)
     monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: pytest.fail("a cache that may only be read"))
-    build_once(file, "words", lambda _: pytest.fail("it is there"))
+    assert build_once(file, "words", lambda _: pytest.fail("it is there")) == ["a note"]
+
+
+def test_what_another_run_has_built_is_built_again_by_the_first_process_of_a_run_alone(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    build_once(file, "words", write_mine)
+    builds: list[Path] = []
+
+    def build(partial: Path) -> list[str]:
+        builds.append(partial)
+        return write_mine(partial)
+
+    for rebuild in ("one", "one", "other", None):
+        assert build_once(file, "words", build, rebuild=rebuild) == ["a note"]
+    assert len(builds) == 2
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")], ids=str)
@@ -94,4 +113,4 @@ def test_a_file_system_without_locks_is_named_with_the_remedy(tmp_path: Path, mo
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with pytest.raises(InputError, match=r"file: words cannot be kept there .*--cache_dir"):
-        build_once(tmp_path / "file", "words", lambda partial: partial.write_text("mine"))
+        build_once(tmp_path / "file", "words", write_mine)

@@ -20,8 +20,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
+from repro.json_files import write_json
 from repro.reporting.progress import StepLog
-from repro.reporting.writer import RunWriter, check_output_dir, locked, prefixed, write_json
+from repro.reporting.writer import RunWriter, check_output_dir, locked, prefixed
 from repro.training.loop import StepResult
 
 # Control characters and lone surrogates ("Cs") included.
@@ -236,6 +237,7 @@ def test_every_step_is_in_the_metrics_and_every_logging_step_in_tensorboard(tmp_
             steps.add(step_result(step))
         times = steps.close()
     lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if line.pop("seconds", -1) >= 0] == logged
     assert lines == [{"step": step, "loss": 0.5 * step, "learning_rate": 0.25} for step in range(1, 8)]
     assert read_scalars(tmp_path).get("train_loss", []) == [(step, 0.5 * step) for step in logged]
     assert set(times) == {"train_seconds", "train_rows_per_second", "waiting_for_input_seconds"}

@@ -20,8 +20,8 @@ from repro.commands.parser import Checked, Parser, add_fields, sentence
 from repro.commands.terminal import printable, start_logging
 from repro.config import COUNT, DTYPES, IMPLEMENTATIONS, LENGTH, flag, make_arguments
 from repro.data.images import URL_SCHEMES
-from repro.data.limits import LISTED_BYTES
 from repro.errors import InputError
+from repro.limits import LISTED_BYTES
 from repro.progress_bar import progress_bar
 
 # Of the files that are taken from a folder; a file that is named may have any.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="how many runs there were to be, decided before the first of them"
     )
-    parser.add_argument(
-        "--recompute",
-        action=argparse.BooleanOptionalAction,
-        help="evaluate the last model of each run again (default: what the recipe says; pocket does)",
-    )
+    again = "evaluate the last model of each run again (default: what the recipe says; pocket does)"
+    parser.add_argument("--recompute", action="store_true", default=None, help=again)
+    parser.add_argument("--no_recompute", action="store_false", dest="recompute", help="do not")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
     args = parser.parse_args(argv)
     start_logging()
     from repro.data.whole_file import check_file_writable
-    from repro.reporting.writer import write_json
+    from repro.json_files import write_json
     from repro.verify import as_json, as_junit, table, verify
 
     for flag in ("json", "junit"):

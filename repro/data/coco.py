@@ -6,6 +6,7 @@ Annotations are streamed: of a file of any size, only the names of its images ar
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,21 +14,31 @@ from typing import Any
 
 import ijson
 
-from repro.data.files import one_line, open_json
+from repro.data.files import one_line, open_json, stream
 from repro.data.images import ZIP, find_member, open_zip
-from repro.data.limits import LIST_BYTES, NAMED_BYTES, CheckedJson, Refused
 from repro.data.rows import Record
 from repro.errors import InputError
+from repro.json_files import checked, keys, optional
+from repro.limits import LIST_BYTES, NAMED_BYTES, CheckedJson, Refused
 
 SPLIT_NAMES = {"train": "train", "validation": "val", "test": "test"}
 LAYOUTS = ("annotations.item", "images.item")
 KARPATHY_SPLITS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}
 DOWNLOADS = "http://images.cocodataset.org"
 YEARS = ("2017", "2014")
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+"""What reading a zip raises where its content or its encryption forbids it."""
 PROBED = 1000
 """Images that are looked for before a folder is given up: some may be missing."""
 NAME_BYTES = 200
 """That a name takes, and its number, besides its characters."""
+
+Id = int | float | str
+COCO_IMAGE = keys(id=Id, file_name=str)
+ANNOTATION = keys(image_id=Id, caption=Any)
+SENTENCES = list[keys(raw=Any)]  # type: ignore[valid-type,misc]
+OPTIONAL = optional(filepath=str | None, cocoid=Id, imgid=Id)
+KARPATHY_IMAGE = keys(split=str, filename=str, sentences=SENTENCES, **OPTIONAL)
 
 
 def check_folder(data_dir: str | Path) -> Path:
@@ -92,8 +103,8 @@ def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> I
     has_captions = layout == "annotations.item"
     if not has_captions:
         with _opened(file, "") as opened:
-            first: dict[str, Any] = next(ijson.items(opened, "images.item"), {})
-        if "sentences" in first:
+            first = next(stream(opened, "images.item"), None)
+        if isinstance(first, dict) and "sentences" in first:
             return _karpathy_records(file, split, folders)
     part = file.stem.removeprefix("captions_").removeprefix("image_info_")
 
@@ -112,18 +123,14 @@ def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterat
     finder = _ImageFinder(file, folders, "")
     row = 0
     with _opened(file, "") as opened:
-        for image in ijson.items(opened, "images.item", use_float=True):
+        for value in stream(opened, "images.item"):
+            image = checked(value, KARPATHY_IMAGE)
             if image["split"] not in KARPATHY_SPLITS[split]:
                 continue
             name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-            place = finder.find(name)
+            found = {"image_path": finder.find(name), "image_id": str(image.get("cocoid", image.get("imgid", name)))}
             for sentence in image["sentences"]:
-                yield {
-                    "row": row,
-                    "image_path": place,
-                    "image_id": str(image.get("cocoid", image.get("imgid", name))),
-                    "caption": sentence["raw"],
-                }
+                yield {"row": row, **found, "caption": sentence["raw"]}
                 row += 1
     finder.check()
 
@@ -135,7 +142,8 @@ def _records(
     ambiguous: dict[Any, str] = {}
     held = 0
     with _opened(file, member) as opened:
-        for image in ijson.items(opened, "images.item", use_float=True):
+        for value in stream(opened, "images.item"):
+            image = checked(value, COCO_IMAGE)
             other = names.setdefault(image["id"], image["file_name"])
             held += len(other) + NAME_BYTES
             if held > NAMED_BYTES:
@@ -150,7 +158,8 @@ def _records(
             yield {"row": row, "image_path": path_of(name), "image_id": str(image_id), "caption": None}
         return
     with _opened(file, member) as opened:
-        for row, annotation in enumerate(ijson.items(opened, "annotations.item", use_float=True)):
+        for row, value in enumerate(stream(opened, "annotations.item")):
+            annotation = checked(value, ANNOTATION)
             image_id, caption = annotation["image_id"], annotation["caption"]
             record = {"row": row, "image_path": None, "image_id": str(image_id), "caption": caption}
             if image_id not in names:
@@ -172,9 +181,8 @@ def _opened(file: Path, member: str) -> Iterator[CheckedJson]:
         else:
             with open_json(file) as opened:
                 yield opened
-    except (OSError, ijson.JSONError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        what = f"{error} is missing in it" if isinstance(error, KeyError) else one_line(error)
-        raise InputError(f"{file}: cannot be read ({what}); get it again.") from error
+    except (OSError, ValueError, KeyError, ijson.JSONError, *DAMAGED_ZIP) as error:
+        raise InputError(f"{file}: cannot be read ({one_line(error)}); get it again.") from error
 
 
 def official_images(folder: Path, part: str) -> tuple[str, str]:
@@ -237,7 +245,7 @@ class _ImageFinder:
         member, _, file = reference.removeprefix(ZIP).partition("::")
         if file not in self._members:
             self._members[file] = set()
-            with suppress(OSError, zipfile.BadZipFile):
+            with suppress(OSError, *DAMAGED_ZIP):
                 self._members[file] = set(open_zip(file).namelist())
         return member in self._members[file]
 

@@ -6,7 +6,6 @@ Arrow, and so the datasets library, refuses a whole file for one value of anothe
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -14,12 +13,16 @@ from typing import Any
 
 import ijson
 
-from repro.data.limits import LIST_BYTES, RECORD_CHARACTERS, CheckedJson, Lines, open_file
 from repro.errors import InputError
+from repro.json_files import parse
+from repro.limits import LIST_BYTES, RECORD_CHARACTERS, CheckedJson, Lines, open_file
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 FORMATS = (*SEPARATORS, ".json", ".jsonl")
 BOM = b"\xef\xbb\xbf"
+EXACT = {"use_float": True}
+"""Numbers as 64 bits hold them, a larger one is an error. Otherwise the parser in C makes Python's integers of any
+length, does not see that Python refuses one of more than 4300 digits, and ends the process (ijson 3.6)."""
 
 
 def read_file(path: str) -> Iterator[dict[str, Any]]:
@@ -68,6 +71,11 @@ def _open_text(file: Path, newline: str) -> TextIOWrapper:
     return TextIOWrapper(open_file(file, LIST_BYTES), "utf-8-sig", newline=newline)
 
 
+def stream(opened: CheckedJson, prefix: str) -> Iterator[Any]:
+    """Parse the values at a place of a JSON file, one after another."""
+    return ijson.items(opened, prefix, **EXACT)
+
+
 def one_line(error: Exception) -> str:
     """What a parser says, without the drawing under it."""
     return " ".join(str(error).split())
@@ -84,14 +92,14 @@ def json_prefix(file: Path) -> str | None:
     lists = []
     try:
         with open_json(file) as opened:
-            for prefix, event, _ in ijson.parse(opened, multiple_values=True):
+            for prefix, event, _ in ijson.parse(opened, multiple_values=True, **EXACT):
                 if event == "start_array" and prefix in ("", "data", "annotations"):
                     return f"{prefix}.item".lstrip(".")
                 if event == "start_array" and prefix == "images":
                     lists.append(prefix)
                 if event == "end_map" and prefix == "":
                     break
-    except (OSError, ijson.JSONError) as error:
+    except (OSError, ValueError, ijson.JSONError) as error:
         raise InputError(f"{file}: cannot be read as json: {one_line(error)}") from error
     return f"{lists[0]}.item" if lists else None
 
@@ -124,11 +132,11 @@ def _lines(file: Path) -> Iterator[Any]:
             lines.taken = 0
             if line.strip():
                 try:
-                    yield json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
+                    yield parse(line)
+                except ValueError as error:
                     raise ValueError(f"line {number}: {error}") from error
 
 
 def _items(file: Path, prefix: str) -> Iterator[Any]:
     with open_json(file, prefix.count(".") + 1) as opened:
-        yield from ijson.items(opened, prefix, use_float=True)
+        yield from stream(opened, prefix)

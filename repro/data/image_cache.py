@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -28,6 +28,8 @@ import PIL
 from repro.data.images import ImageError, Resize, image_key
 from repro.data.whole_file import alone
 from repro.errors import InputError
+from repro.json_files import read_lines
+from repro.limits import LIST_BYTES
 
 COMMIT = 1024  # images after which a build is made safe on disk
 GIGABYTE = 1e9
@@ -39,6 +41,7 @@ Decode = Callable[[Iterable[int]], Iterator[tuple[int, Decoded]]]  # from places
 Index = dict[str, int | str]  # by an image's key its place in `pixels`, or the reason why it cannot be used
 
 log = logging.getLogger("repro")
+LINE = tuple[str, int | str | dict[str, Any]]  # of the index: the build and its settings, then each image's entry
 
 
 class StoredImages:
@@ -100,13 +103,20 @@ class ImageCache:
     def _read(self) -> tuple[str | None, Index]:
         """Give the name of the build that is there, None if it is not of these settings, and what of it is whole."""
         try:
-            lines, _, _half = self._index.read_text().rpartition("\n")  # of a line, from a writer that was killed
-            (build, settings), *entries = json.loads("[" + lines.replace("\n", ",") + "]")
+            rows, _damaged = read_lines(self._index, LINE, largest=LIST_BYTES)  # such as what a killed writer began
             available = self._pixels.stat().st_size // self._image_bytes
-            index = {key: entry for key, entry in entries if isinstance(entry, str) or entry < available}
-        except (OSError, ValueError, TypeError):
+        except (OSError, InputError):
             return None, {}
-        return (build, index) if settings == self._settings else (None, {})
+        if not rows or rows[0][1] != self._settings:
+            return None, {}
+        # No slot is given twice: of those that are, at most one entry is right, and which is not known.
+        times = Counter(entry for _, entry in rows[1:] if isinstance(entry, int))
+        index: Index = {
+            key: entry
+            for key, entry in rows[1:]
+            if isinstance(entry, str) or (isinstance(entry, int) and 0 <= entry < available and times[entry] == 1)
+        }
+        return rows[0][0], index
 
     def _extend(self, references: Sequence[str], keys: Sequence[str], decode: Decode, bar: Any) -> Index:
         """Decode what is missing and add it; what cannot be used for a reason that may pass is told, but not kept."""
@@ -160,7 +170,7 @@ class ImageCache:
         build, index = self._read()
         if build is None:
             self._begin_anew(uuid4().hex)
-        elif self._index.read_text() != (lines := self._lines(build, index)):
+        elif self._index.read_bytes() != (lines := self._lines(build, index)).encode():
             log.warning("%s: the image cache is not whole; what is missing is decoded again", self.folder)
             _replace(self._index, lines)
         return index

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from repro.data import limits
-from repro.data.limits import Refused
+from repro import limits
 from repro.errors import InputError
+from repro.limits import Refused
 
 URL_SCHEMES = ("http://", "https://")
 ZIP, ARROW = "zip://", "arrow://"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from typing import Any
 import pyarrow
 from datasets import Dataset
 
-from repro.data.limits import CAPTION_CHARACTERS, DROPPED_CHARACTERS
-from repro.data.whole_file import build_once, whole_file
+from repro.data.whole_file import build_once
 from repro.errors import InputError
+from repro.limits import CAPTION_CHARACTERS, DROPPED_CHARACTERS
 
 SCHEMA = pyarrow.schema(
     {"row": pyarrow.int64(), "image_path": pyarrow.string(), "image_id": pyarrow.string(), "caption": pyarrow.string()}
 )
-BUILT_BY = b"built_by"
 CHUNK = 10_000
 """Rows held in memory at once."""
 
@@ -50,7 +48,7 @@ def make_rows(
     A caption that is not text, or not valid Unicode, drops its row. The test split needs no captions.
 
     Args:
-        records: not touched where the file is there already.
+        records: not touched where the file is there already, as it was written.
         file: where the split is kept; it appears there whole or not at all. None keeps it in memory.
         rebuild: a run's own name, to read again what another run has put into the file; None to take it as it is.
 
@@ -62,19 +60,13 @@ def make_rows(
         sink = pyarrow.BufferOutputStream()
         dropped = _write(sink, records, split, source)
         return Rows(Dataset(pyarrow.ipc.open_stream(sink.getvalue()).read_all()), dropped)
-    notes = file.with_suffix(".dropped.jsonl")
 
-    def build(partial: Path) -> None:
+    def build(partial: Path) -> list[Dropped]:
         with pyarrow.OSFile(str(partial), "wb") as sink:
-            dropped = _write(sink, records, split, source, built_by=rebuild or "")
-        with whole_file(notes, f"the rows of {source}") as partial_notes:
-            partial_notes.write_text("".join(json.dumps(row) + "\n" for row in dropped))
+            return _write(sink, records, split, source)
 
-    def is_there(file: Path) -> bool:
-        return file.is_file() and (rebuild is None or _built_by(file) == rebuild)
-
-    build_once(file, f"the rows of {source}", build, is_there=is_there)
-    return Rows(Dataset.from_file(str(file)), [json.loads(line) for line in notes.read_text().splitlines()])
+    dropped = build_once(file, f"the rows of {source}", build, rebuild=rebuild)
+    return Rows(Dataset.from_file(str(file)), dropped)
 
 
 def column(dataset: Dataset, name: str) -> Iterator[Any]:
@@ -84,18 +76,11 @@ def column(dataset: Dataset, name: str) -> Iterator[Any]:
         yield from table[start : start + CHUNK][name].to_pylist()
 
 
-def _built_by(file: Path) -> str | None:
-    """Name the run that has built a file again, if one has."""
-    with suppress(OSError, pyarrow.ArrowInvalid), pyarrow.OSFile(str(file)) as opened:
-        return pyarrow.ipc.open_stream(opened).schema.metadata[BUILT_BY].decode()
-    return None
-
-
-def _write(sink: Any, records: Iterable[Record], split: str, source: str, *, built_by: str = "") -> list[Dropped]:
+def _write(sink: Any, records: Iterable[Record], split: str, source: str) -> list[Dropped]:
     dropped: list[Dropped] = []
     kept: list[Record] = []
     num_kept = listed = 0
-    with pyarrow.ipc.new_stream(sink, SCHEMA.with_metadata({BUILT_BY: built_by})) as writer:
+    with pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
         for record in records:
             for row in _checked(record, split, source):
                 if "reason" in row:

@@ -15,9 +15,9 @@ import pyarrow
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from repro.data.images import ARROW
-from repro.data.limits import LIST_BYTES, size_of
 from repro.data.rows import Record
 from repro.errors import InputError
+from repro.limits import LIST_BYTES, size_of
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 SAVED = ("dataset_dict.json", "state.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -19,6 +20,11 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from repro.errors import InputError
+from repro.json_files import keys, read_json
+from repro.limits import DROPPED_CHARACTERS
+
+ENTRY = keys(sha256=str, notes=list[Any], built_by=str | None)
+"""What stands beside a file of a cache: a hash of it and of what was noted, and the run that has built it again."""
 
 PLAIN_NAME = re.compile(r"\w[\w.+ -]{0,199}", re.ASCII)
 # What makes, moves or removes files, by how many of an audit event's first arguments are paths.
@@ -53,26 +59,51 @@ def whole_file(file: Path, content: str) -> Iterator[Path]:
 
 
 def build_once(
-    file: Path, content: str, build: Callable[[Path], None], *, is_there: Callable[[Path], bool] = Path.is_file
-) -> None:
+    file: Path, content: str, build: Callable[[Path], list[Any] | None], *, rebuild: str | None = None
+) -> list[Any]:
     """Have one of the processes that want a file write it, on whatever host they are; the others wait for it.
+
+    A hash lies beside it, so that a file that was damaged is written again.
 
     Args:
         content: what it is, for messages.
-        build: writes it to the path that it is given.
-        is_there: tells whether the file is there and of use.
+        build: writes it to the path that it is given, and returns what is to be noted of it.
+        rebuild: a run's own name, to have written again what another has written; None to take that.
+
+    Returns:
+        What was noted when it was written.
 
     Raises:
         InputError: it cannot be written or locked.
     """
-    if is_there(file):
-        return
+    beside = file.with_name(f"{file.name}.json")
+    if (notes := _notes_of(file, beside, rebuild)) is not None:
+        return notes
     with _kept_there(file, content), alone(file.with_name(f"{file.name}.lock")):
-        if not is_there(file):
-            for left in file.parent.glob(f"{file.name}.*.partial"):  # by a builder that was killed
-                left.unlink()
-            with whole_file(file, content) as partial:
-                build(partial)
+        if (notes := _notes_of(file, beside, rebuild)) is not None:
+            return notes
+        if rebuild is None and file.exists():
+            log.warning("%s: is damaged; %s are made again", file, content)
+        for left in file.parent.glob(f"{file.name}.*.partial"):  # by a builder that was killed
+            left.unlink()
+        with whole_file(file, content) as partial, whole_file(beside, content) as partial_beside:
+            notes = build(partial) or []
+            entry = {"sha256": _hash_of(partial, notes), "notes": notes, "built_by": rebuild}
+            partial_beside.write_text(json.dumps(entry))
+        return notes
+
+
+def _notes_of(file: Path, beside: Path, rebuild: str | None) -> list[Any] | None:
+    """Read what was noted of a file; None if it is not as it was written, or another run has built it."""
+    with suppress(InputError, OSError):
+        entry = read_json(beside, ENTRY, largest=2 * DROPPED_CHARACTERS)
+        if rebuild in (None, entry["built_by"]) and entry["sha256"] == _hash_of(file, entry["notes"]):
+            return entry["notes"]
+    return None
+
+
+def _hash_of(file: Path, notes: list[Any]) -> str:
+    return hashlib.sha256(f"{sha256_of(file)}{json.dumps(notes)}".encode()).hexdigest()
 
 
 @contextmanager

@@ -12,46 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repro.errors import InputError
 from repro.models.beam_search import Captions, beam_search, check_beams
 from repro.models.gpt2 import GPT2, Memory, start_cache
-from repro.models.layers import ACTIVATIONS, Part
+from repro.models.layers import Part
 from repro.models.vit import ViT
 
 Params = Any
-CHANNELS = 3  # red, green, blue: what the image cache holds
 
 
 def is_supported(config: Any) -> bool:
     """Whether a `VisionEncoderDecoderConfig` is of a ViT and a GPT-2."""
     return (config.encoder.model_type, config.decoder.model_type) == ("vit", "gpt2")
-
-
-def check_config(config: Any) -> None:
-    """Raise an `InputError` that names the first value that asks for arithmetic which these modules do not know."""
-    encoder, decoder = config.encoder, config.decoder
-    acts, divisor = " or ".join(ACTIVATIONS), "a divisor of the width"
-    wanted_width = getattr(decoder, "cross_attention_hidden_size", None)
-    joined = "null, so that enc_to_dec_proj joins the widths"
-    supported = (
-        (encoder, "model_type", encoder.model_type == "vit", "vit"),
-        (decoder, "model_type", decoder.model_type == "gpt2", "gpt2"),
-        (encoder, "hidden_act", encoder.hidden_act in ACTIVATIONS, acts),
-        (decoder, "activation_function", decoder.activation_function in ACTIVATIONS, acts),
-        (encoder, "num_channels", encoder.num_channels == CHANNELS, str(CHANNELS)),
-        (encoder, "patch_size", isinstance(encoder.patch_size, int), "one number"),
-        (encoder, "image_size", isinstance(encoder.image_size, int), "one number"),
-        (encoder, "num_attention_heads", encoder.hidden_size % encoder.num_attention_heads == 0, divisor),
-        (decoder, "n_head", decoder.hidden_size % decoder.num_attention_heads == 0, divisor),
-        (decoder, "add_cross_attention", decoder.add_cross_attention, "true"),
-        (decoder, "cross_attention_hidden_size", wanted_width in (None, decoder.hidden_size), joined),
-    )
-    for half, name, is_good, wanted in supported:
-        if not is_good:
-            raise InputError(
-                f"config.json, {half.model_type}: {name} {getattr(half, name)!r} is not supported by the native model,"
-                f" which wants {wanted}; change it, or try --model_implementation transformers."
-            )
 
 
 class VisionEncoderDecoder(Part):

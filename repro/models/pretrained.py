@@ -9,13 +9,13 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -29,20 +29,20 @@ from transformers import __version__ as transformers_version
 # Under its public name, transformers 5.17 has a stand-in that asks for torchvision, which use_fast=False does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from repro.data.images import pixel_table, resize_of
-from repro.data.limits import LAYERS, check_settings
 from repro.data.whole_file import check_plain_names, writing_only_below
 from repro.errors import InputError
-from repro.models.captioner import NativeCaptioner, Params, check_config, is_supported
+from repro.limits import LAYERS, check_settings
+from repro.models import configuration
+from repro.models.captioner import NativeCaptioner, Params, is_supported
 from repro.models.weights import DECODER, ENCODER, WHOLE, load_weights, save_weights
 
 Implementation = Literal["native", "transformers"]
 Loaded = TypeVar("Loaded")
 
 VOCABULARIES = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
-SPARE_TOKENS = 128
-"""Rows by which an embedding may exceed the tokenizer: vocabularies are rounded up to a multiple of at most this."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,10 @@ class Pretrained:
     def fingerprint(self) -> str:
         """Hash what the model computes, but for its weights: configurations, shapes, what is done to pixels."""
         shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(self.params).items()}
-        parts = [self.captioner.config, self.captioner.generation_config, self.image_processor]
-        text = json.dumps([shapes, *(_without_origin(part.to_dict()) for part in parts)], sort_keys=True, default=str)
+        parts = (self.captioner.config, self.captioner.generation_config, self.image_processor)
+        content = [shapes, *(configuration.without_origin(part.to_dict()) for part in parts)]
+        text = json.dumps(content, sort_keys=True, default=str)
         return sha256(text.encode()).hexdigest()[:16]
-
-
-ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Of a configuration, what says where it comes from and not what it computes."""
-
-
-def _without_origin(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _without_origin(part) for name, part in value.items() if name not in ORIGIN}
-    return value
 
 
 @dataclass(frozen=True)
@@ -131,18 +122,13 @@ def load_model(path: str, options: Options | None = None) -> Pretrained:
     check_settings(Path(path))
     config = _read(path, "the configuration", lambda: VisionEncoderDecoderConfig.from_pretrained(path, **options.hub))
     tokenizer = _read_tokenizer(path, options)
-    processor = _read(
-        path,
-        "the image processor (preprocessor_config.json)",
-        lambda: AutoImageProcessor.from_pretrained(path, use_fast=False, **options.hub),
-    )
+    processor = _read_processor(path, options.hub)
     if _implementation(config, options) == "transformers":
         module = _transformers_flax()
         model, params = _read(path, "the model", lambda: module.load(path, dtype=options.dtype, **options.download))
         captioner = module.FlaxClassCaptioner(model, pixel_table(processor))
         return _assemble(path, captioner, params, tokenizer, processor)
-    _check_parts(path, config, tokenizer, processor)
-    captioner = _native(config, _generation_config(path, config, options), processor, options)
+    captioner = _native(path, config, tokenizer, processor, options, saved=True)
     params, random = _load_weights(path, lambda: captioner.init(options.seed), WHOLE, options)
     return _assemble(path, captioner, params, tokenizer, processor, _notes(random, options.seed))
 
@@ -163,7 +149,9 @@ def create_model(encoder: Source, decoder: Source, options: Options | None = Non
             )
     for named in {encoder.weights, encoder.config, decoder.weights, decoder.config} - {None}:
         check_settings(Path(str(named)))
-    config = _joined_config(*(_read_config(source.config_path, options.hub) for source in (encoder, decoder)))
+    read = partial(AutoConfig.from_pretrained, **options.hub)
+    paths = [source.config_path for source in (encoder, decoder)]
+    config = _joined_config(*(_read(path, "the configuration", partial(read, path)) for path in paths))
     path = decoder.weights or decoder.config_path
     tokenizer = _read_tokenizer(path, options)
     processor = _image_processor(encoder, config.encoder, options.hub)
@@ -176,8 +164,7 @@ def create_model(encoder: Source, decoder: Source, options: Options | None = Non
         model, params = _read(path, "the weights", lambda: module.create(config, sources, **settings))
         captioner = module.FlaxClassCaptioner(model, pixel_table(processor))
         return _assemble(path, captioner, params, tokenizer, processor, notes)
-    _check_parts(path, config, tokenizer, processor)
-    captioner = _native(config, GenerationConfig.from_model_config(config), processor, options)
+    captioner = _native(path, config, tokenizer, processor, options, saved=False)
     params = initial = captioner.init(options.seed)
     random = ["enc_to_dec_proj.kernel"] if "enc_to_dec_proj" in initial else []
     for weights, holds in ((encoder.weights, ENCODER), (decoder.weights, DECODER)):
@@ -234,25 +221,31 @@ def _transformers_flax() -> Any:
         ) from error
 
 
-def _native(config: Any, generation_config: Any, processor: Any, options: Options) -> NativeCaptioner:
-    return NativeCaptioner(
-        config,
-        generation_config,
-        pixel_table(processor),
-        dtype=jnp.dtype(options.dtype),
-        remat=options.gradient_checkpointing,
-    )
+def _native(
+    path: str, config: Any, tokenizer: Any, processor: Any, options: Options, *, saved: bool
+) -> NativeCaptioner:
+    _read(path, "the configuration", lambda: configuration.check_parts(config, tokenizer, processor))
+    generation_config, table = _generation_config(path, config, options, saved=saved), pixel_table(processor)
+    dtype = jnp.dtype(options.dtype)
+    return NativeCaptioner(config, generation_config, table, dtype=dtype, remat=options.gradient_checkpointing)
 
 
 def _load_weights(path: str, initial: Callable[[], Params], holds: str, options: Options) -> tuple[Params, list[str]]:
     return _read(path, "the weights", lambda: load_weights(path, initial, holds=holds, **options.download))
 
 
-def _generation_config(path: str, config: Any, options: Options) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(path, **options.download)
-    except OSError:  # models saved before there was such a file
-        return GenerationConfig.from_model_config(config)
+def _generation_config(path: str, config: Any, options: Options, *, saved: bool) -> Any:
+    # Models that were saved before there was such a file have none, and a Hub that is not reached gives none.
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    saved = saved and cached_file(path, "generation_config.json", **quiet, **options.download) is not None
+
+    def load() -> Any:
+        own = GenerationConfig.from_pretrained(path, **options.download) if saved else None
+        found = own or GenerationConfig.from_model_config(config)
+        configuration.check_values("generation_config.json", found, configuration.GENERATION, "mend it")
+        return found
+
+    return _read(path, "the generation configuration", load)
 
 
 def _notes(random: Iterable[str], seed: int) -> list[str]:
@@ -279,10 +272,6 @@ def _joined_config(encoder: Any, decoder: Any) -> Any:
     return config
 
 
-def _read_config(path: str, hub: dict[str, Any]) -> Any:
-    return _read(path, "the configuration", lambda: AutoConfig.from_pretrained(path, **hub))
-
-
 def _read_tokenizer(path: str, options: Options) -> Any:
     def load() -> Any:
         said = get_tokenizer_config(path, **options.download)
@@ -299,36 +288,27 @@ def _read_tokenizer(path: str, options: Options) -> Any:
 
 def _image_processor(encoder: Source, config: PretrainedConfig, hub: dict[str, Any]) -> Any:
     path = encoder.weights or encoder.config_path
-    try:
-        return AutoImageProcessor.from_pretrained(path, use_fast=False, **hub)
-    except (OSError, ValueError) as error:
-        if encoder.weights is not None:
-            raise InputError(f"{path}: no image processor (preprocessor_config.json): {error}") from error
+    is_there = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if encoder.weights is None and is_there is None:
         return ViTImageProcessor(size={"height": config.image_size, "width": config.image_size})
+    return _read_processor(path, hub)
 
 
-def _check_parts(path: str, config: Any, tokenizer: Any, processor: Any) -> None:
-    """Check that a native model's parts fit together, before its weights are read."""
-    check_config(config)
-    side, size = config.encoder.image_size, resize_of(processor)
-    if (size.height, size.width) != (side, side):
-        raise InputError(
-            f"{path}: the image processor makes images of {size.height} x {size.width} pixels, and the encoder's"
-            f" position embeddings are for {side} x {side}; set size in preprocessor_config.json to {side}."
-        )
-    tokens, rows = len(tokenizer), config.decoder.vocab_size
-    if not tokens <= rows < tokens + SPARE_TOKENS:
-        raise InputError(
-            f"{path}: the tokenizer has {tokens} tokens and the decoder's vocabulary {rows}; use the tokenizer that"
-            " the decoder was trained with, or set vocab_size in config.json."
-        )
+def _read_processor(path: str, hub: dict[str, Any]) -> Any:
+    def load() -> Any:
+        processor = AutoImageProcessor.from_pretrained(path, use_fast=False, **hub)
+        configuration.check_values("preprocessor_config.json", processor, configuration.PROCESSOR, "mend it")
+        resize_of(processor), pixel_table(processor)
+        return processor
+
+    return _read(path, "the image processor (preprocessor_config.json)", load)
 
 
 def _assemble(
     path: str, captioner: Any, params: Params, tokenizer: Any, processor: Any, notes: Iterable[str] = ()
 ) -> Pretrained:
     config = captioner.config
-    for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+    for name in configuration.SPECIAL:
         if getattr(config, name, None) is None:
             raise InputError(
                 f"{path}: the configuration has no {name}; set it in config.json (`repro create-model` does)."
@@ -340,17 +320,20 @@ def _assemble(
             " token; use the decoder's own tokenizer, or set pad_token_id in config.json."
         )
     tokenizer.pad_token = pad_token
+    _read(path, "the tokenizer", lambda: configuration.check_tokenizer(tokenizer, config.decoder.vocab_size))
+    saved = (config, captioner.generation_config, processor)
+    _read(path, "a configuration", lambda: configuration.check_can_be_saved(*saved))
     return Pretrained(captioner, params, tokenizer, processor, tuple(notes))
 
 
 def _read(path: str, what: str, load: Callable[[], Loaded]) -> Loaded:
     try:
         return load()
-    except InputError:
-        raise
-    # The last three of JSON of another form.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except InputError as error:
+        raise InputError(f"{path}: {error}" if path not in str(error) else str(error)) from error
+    # Of a damaged file transformers and tokenizers raise whatever comes, down to a bare `Exception`.
+    except Exception as error:
         raise InputError(
             f"{path}: {what} cannot be loaded. Give a folder that holds it, or a Hub id where there"
-            f" is a network. ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+            f" is a network. ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]})"
         ) from error

@@ -19,9 +19,9 @@ from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
-from repro.data.limits import SETTINGS_BYTES, WEIGHTS_BYTES, read_file, size_of
 from repro.data.whole_file import check_plain_names
 from repro.errors import InputError
+from repro.limits import SETTINGS_BYTES, WEIGHTS_BYTES, read_file, size_of
 
 Params = Any
 Weights = dict[str, np.ndarray]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
 from repro.errors import InputError
+from repro.json_files import keys, optional, read_json
+
+OPTIONAL = optional(data=dict[str, int], model=dict, may_vary=list[str])
+RECIPE = keys(name=str, flags=dict[str, Any], targets=list[dict[str, Any]], **OPTIONAL)
+"""`repro.evaluation.targets` reads the targets more closely."""
 
 
 def recipe_names() -> list[str]:
@@ -15,7 +19,7 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str) -> Any:
     """Read a recipe.
 
     Raises:
@@ -23,4 +27,5 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     if name not in recipe_names():
         raise InputError(f"recipe {name!r}: choose one of {', '.join(recipe_names())}.")
-    return json.loads((resources.files(__name__) / f"{name}.json").read_text(encoding="utf-8"))
+    with resources.as_file(resources.files(__name__) / f"{name}.json") as file:
+        return read_json(file, RECIPE)

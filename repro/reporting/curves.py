@@ -26,7 +26,7 @@ def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping
         published: what curves are held against, by metric (`loss`, `eval_rouge2`).
     """
     last = float(max(1, *(run.last_step for run in runs)))
-    size = max(-(-max(len(run.steps) for run in runs) // POINTS), 1)
+    size = max(-(-max(len(run.recorded.steps) for run in runs) // POINTS), 1)
     averaged = f"each point is the mean of {size} steps, the band their range" if size > 1 else ""
 
     def curve(key: str, title: str, lines: list[Line], note: str, *, further: bool = False) -> Iterable[Chart]:
@@ -36,7 +36,7 @@ def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping
     def by_step(name: str) -> list[Line]:
         lines = []
         for place, run in enumerate(runs):
-            if rows := [(row["step"], row[name]) for row in run.steps if finite(row.get(name))]:
+            if rows := [(row["step"], row[name]) for row in run.recorded.steps if finite(row.get(name))]:
                 steps, values = np.array(rows, float).T
                 lines.append(Line(names[place], place, *(part.tolist() for part in thinned(steps, values, size))))
         return lines
@@ -56,7 +56,7 @@ def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping
 
 
 def _evaluation(run: RunFiles, name: str, place: int, metric: str) -> Line | None:
-    found = {step: row for step, row in sorted(run.evaluations.get("eval", {}).items()) if finite(row.get(metric))}
+    found = {step: row for step, row in sorted(run.recorded.evaluations("eval").items()) if finite(row.get(metric))}
     if not found:
         return None
     ranges: list[Any] = [

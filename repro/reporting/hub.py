@@ -18,9 +18,10 @@ from typing import Any
 
 from huggingface_hub import constants, get_token
 
+from repro.json_files import PARTIAL
 from repro.masking import learn, masked
 from repro.reporting import upload
-from repro.reporting.writer import LOCK, NON_FINITE, PARTIAL, REPORT, STATE, log, models_in
+from repro.reporting.writer import LOCK, NON_FINITE, REPORT, STATE, log, models_in
 
 LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ".*")
 """What stays here of a run's folder: states, where the images are, and the report with small copies of them."""

@@ -63,7 +63,7 @@ def write_card(folder: Path, trained: Trained) -> None:
     text = f"---\n{data.to_yaml()}\n---\n\n{_body(folder, trained)}"
     ModelCard(text)  # what it cannot read is a mistake here
     path = folder / CARD
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         path.write_text(text, encoding="utf-8")
 
 

@@ -138,7 +138,7 @@ class StepLog:
                 break
             if not self._log_grad_norm:
                 values.pop("grad_norm", None)
-            rows.append({"step": step, **values})
+            rows.append({"step": step, **values} | ({"seconds": self.training_seconds} if self.logs(step) else {}))
         self._writer.train_steps(rows)
         self._written += len(rows)
         steps_per_second = self._written / max(self.training_seconds, 1e-3)

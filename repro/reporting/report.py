@@ -210,10 +210,11 @@ def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
         rows.append((", ".join(filter(None, label_and_unit(metric))), [run.final.get(metric) for run in runs]))
     rows.append(("rows evaluated", [run.final.get("rows") for run in runs]))
     for split in ("train", "validation", "test"):
-        found = [(f"{split}: {label}", [run.fact("data", split, name) for run in runs]) for name, label in DATA.items()]
+        counts = [run.facts.get("data", {}).get(split, {}) for run in runs]
+        found = [(f"{split}: {label}", [of.get(name) for of in counts]) for name, label in DATA.items()]
         rows += [(label, values) for label, values in found if any(values)]
-    rows += [(label, [run.fact(name) for run in runs]) for name, label in TIMES.items()]
-    evaluating = [[found.get("seconds") for found in run.evaluations.get("eval", {}).values()] for run in runs]
+    rows += [(label, [run.facts.get(name) for run in runs]) for name, label in TIMES.items()]
+    evaluating = [[found.get("seconds") for found in run.recorded.evaluations("eval").values()] for run in runs]
     return [*rows, ("seconds of evaluation", [sum(filter(finite, seconds)) for seconds in evaluating])]
 
 

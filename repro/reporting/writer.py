@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +16,31 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from repro.data.census import picture_sheet
-from repro.data.limits import RECORDED_BYTES, Refused, read_file
 from repro.data.whole_file import check_writable, remove_empty, sha256_of
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_results
+from repro.json_files import PARTIAL, read_json, write_json, write_whole
 from repro.masking import MaskingFormatter
-from repro.reporting.metrics import METRICS
+from repro.reporting.record import CLOCK, DETAILS, FACTS, GENERATION, ROWS, Recorded, digest_of
 
 LOCK = "run.lock"
 STATE = "state"
 REPORT = "report.html"
 NON_FINITE = "non_finite.json"
-CLOCK = "clock.json"
 RUN_FILES = (
-    *("log", "metrics.jsonl", "run.json", "dropped.jsonl", NON_FINITE, CLOCK, STATE, REPORT),
+    *("log", ROWS, FACTS, "dropped.jsonl", NON_FINITE, CLOCK, STATE, REPORT),
     *("eval_results.json", "eval_generation.json", "eval_captions.json", "eval_images.json"),
     *("test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
 )
-MODELS = "ckpt_epoch_*_step_*"
-PARTIAL = ".partial"
-CHECKED = (
-    "metrics.jsonl",
-    "*_results.json",
-    "*_generation.json",
-    "*_captions.json",
-    f"{MODELS}/*_results.json",
-    f"{MODELS}/*_generation.json",
-    f"{MODELS}/*_captions.json",
-)
-"""What a run's figures are read from."""
+MODEL = re.compile(r"ckpt_epoch_[0-9]+_step_([0-9]{1,18})")
+CHECKED = (ROWS, "*_results.json", "*_generation.json", "*_captions.json")
+"""What a run's figures are read from, in its folder and in those of its models."""
 WEIGHTS = ("flax_model*.msgpack", "model*.safetensors")
 """Of the last model, which the last figures are about."""
-RUN_PATTERNS = (MODELS, "events.out.tfevents.*", f"*{PARTIAL}")
+RUN_PATTERNS = ("events.out.tfevents.*", f"*{PARTIAL}")
 DECIMALS = 6
 PICTURES = 8
 """Drawn for TensorBoard at each evaluation."""
-DETAILS = (
-    *("rows", "rows_scored", "rouge_intervals", "sentence_splitter", "caption_tokenizer"),
-    *("seconds", "saving_seconds"),
-)
-"""What `metrics.jsonl` says of an evaluation besides its metrics."""
 
 log = logging.getLogger("repro")
 
@@ -111,97 +95,27 @@ def holds_only_run_files(folder: Path) -> bool:
 
 def models_in(folder: Path) -> list[Path]:
     """List the model folders of a run, in the order of their steps."""
-    whole = [path for path in folder.glob(MODELS) if not path.name.endswith(PARTIAL)]
-    return sorted(whole, key=lambda path: int(path.name.rpartition("_")[2]))
+    return sorted((path for path in folder.glob("ckpt_*") if MODEL.fullmatch(path.name)), key=step_of_model)
+
+
+def step_of_model(folder: Path) -> int:
+    """Tell after which step a run saved a model, by its folder's name."""
+    found = MODEL.fullmatch(folder.name)
+    assert found, "of those that `models_in` lists"
+    return int(found[1])
 
 
 def checked_files(folder: Path) -> list[Path]:
     """List the files of a run that are to have checksums."""
-    last = models_in(folder)[-1:]
-    found = [sorted(folder.glob(pattern)) for pattern in CHECKED]
-    found += [sorted(place.glob(pattern)) for place in last for pattern in WEIGHTS]
-    return [path for paths in found for path in paths]
+    models = models_in(folder)
+    found = [place.glob(pattern) for place in (folder, *models) for pattern in CHECKED]
+    found += [place.glob(pattern) for place in models[-1:] for pattern in WEIGHTS]
+    return [path for paths in found for path in sorted(paths)]
 
 
 def entries(folder: Path) -> list[Path]:
     """List what lies in a folder besides its lock."""
     return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Read `run.json`; empty where there is none that can be read."""
-    try:
-        return json.loads(read_file(folder / "run.json", RECORDED_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def read_clock(folder: Path) -> float:
-    """Read for how many seconds a run has been at work, until it ended or was killed; 0 where that is not known."""
-    try:
-        seconds = float(json.loads((folder / CLOCK).read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return 0.0
-    return seconds if 0 <= seconds < math.inf else 0.0
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What `metrics.jsonl` says.
-
-    Attributes:
-        rows: its objects, in order.
-    """
-
-    rows: list[dict[str, Any]]
-
-    def evaluation(self, prefix: str, step: int) -> dict[str, Any] | None:
-        """Find an evaluation's metrics and details."""
-        found = [row[prefix] for row in self.rows if prefix in row and row["step"] == step]
-        return found[-1] if found else None
-
-    def evaluated(self, prefix: str) -> bool:
-        """Tell whether there is any evaluation of this name."""
-        return any(prefix in row for row in self.rows)
-
-    def best_step(self, metric: str, *, prefix: str = "eval") -> int | None:
-        """Find the step with the best value of a metric, the first of several."""
-        sign = 1.0 if METRICS[metric].better == "more" else -1.0
-        scored = [(sign * row[prefix][metric], -row["step"]) for row in self.rows if metric in row.get(prefix, ())]
-        return -max(scored)[1] if scored else None
-
-
-def read_recorded(folder: Path, step: int) -> Recorded:
-    """Read `metrics.jsonl` up to a step; a line that was being written when the run was killed is left out."""
-    rows = []
-    path = folder / "metrics.jsonl"
-    try:
-        text = read_file(path, RECORDED_BYTES).decode()
-    except FileNotFoundError:
-        text = ""
-    except Refused as error:
-        raise InputError(f"{path}: {error}.") from error
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            break
-    return Recorded([row for row in rows if row["step"] <= step])
-
-
-def write_json(path: Path, value: Any, *, indent: int | None = 4) -> None:
-    """Write JSON, whole or not at all; any text round-trips, lone surrogates too (they stay escaped)."""
-    try:
-        data = json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        data = json.dumps(value, indent=indent).encode("utf-8")
-    _write_whole(path, data)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -244,8 +158,8 @@ class RunWriter:
         self._handler = logging.FileHandler(folder / "log", encoding="utf-8")
         self._handler.setFormatter(MaskingFormatter("%(asctime)s - %(levelname)s - %(message)s"))
         log.addHandler(self._handler)
-        path = folder / "metrics.jsonl"
-        _write_whole(path, "".join(json.dumps(row) + "\n" for row in self.recorded.rows).encode())
+        path = folder / ROWS
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in self.recorded.rows).encode())
         self._metrics = path.open("a", encoding="utf-8")
         steps = [row["step"] for row in self.recorded.rows]
         self._tensorboard = SummaryWriter(
@@ -272,7 +186,9 @@ class RunWriter:
 
     def describe(self, facts: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
         """Write `run.json`, and `dropped.jsonl` with one row that was left out on each line."""
-        write_json(self.folder / "run.json", facts)
+        if "checksums" in facts:
+            facts["checksums"][FACTS] = digest_of(facts)
+        write_json(self.folder / FACTS, facts)
         lines = [json.dumps(row) + "\n" for row in dropped]
         (self.folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -338,19 +254,25 @@ class RunWriter:
         self._metrics.flush()
         self.recorded.rows.extend(rows)
         # At each end there may be, so that the time before a kill is known.
-        _write_whole(self.folder / CLOCK, json.dumps({"seconds": round(self.seconds(), 3)}).encode())
+        write_whole(self.folder / CLOCK, json.dumps({"seconds": round(self.seconds(), 3)}).encode())
 
     def read_evaluation(
-        self, prefix: str, *, step: int, folder: Path, image_paths: list[str], image_ids: list[str]
+        self, prefix: str, step: int, folder: Path, *, image_paths: list[str], image_ids: list[str]
     ) -> Evaluation:
-        """Read back an evaluation that `recorded` has."""
-        entry = self.recorded.evaluation(prefix, step)
-        assert entry is not None
-        generations = folder / f"{prefix}_generation.json"
+        """Read back an evaluation that `recorded` has.
+
+        Raises:
+            InputError: its captions are damaged.
+        """
+        entry = self.recorded.evaluations(prefix)[step]
+        file = folder / f"{prefix}_generation.json"
+        found = read_json(file, list[GENERATION]) if file.exists() else []
+        if found and len(found) != entry["rows"]:
+            raise InputError(f"{file}: has {len(found)} captions, and {entry['rows']} rows were evaluated.")
         return Evaluation(
             metrics={name: value for name, value in entry.items() if name not in DETAILS},
             details={name: value for name, value in entry.items() if name in DETAILS},
-            generations=json.loads(generations.read_text(encoding="utf-8")) if generations.exists() else [],
+            generations=found,
             image_paths=image_paths[: entry["rows"]],
             image_ids=image_ids[: entry["rows"]],
         )
@@ -365,4 +287,4 @@ def _some_pictures(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 def _files_of_a_run(folder: Path) -> list[Path]:
     named = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    return named + [path for pattern in RUN_PATTERNS for path in folder.glob(pattern)]
+    return [*named, *models_in(folder), *(path for pattern in RUN_PATTERNS for path in folder.glob(pattern))]

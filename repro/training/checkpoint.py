@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from repro.data.whole_file import sha256_of
-from repro.errors import is_disk_full, stopping_on_full_disk
+from repro.errors import InputError, is_disk_full, stopping_on_full_disk
+from repro.json_files import Count, Positive, keys, optional, read_json, write_json
 from repro.training.processes import is_first
 from repro.training.steps import TrainState
 
@@ -25,13 +26,20 @@ CHECKSUMS = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 CORRUPT = ".corrupt"
 RECORD = "record"
-"""Folder of a state, and its file, that hold what was saved beside the arrays."""
+"""Folder of a state that holds what was saved beside the arrays."""
+STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+"""The name of a state's folder; `int` reads others, too."""
 REMOVALS = 10
 SMALLEST_SLICE = 2**22
 """Bytes from which on devices that hold the same array each write a part of it: a part of every shape is compiled for
 seconds at the first save (orbax 0.12)."""
 
 log = logging.getLogger("repro")
+
+
+LATER = optional(waiting_for_input_seconds=float, seconds=float)
+STATE_RECORD = keys(step=Count, training_seconds=float, settings=keys(num_replicas=Positive), **LATER)
+"""What is saved with a state and needed to go on from it."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,9 @@ class Checkpoints:
 
         Args:
             like: shapes, dtypes and shardings of its arrays; these may be others than it was saved with.
+
+        Raises:
+            InputError: it is damaged, and was killed before its checksums could tell.
         """
         manager = self._manager
         if Path(found.folder) != self.folder:
@@ -146,10 +157,13 @@ class Checkpoints:
                 found.folder, item_handlers=_handlers(), options=ocp.CheckpointManagerOptions(read_only=True)
             )
         places = ocp.checkpoint_utils.construct_restore_args(like)
-        restored = manager.restore(
-            found.step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=places))
-        )
         path = Path(found.folder) / str(found.step)
+        try:
+            restored = manager.restore(
+                found.step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=places))
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # it has no checksums
+            raise InputError(f"{path}: the state cannot be read ({error}); remove it and resume once more.") from error
         if is_first() and path.parent == self.folder and not (path / CHECKSUMS).exists():
             write_checksums(path)
         return restored["state"]
@@ -174,7 +188,7 @@ def _handlers() -> dict[str, Any]:
 
 def whole_states(folder: Path) -> list[int]:
     """List the steps whose states were written to the end; whether their files are good is another question."""
-    return [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
+    return [int(path.name) for path in folder.glob("[0-9]*") if STEP.fullmatch(path.name)]
 
 
 def find_newest(folder: Path, *, step: int | None = None) -> Found | None:
@@ -189,8 +203,10 @@ def find_newest(folder: Path, *, step: int | None = None) -> Found | None:
         path = folder / str(candidate)
         try:
             check_checksums(path)
-            record = json.loads((path / RECORD / "metadata").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            record = read_json(path / RECORD / "metadata", STATE_RECORD)
+            if record["step"] != candidate:
+                raise ValueError(f"it is the state of step {record['step']}")
+        except (OSError, ValueError, InputError) as error:
             log.warning("%s is corrupt and is not used: %s", path, error)
             corrupt.append(candidate)
             continue
@@ -213,21 +229,20 @@ def set_aside(folder: Path, found: Found) -> None:
 def write_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file in a folder beside them."""
     sums = {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    partial = folder / (CHECKSUMS + ".partial")
-    partial.write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    partial.replace(folder / CHECKSUMS)
+    write_json(folder / CHECKSUMS, sums, indent=1)
 
 
 def check_checksums(folder: Path) -> None:
     """Check the files of a folder; one that was killed before its checksums were written is trusted.
 
     Raises:
-        ValueError, OSError: a file differs or is gone.
+        ValueError, OSError, InputError: a file differs or is gone.
     """
     if not (folder / CHECKSUMS).exists():
         return
-    for name, expected in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
-        if sha256_of(folder / name) != expected:
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    for name, expected in read_json(folder / CHECKSUMS, dict[str, str]).items():
+        if name not in there or sha256_of(folder / name) != expected:
             raise ValueError(f"{name} has changed since it was written")
 
 
