@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import shutil
@@ -215,16 +216,33 @@ def spoil(folder: Path, how: str) -> None:
         index.write_text(index.read_text().replace(f'"height": {SIDE}', f'"height": {SIDE + 1}'))
     elif how == "settings gone":
         index.write_text(index.read_text().partition("\n")[2])
-    elif how == "half a line":
-        with index.open("a") as file:
-            file.write('["00')
+    elif how == "settings a list":
+        index.write_text('["build", []]\n' + index.read_text().partition("\n")[2])
+    elif how == "settings not text":
+        index.write_bytes(b"\xff\xfe" + index.read_bytes())
+    elif how == "index zeros":
+        index.write_bytes(index.read_bytes()[:-200] + bytes(200))
+    elif how in SLOTS:
+        first, *lines = index.read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        entries = [[key, SLOTS[how]] if isinstance(slot, int) and slot > 5 else [key, slot] for key, slot in entries]
+        index.write_text("".join(f"{line}\n" for line in [first, *map(json.dumps, entries)]))
+    else:
+        with index.open("ab") as file:
+            file.write(LINES[how])
 
 
+SLOTS = {"index repeated": 7, "index negative": -1, "index of no kind": None, "index beyond": 10**400}
 SPOILED = (
     *("pixels cut", "index cut", "pixels gone", "index gone", "pixels empty", "other settings", "settings gone"),
-    *("settings a list", "settings not text", "index zeros", "index repeated", "index negative"),
+    *("settings a list", "settings not text", "index zeros", *SLOTS),
 )
-LINES = ("half a line", "failures not text", "failures a list", "failures of no image")
+LINES = {
+    "half a line": b'["00',
+    "a line that is not text": b"\xff\xfe\n",
+    "a line of another form": b"[1]\n",
+    "zeros at the end": bytes(1000),
+}
 
 
 @pytest.mark.parametrize("how", [*SPOILED, *LINES])
@@ -246,15 +264,14 @@ def test_a_cache_that_is_not_whole_is_mended(pictures, decoded, tmp_path: Path, 
         assert decoded == expected
 
 
-def test_zeros_at_the_end_of_the_index_are_no_image(pictures, tmp_path: Path, caplog) -> None:
+def test_zeros_at_the_end_of_the_index_are_no_image(pictures, tmp_path: Path) -> None:
     cache, missing = tmp_path / "cache", str(tmp_path / "absent.png")
     load(pictures, cache)
-    (index,) = cache.glob("*/index")
+    (index,) = cache.glob("*/index.jsonl")
     with index.open("ab") as file:
-        file.write(bytes(3 * image_cache.RECORD.itemsize + 5))
+        file.write(bytes(77))
     store = load([*pictures, missing], cache)
     assert set(store.failures) == {pictures[BROKEN], missing}, "it is not shown as the image of slot 0"
-    assert f"{index}: is damaged" in caplog.text
 
 
 def test_a_run_keeps_its_images_while_another_one_discards_the_cache(pictures, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ Decode = Callable[[Iterable[int]], Iterator[tuple[int, Decoded]]]  # from places
 Index = dict[str, int | str]  # by an image's key its place in `pixels`, or the reason why it cannot be used
 
 log = logging.getLogger("repro")
-LINE = tuple[str, int | str | dict[str, Any]]  # of the index: the build and its settings, then each image's entry
+LINE: Any = tuple[str, int | str | dict[str, Any]]  # of the index: the build and its settings, then each image's entry
 
 
 class StoredImages:
