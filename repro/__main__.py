@@ -65,13 +65,9 @@ def _say(message: str) -> None:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: repro COMMAND ...\n\n{PURPOSE}\n\ncommands:",
-            *lines,
-            "\n`repro COMMAND --help` describes a command.",
-        ]
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        f"usage: repro COMMAND ...\n\n{PURPOSE}\n\ncommands:\n{commands}\n\n`repro COMMAND --help` describes a command."
     )
 
 

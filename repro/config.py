@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 from repro.commands.parser import Checked, Numbers, Parser, add_fields, sentence
 from repro.errors import InputError
@@ -24,6 +24,7 @@ USAGE = "%(prog)s FLAGS\n       %(prog)s FILE.json"
 HOW_FLAGS_ARE_WRITTEN = (
     " FILE.json holds one JSON object of flags and their values. A flag with [BOOL] may stand alone, which means true."
 )
+# The parts of the help, each by its first flag.
 GROUPS = {
     "model_name_or_path": "model",
     "dtype": "computation",
@@ -40,15 +41,12 @@ GROUPS = {
     "coordinator": "several processes",
     "report_dir": "report",
 }
-"""Where a part of the help begins, by its first flag."""
 
 NATURAL, COUNT, LENGTH = Numbers(0), Numbers(1), Numbers(2)
 SEED = Numbers(0, 2**32 - 1)
 POSITIVE = Numbers(0, math.inf, without=(0,))
 NOT_NEGATIVE = Numbers(0, math.inf)
 SHARE = Numbers(0, 1, without=(1,))
-
-Arguments = TypeVar("Arguments")
 
 
 def flag(default: Any, text: str, allowed: Numbers | None = None, **metadata: Any) -> Any:
@@ -251,12 +249,14 @@ class CheckArguments(Checked):
     num_pictures: int = flag(24, "Random rows on the picture sheet.", NATURAL)
 
 
+# What a run takes; and of it, how the flags of two halves of a model begin, and what tells processes apart.
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments)
-"""What a run takes."""
+HALVES = ("encoder_", "decoder_")
+SEVERAL = ("coordinator", "process_id", "num_processes", "distributed")
 
 
 def parse_arguments(
-    classes: Sequence[type[Arguments]], argv: Sequence[str], *, command: str, about: str = ""
+    classes: Sequence[type[Checked]], argv: Sequence[str], *, command: str, about: str = ""
 ) -> tuple[Any, ...]:
     """Parse `argv` as `given_flags` does into one instance of each class."""
     description = sentence(about) + HOW_FLAGS_ARE_WRITTEN
@@ -264,11 +264,11 @@ def parse_arguments(
 
 
 def given_flags(
-    classes: Sequence[type[Arguments]],
+    classes: Sequence[type[Checked]],
     argv: Sequence[str],
     *,
     command: str,
-    hidden: Sequence[type[Arguments]] = (),
+    hidden: Sequence[type[Checked]] = (),
     **help_texts: str,
 ) -> dict[str, Any]:
     """Parse `argv`, or the one `.json` file that it names; returns the values of the flags that are given, by name.
@@ -292,16 +292,13 @@ def given_flags(
     return vars(parser.parse_args(argv))
 
 
-def make_arguments(classes: Sequence[type[Arguments]], given: Mapping[str, Any]) -> tuple[Any, ...]:
+def make_arguments(classes: Sequence[type[Checked]], given: Mapping[str, Any]) -> tuple[Any, ...]:
     """Make one instance of each class from the values of flags; what is not given is as by default.
 
     Raises:
         InputError: a number is not one that its flag takes.
     """
-    return tuple(
-        kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})  # type: ignore[arg-type]
-        for kind in classes
-    )
+    return tuple(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in classes)  # type: ignore[arg-type]
 
 
 def _read_flags(path: str) -> list[str]:

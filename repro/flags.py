@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from repro.config import DataArguments, ModelArguments, TrainingArguments
+from repro.config import HALVES, DataArguments, ModelArguments, TrainingArguments
 from repro.errors import InputError
 from repro.reporting.metrics import METRICS
 from repro.training.sharding import AXES
@@ -57,7 +57,7 @@ def check_values(model_args: ModelArguments, data_args: DataArguments, args: Tra
         raise InputError("--caption_metrics: scores generated captions; add --predict_with_generate.")
     if args.metric_for_best_model is not None:
         _check_metric(args.metric_for_best_model, {**vars(data_args), **vars(args)})
-    halves = {name: value for name, value in vars(model_args).items() if name.startswith(("encoder_", "decoder_"))}
+    halves = {name: value for name, value in vars(model_args).items() if name.startswith(HALVES)}
     named = [f"--{name}" for name, value in halves.items() if value is not None]
     if model_args.model_name_or_path is not None and named:
         raise InputError(f"--model_name_or_path names a whole model, {', '.join(named)} a part of one: drop one.")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import jax
@@ -36,6 +36,14 @@ from repro.training.processes import decided_by_first
 from repro.training.sharding import create_mesh
 
 SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
+
+
+class Plan(NamedTuple):
+    """How much a training does: the rows of a global batch, its steps and its evaluations."""
+
+    train_batch: int
+    steps: int
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,7 @@ def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
 
 def read_rows(model_args: ModelArguments, data_args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
     """Read the first rows of some splits from what the flags name, or find them where an earlier run has put them."""
-    limits = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_predict_samples,
-    }
+    limits = data_args.max_train_samples, data_args.max_eval_samples, data_args.max_predict_samples
     rows = load_splits(
         splits=splits,
         dataset_name=data_args.dataset_name,
@@ -119,7 +123,8 @@ def read_rows(model_args: ModelArguments, data_args: DataArguments, splits: Sequ
         rows_dir=cache_folder(model_args) / "rows",
         rebuild=_rebuilding(data_args),
     )
-    return {split: _first(found, limits[split]) for split, found in rows.items()}
+    limit_of = dict(zip(SPLIT_FLAGS, limits, strict=True))
+    return {split: _first(found, limit_of[split]) for split, found in rows.items()}
 
 
 def target_length(data_args: DataArguments, split: str) -> int:
@@ -136,126 +141,19 @@ def prepare(
     devices: Sequence[jax.Device],
     progress: bool,
 ) -> PreparedRun:
-    wanted = [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)]
-    rows = read_rows(model_args, data_args, wanted)
+    """Read, check and decode what the flags name; rows that cannot be used are listed in `dropped`.
+
+    Raises:
+        InputError: a run with these flags and data is not possible.
+    """
+    rows = read_rows(model_args, data_args, [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)])
     pretrained = load_or_create(model_args, seed=args.seed)
     mesh = check_run(data_args, args, pretrained, devices)
     # Now, and again when it is known how many rows are left.
     check_rows(args, protocol, {name: len(split.dataset) for name, split in rows.items()}, len(devices))
-    splits, dropped = _decode(rows, pretrained, model_args, data_args, args, protocol, progress)
-    check_rows(args, protocol, {name: len(split) for name, split in splits.items()}, len(devices))
-    prepared = PreparedRun(
-        data_args=data_args,
-        args=args,
-        protocol=protocol,
-        num_replicas=args.num_replicas or len(devices),
-        mesh=mesh,
-        pretrained=pretrained,
-        splits=splits,
-        dropped=dropped,
-        facts={},
-        progress=progress,
-    )
-    return dataclasses.replace(prepared, facts=_facts(prepared, rows, model_args))
-
-
-def mesh_of(args: TrainingArguments, devices: Sequence[jax.Device], num_replicas: int) -> Mesh:
-    """Lay out the devices as the flags say."""
-    rows, shape = args.per_device_train_batch_size, mesh_shape(args.mesh)
-    return create_mesh(devices, num_replicas=num_replicas, replica_batch=rows, shape=shape)
-
-
-def check_run(
-    data_args: DataArguments, args: TrainingArguments, pretrained: Pretrained, devices: Sequence[jax.Device]
-) -> Mesh:
-    """Check what a run asks of its model and its devices; returns how it lays these out.
-
-    Raises:
-        InputError: the model or the devices cannot do it, or a package is missing.
-    """
-    _check_lengths(data_args, pretrained)
-    if data_args.caption_metrics:
-        check_installed()
-    if data_args.predict_with_generate:
-        captioner = pretrained.captioner
-        check_beams(
-            num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
-            num_return_sequences=1,
-            vocab_size=captioner.config.decoder.vocab_size,
-        )
-    mesh = mesh_of(args, devices, args.num_replicas or len(devices))
-    if args.deterministic and not is_deterministic(mesh):
-        raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
-    return mesh
-
-
-def check_rows(args: TrainingArguments, protocol: Protocol, num_rows: Mapping[str, int], num_devices: int) -> None:
-    """Check that the rows of each split can be cut into batches as the run does.
-
-    Raises:
-        InputError: there is no whole batch where one is needed, or the block size is no multiple of the batches.
-    """
-    replicas = args.num_replicas or num_devices
-    train_batch, eval_batch = (
-        replicas * size for size in (args.per_device_train_batch_size, args.per_device_eval_batch_size)
-    )
-    for split, number in num_rows.items():
-        if not number:
-            raise InputError(f"{split}: no row is left; look at the paths and images of its rows.")
-        if split == "train":
-            check_sizes(number, train_batch=train_batch, eval_batch=eval_batch, block_size=args.block_size)
-        elif number < eval_batch and not protocol.keep_incomplete_batch:
-            raise InputError(
-                f"{split}: {number} rows do not fill one batch of {eval_batch}, and --protocol {protocol.name} drops"
-                " incomplete batches; lower --per_device_eval_batch_size, or use --protocol exact."
-            )
-    if args.metric_for_best_model and not count_evaluations(args, protocol, num_rows["train"] // train_batch):
-        raise InputError(
-            f"--metric_for_best_model {args.metric_for_best_model}: with --eval_steps {args.eval_steps} nothing is"
-            f" evaluated in {num_rows['train'] // train_batch * int(args.num_train_epochs)} steps; lower --eval_steps."
-        )
-
-
-def count_evaluations(args: TrainingArguments, protocol: Protocol, steps_per_epoch: int) -> int:
-    """Count a training's evaluations by the rule of `evaluates_at`."""
-    steps, every = steps_per_epoch * int(args.num_train_epochs), args.eval_steps or steps_per_epoch
-    if not args.do_eval or not steps:
-        return 0
-    return steps // every + (protocol.always_evaluate_at_end and steps % every > 0)
-
-
-def evaluates_at(args: TrainingArguments, protocol: Protocol, step: int, steps_per_epoch: int) -> bool:
-    """The example's rule: every `eval_steps`, or else at the end of each epoch; `exact` adds the end of training."""
-    at_end = protocol.always_evaluate_at_end and step == steps_per_epoch * int(args.num_train_epochs)
-    return args.do_eval and (at_end or step % (args.eval_steps or steps_per_epoch) == 0)
-
-
-def _first(split: Rows, limit: int | None) -> Rows:
-    if limit is None or limit >= len(split.dataset):
-        return split
-    return dataclasses.replace(split, dataset=split.dataset.select(range(limit)))
-
-
-def _check_lengths(data_args: DataArguments, pretrained: Pretrained) -> None:
-    positions = getattr(pretrained.captioner.config.decoder, "max_position_embeddings", None)
-    for name in ("max_target_length", "val_max_target_length"):
-        length = getattr(data_args, name)
-        if length is not None and (length < 2 or (positions is not None and length > positions)):
-            raise InputError(f"--{name} {length}: must be between 2 and the decoder's {positions} positions.")
-
-
-def _decode(
-    rows: dict[str, Rows],
-    pretrained: Pretrained,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: TrainingArguments,
-    protocol: Protocol,
-    progress: bool,
-) -> tuple[dict[str, CaptionedImages], list[dict[str, Any]]]:
-    """Decode the images and tokenize the captions of all splits; the rows that cannot be used are returned too."""
     folder, rebuild = cache_folder(model_args), _rebuilding(data_args)
-    splits, dropped = {}, []
+    splits: dict[str, CaptionedImages] = {}
+    dropped: list[dict[str, Any]] = []
     converted = {name: converts_to_rgb(protocol, name) for name in rows}
     for convert in sorted(set(converted.values())):
         together = {name: split for name, split in rows.items() if converted[name] == convert}
@@ -282,7 +180,94 @@ def _decode(
                 tokens_dir=folder / "tokens",
             )
             dropped += [*split.dropped, *failed]
-    return splits, dropped
+    check_rows(args, protocol, {name: len(split) for name, split in splits.items()}, len(devices))
+    num_replicas = args.num_replicas or len(devices)
+    prepared = PreparedRun(
+        data_args, args, protocol, num_replicas, mesh, pretrained, splits, dropped, facts={}, progress=progress
+    )
+    return dataclasses.replace(prepared, facts=_facts(prepared, rows, model_args))
+
+
+def mesh_of(args: TrainingArguments, devices: Sequence[jax.Device], num_replicas: int) -> Mesh:
+    """Lay out the devices as the flags say."""
+    rows, shape = args.per_device_train_batch_size, mesh_shape(args.mesh)
+    return create_mesh(devices, num_replicas=num_replicas, replica_batch=rows, shape=shape)
+
+
+def check_run(
+    data_args: DataArguments, args: TrainingArguments, pretrained: Pretrained, devices: Sequence[jax.Device]
+) -> Mesh:
+    """Check what a run asks of its model and its devices; returns how it lays these out.
+
+    Raises:
+        InputError: the model or the devices cannot do it, or a package is missing.
+    """
+    positions = getattr(pretrained.captioner.config.decoder, "max_position_embeddings", None)
+    for name in ("max_target_length", "val_max_target_length"):
+        length = getattr(data_args, name)
+        if None not in (length, positions) and length > positions:
+            raise InputError(f"--{name} {length}: must be between 2 and the decoder's {positions} positions.")
+    if data_args.caption_metrics:
+        check_installed()
+    if data_args.predict_with_generate:
+        captioner = pretrained.captioner
+        check_beams(
+            num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
+            num_return_sequences=1,
+            vocab_size=captioner.config.decoder.vocab_size,
+        )
+    mesh = mesh_of(args, devices, args.num_replicas or len(devices))
+    if args.deterministic and not is_deterministic(mesh):
+        raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
+    return mesh
+
+
+def check_rows(args: TrainingArguments, protocol: Protocol, num_rows: Mapping[str, int], num_devices: int) -> None:
+    """Check that the rows of each split can be cut into batches as the run does.
+
+    Raises:
+        InputError: there is no whole batch where one is needed, or the block size is no multiple of the batches.
+    """
+    plan = plan_of(args, protocol, num_rows.get("train", 0), num_devices)
+    eval_batch = (args.num_replicas or num_devices) * args.per_device_eval_batch_size
+    for split, number in num_rows.items():
+        if not number:
+            raise InputError(f"{split}: no row is left; look at the paths and images of its rows.")
+        if split == "train":
+            check_sizes(number, train_batch=plan.train_batch, eval_batch=eval_batch, block_size=args.block_size)
+        elif number < eval_batch and not protocol.keep_incomplete_batch:
+            raise InputError(
+                f"{split}: {number} rows do not fill one batch of {eval_batch}, and --protocol {protocol.name} drops"
+                " incomplete batches; lower --per_device_eval_batch_size, or use --protocol exact."
+            )
+    if args.metric_for_best_model and not plan.evaluations:
+        raise InputError(
+            f"--metric_for_best_model {args.metric_for_best_model}: with --eval_steps {args.eval_steps} nothing is"
+            f" evaluated in {plan.steps} steps; lower --eval_steps."
+        )
+
+
+def plan_of(args: TrainingArguments, protocol: Protocol, num_rows: int, num_devices: int) -> Plan:
+    """Plan a training on some rows; its evaluations are counted by the rule of `evaluates_at`."""
+    train_batch = (args.num_replicas or num_devices) * args.per_device_train_batch_size
+    steps_per_epoch = num_rows // train_batch
+    steps, every = steps_per_epoch * int(args.num_train_epochs), args.eval_steps or steps_per_epoch
+    evaluations = 0
+    if args.do_eval and steps:
+        evaluations = steps // every + (protocol.always_evaluate_at_end and steps % every > 0)
+    return Plan(train_batch, steps, evaluations)
+
+
+def evaluates_at(args: TrainingArguments, protocol: Protocol, step: int, steps_per_epoch: int) -> bool:
+    """The example's rule: every `eval_steps`, or else at the end of each epoch; `exact` adds the end of training."""
+    at_end = protocol.always_evaluate_at_end and step == steps_per_epoch * int(args.num_train_epochs)
+    return args.do_eval and (at_end or step % (args.eval_steps or steps_per_epoch) == 0)
+
+
+def _first(split: Rows, limit: int | None) -> Rows:
+    if limit is None or limit >= len(split.dataset):
+        return split
+    return dataclasses.replace(split, dataset=split.dataset.select(range(limit)))
 
 
 def _rebuilding(data_args: DataArguments) -> str | None:
@@ -305,30 +290,25 @@ def cache_folder(model_args: ModelArguments) -> Path:
 
 
 def _facts(prepared: PreparedRun, rows: dict[str, Rows], model_args: ModelArguments) -> dict[str, Any]:
-    flags = {
-        name: value
-        for arguments in (model_args, prepared.data_args, prepared.args)
-        for name, value in dataclasses.asdict(arguments).items()
-        if name not in SECRET_FLAGS
-    }
-    counts = {
-        name: {
-            "read": len(split.dataset) + len(split.dropped),
-            "kept": len(prepared.splits[name]),
+    all_flags = {**vars(model_args), **vars(prepared.data_args), **vars(prepared.args)}
+    counts = {}
+    for name, read in rows.items():
+        split = prepared.splits[name]
+        counts[name] = {
+            "read": len(read.dataset) + len(read.dropped),
+            "kept": len(split),
             "dropped": sum(row["split"] == name for row in prepared.dropped),
-            "images": len(np.unique(prepared.splits[name].image_index)),
-            "fingerprint": prepared.splits[name].fingerprint(),
-            "captions": int(prepared.splits[name].have_captions(np.arange(len(prepared.splits[name]))).sum()),
-            "captions_cut": prepared.splits[name].num_cut,
+            "images": len(np.unique(split.image_index)),
+            "fingerprint": split.fingerprint(),
+            "captions": int(split.have_captions(np.arange(len(split))).sum()),
+            "captions_cut": split.num_cut,
             "max_length": target_length(prepared.data_args, name),
         }
-        for name, split in rows.items()
-    }
     steps = prepared.args.do_train
     is_native = isinstance(prepared.pretrained.captioner, NativeCaptioner)
     return {
         "command": masked_command(sys.argv),
-        "flags": flags,
+        "flags": {name: value for name, value in all_flags.items() if name not in SECRET_FLAGS},
         "protocol": dataclasses.asdict(prepared.protocol),
         "num_replicas": prepared.num_replicas,
         "devices": [str(device) for device in prepared.mesh.devices.flat],
@@ -358,11 +338,8 @@ def data_in_words(data: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[int, 
         captions, cut = counts["captions"], counts["captions_cut"]
         if cut:
             use = "trained on" if name == "train" else "scored against"
-            yield (
-                logging.WARNING,
-                f"{name}: {cut} of {captions} captions are longer than {counts['max_length']} tokens; what is left of"
-                f" them is {use}",
-            )
+            longer = f"{cut} of {captions} captions are longer than {counts['max_length']} tokens"
+            yield logging.WARNING, f"{name}: {longer}; what is left of them is {use}"
         if captions < kept:
             what = f"loss and scores are of the other {captions}" if captions else "there are no loss and no scores"
             yield logging.WARNING, f"{name}: {kept - captions} of {kept} rows have no caption; {what}"

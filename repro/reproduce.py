@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor
 
-from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments
+from repro.config import ARGUMENTS, HALVES, SEVERAL, flags_of, given_flags, make_arguments
 from repro.data.pocket import read_scenes, render_pocket
 from repro.errors import InputError
 from repro.evaluation.attributes import attribute_accuracy
@@ -28,9 +28,6 @@ from repro.verify import MARKER, MARKER_FORM, RUN, Verification, Watcher, as_jso
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLES = 6
-SEVERAL = ("coordinator", "process_id", "num_processes", "distributed")
-"""Flags of a run in several processes."""
-HALF = ("encoder_", "decoder_")
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,7 @@ class Reproduction:
     samples: list[Sample]
 
 
-def reproduce(
-    name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_going: bool = False, progress: bool = True
-) -> Reproduction:
+def reproduce(name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_going: bool = False) -> Reproduction:
     """Run a recipe in a folder of its own; goes on with a run of it that was ended.
 
     Args:
@@ -77,7 +72,7 @@ def reproduce(
             args = dataclasses.replace(args, resume="auto")
         scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
         watch = None if keep_going else Watcher(recipe)
-        result = run(model_args, data_args, args, score=scenes, watch=watch, progress=progress)
+        result = run(model_args, data_args, args, score=scenes, watch=watch)
         verification = verify([folder], recipe=name, recompute=False)
         write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
     return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
@@ -135,7 +130,7 @@ def recipe_flags(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, An
         }
     flags = given_flags(ARGUMENTS, flags_of({**recipe["flags"], **own}), command="reproduce")
     if "model_name_or_path" in given:
-        flags = {name: value for name, value in flags.items() if not name.startswith(HALF)}
+        flags = {name: value for name, value in flags.items() if not name.startswith(HALVES)}
     return {**flags, **given}
 
 
@@ -161,19 +156,11 @@ def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:
         special_tokens=[END_OF_TEXT],
         show_progress=False,
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trainer._tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, **special)
     tokenizer.save_pretrained(decoder)
-    GPT2Config(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **model["decoder"],
-    ).save_pretrained(decoder)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GPT2Config(vocab_size=len(tokenizer), **ids, **model["decoder"]).save_pretrained(decoder)
 
 
 def _score_scenes(data_dir: Path, evaluation: Evaluation) -> dict[str, float]:

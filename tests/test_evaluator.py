@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import repro.evaluation.evaluator
 from repro.assemble import build_evaluator
-from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.config import DataArguments, TrainingArguments
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
@@ -160,15 +160,11 @@ def test_only_exact_evaluates_the_rows_of_the_incomplete_batch(tokenizer, protoc
 
 @pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED], ids=["current", "published"])
 def test_fewer_rows_than_a_batch_are_refused_where_they_would_all_be_dropped(protocol):
-    _, _, args = parse_arguments(
-        (ModelArguments, DataArguments, TrainingArguments),
-        ["--output_dir", "run", "--num_replicas", "2", "--per_device_eval_batch_size", "2"],
-        command="train",
-    )
+    args = TrainingArguments(per_device_eval_batch_size=4)
     with pytest.raises(InputError, match=r"validation: 3 rows .* batch of 4.*--per_device_eval_batch_size"):
-        check_rows(args, protocol, {"validation": 3}, num_devices=1)
-    check_rows(args, protocol, {"validation": 4}, num_devices=1)
-    check_rows(args, EXACT, {"validation": 3}, num_devices=1)
+        check_rows(args, protocol, {"validation": 3}, 1)
+    check_rows(args, protocol, {"validation": 4}, 1)
+    check_rows(args, EXACT, {"validation": 3}, 1)
 
 
 def test_exact_evaluates_fewer_rows_than_a_batch():

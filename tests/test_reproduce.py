@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_documented_command import documented_command
 
-import repro.dry_run
+import repro.preflight
 import repro.recipes
 import repro.reproduce
 import repro.verify
@@ -81,7 +81,7 @@ def test_a_dry_run_projects_and_trains_nothing(
     assert "for 7 steps and 1 evaluations" in printed
     assert re.search(r"evaluation: \d+\.\d GiB with \d+ at once, \d+ images/s", printed)
     assert not (folder / "run").exists()
-    monkeypatch.setattr(repro.dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(repro.preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert main(["reproduce", "--dry_run", "--output_dir", str(folder)]) == 2
     assert "make room, name another --output_dir" in capsys.readouterr().out
 

@@ -11,10 +11,11 @@ import pytest
 from test_golden import command_line, read_case
 
 import repro.assemble
+import repro.preflight
 from repro.assemble import build_evaluator
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from repro.dry_run import describe, dry_run
 from repro.evaluation.evaluator import Evaluation
+from repro.preflight import dry_run
 from repro.prepare import PreparedRun, prepare
 from repro.protocol import PROTOCOLS
 from repro.run import run
@@ -63,12 +64,12 @@ def test_the_dry_run_measures_the_turns_that_the_run_takes(tmp_path, monkeypatch
     found = dry_run(*flags)
     assert found.facts["evaluation_rows_at_once"] == 8
     assert found.facts["evaluation_bytes"] < roomy["evaluation_bytes"]
-    assert "with 8 at once" in describe(found)
+    assert "with 8 at once" in found.text
     result = run(*flags, progress=False)
     assert "8 of 16 device batches are evaluated at once" in (result.folder / "log").read_text()
 
 
 def test_what_does_not_fit_even_so_is_told_by_the_dry_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(repro.dry_run, "device_bytes", lambda _: 1000)
+    monkeypatch.setattr(repro.preflight, "device_bytes", lambda _: 1000)
     problems = dry_run(*arguments(tmp_path / "run")).problems
     assert any("evaluating 16 rows beside the state" in problem for problem in problems), problems

@@ -13,5 +13,5 @@ COMMANDS = {
     "data": "download COCO 2017, render scenes, or look at what a run would read",
 }
 INPUT_ERROR = 2
+# Plus the signal's number: a command that was asked to stop.
 SIGNALLED = 128
-"""Plus the signal's number: a command that was asked to stop."""

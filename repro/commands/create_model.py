@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from repro.commands import COMMANDS
-from repro.commands.terminal import start_logging
+from repro.commands.terminal import start_logging, write_model
 from repro.config import CreateModelArguments, ModelArguments, parse_arguments
 from repro.errors import InputError
 
@@ -15,15 +13,7 @@ def main(argv: list[str]) -> int:
     if args.output_dir is None:
         raise InputError("--output_dir is missing: name a folder for the new model.")
     start_logging()
-    from repro.models.pretrained import save_model
     from repro.prepare import load_or_create
-    from repro.reporting.writer import check_output_dir
 
-    check_output_dir(Path(args.output_dir), overwrite=False)
     halves = {name: value for name, value in vars(args).items() if name not in ("seed", "output_dir")}
-    created = load_or_create(ModelArguments(**halves), seed=args.seed)
-    save_model(created, created.params, Path(args.output_dir))
-    for note in created.notes:
-        print(note)
-    print(f"written to {args.output_dir}")
-    return 0
+    return write_model(lambda: load_or_create(ModelArguments(**halves), seed=args.seed), args.output_dir)

@@ -62,10 +62,11 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     args = vars(parser.parse_args(argv))
+    from repro.data.whole_file import check_writable
+
     if args.pop("kind") == "pocket":
         (scenes,) = make_arguments((PocketArguments,), args)
         from repro.data.pocket import render_pocket
-        from repro.data.whole_file import check_writable
 
         folder = args["folder"]
         check_writable(folder, "FOLDER")
@@ -73,7 +74,6 @@ def main(argv: list[str]) -> int:
         print(f"written to {folder}")
         return 0
     from repro.data.download import DOWNLOADS, download_coco
-    from repro.data.whole_file import check_writable
 
     check_writable(args["data_dir"], "--data_dir")
     base_urls = args.pop("base_url") or [DOWNLOADS]
@@ -86,8 +86,8 @@ def _check(argv: list[str]) -> int:
     classes = (*ARGUMENTS, CheckArguments)
     parsed = parse_arguments(classes, argv, command="data check", about=f"{CHECK}; takes the flags of a run")
     start_logging()
-    from repro.check import check_data, describe
+    from repro.preflight import check_data, describe_data
 
-    print(describe(check_data(*parsed)))
+    print(describe_data(check_data(*parsed)))
     print(f"written to {parsed[-1].report_dir}")
     return 0

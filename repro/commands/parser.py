@@ -13,13 +13,13 @@ from typing import Any, get_args, get_type_hints
 from repro.errors import InputError
 
 COLUMN_OF_HELP = 34
+# What transformers' HfArgumentParser reads as true and as false.
 TRUTHS = {"yes": True, "true": True, "t": True, "y": True, "1": True}
 FALSEHOODS = {"no": False, "false": False, "f": False, "n": False, "0": False}
-"""As transformers' HfArgumentParser reads them."""
+# NumPy, JAX and XLA count with int32.
 LARGEST = 2**31 - 1
-"""Of whole numbers: what NumPy, JAX and XLA count with is int32."""
+# What stands for a value in the help: by its type, or by the last word of the flag's name.
 METAVARS = {bool: "BOOL", int: "N", float: "X", "dir": "FOLDER", "path": "MODEL"}
-"""What stands for a value in the help: by its type, or by the last word of the flag's name."""
 
 
 @dataclass(frozen=True)

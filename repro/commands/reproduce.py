@@ -8,7 +8,7 @@ from pathlib import Path
 
 from repro.commands import COMMANDS, INPUT_ERROR
 from repro.commands.parser import Checked, sentence
-from repro.commands.terminal import make_deterministic, print_table, speed, start_logging
+from repro.commands.terminal import make_deterministic, print_metrics, start_logging
 from repro.commands.verify import conclude
 from repro.config import ARGUMENTS, flag, given_flags
 
@@ -46,11 +46,11 @@ def main(argv: list[str]) -> int:
 
     folder = Path(own.output_dir or f"repro-{recipe}")
     if own.dry_run:
-        from repro.dry_run import describe, dry_run
+        from repro.preflight import dry_run
 
         with leaving_nothing(folder), started(read_recipe(recipe), folder, given) as arguments:
             found = dry_run(*arguments)
-        print(describe(found))
+        print(found.text)
         return INPUT_ERROR if found.problems else 0
     done = reproduce(recipe, folder, given, keep_going=own.keep_going)
     report_at_end(folder)
@@ -59,5 +59,5 @@ def main(argv: list[str]) -> int:
         print(f"  {Path(sample.image_path).name}  {sample.caption}")
         if sample.truth:
             print(f"{'shows:':>18}  {sample.truth}")
-    print_table("metric", {**done.result.metrics, **speed(done.result.facts)})
+    print_metrics(done.result.metrics, done.result.facts)
     return conclude(done.verification, table(done.verification.outcomes), f"written to {folder}")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import MutableMapping
-from typing import TextIO
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from repro.masking import MaskingFormatter
+
+if TYPE_CHECKING:
+    from repro.models.pretrained import Pretrained
 
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
@@ -40,6 +44,18 @@ def start_logging(*, quiet: bool = False) -> None:
     transformers_logging.set_verbosity_error()
 
 
+def write_model(make: Callable[[], Pretrained], output_dir: str) -> int:
+    """Make a model for a folder that is new or empty, save it there, and say what there is to know of it."""
+    from repro.models.pretrained import save_model
+    from repro.reporting.writer import check_output_dir
+
+    check_output_dir(Path(output_dir), overwrite=False)
+    model = make()
+    save_model(model, model.params, Path(output_dir))
+    print(*model.notes, f"written to {output_dir}", sep="\n")
+    return 0
+
+
 def printable(text: str, stream: TextIO) -> str:
     """Escape what would not be seen as it is: control characters, line breaks, what the stream cannot encode."""
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
@@ -47,17 +63,10 @@ def printable(text: str, stream: TextIO) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def print_table(title: str, values: dict[str, float]) -> None:
-    print(f"\n{title}")
-    for name, value in values.items():
+def print_metrics(metrics: Mapping[str, float], facts: Mapping[str, Any]) -> None:
+    """Print a run's metrics and, of its facts, how long training took, as far as it trained."""
+    speed = {name: facts[name] for name in ("train_seconds", "train_rows_per_second") if name in facts}
+    print("\nmetric")
+    for name, value in {**metrics, **speed}.items():
         print(f"  {name:28} {value:>12.4f}")
     print()
-
-
-def speed(facts: dict[str, object]) -> dict[str, float]:
-    """Of a run's facts, how long training took, as far as it trained."""
-    return {
-        name: value
-        for name in ("train_seconds", "train_rows_per_second")
-        if isinstance(value := facts.get(name), float)
-    }

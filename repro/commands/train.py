@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from repro.commands import COMMANDS
-from repro.commands.terminal import make_deterministic, print_table, speed, start_logging
-from repro.config import ARGUMENTS, parse_arguments
+from repro.commands.terminal import make_deterministic, print_metrics, start_logging
+from repro.config import ARGUMENTS, SEVERAL, parse_arguments
 
 ABOUT = f"{COMMANDS['train']}; what the example does not have is marked `Further:`"
 
@@ -19,9 +19,7 @@ def main(argv: list[str]) -> int:
     start_logging(quiet=bool(args.process_id))
     from repro.training.processes import is_first, start_processes
 
-    start_processes(
-        **{name: getattr(args, name) for name in ("coordinator", "process_id", "num_processes", "distributed")}
-    )
+    start_processes(**{name: getattr(args, name) for name in SEVERAL})
     from repro.run import run
 
     result = run(*parsed)
@@ -30,6 +28,6 @@ def main(argv: list[str]) -> int:
     from repro.report import report_at_end
 
     report_at_end(result.folder)
-    print_table("metric", {**result.metrics, **speed(result.facts)})
+    print_metrics(result.metrics, result.facts)
     print(f"written to {result.folder}")
     return 0

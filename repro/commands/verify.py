@@ -9,8 +9,7 @@ from repro.commands import COMMANDS
 from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import start_logging
 
-STATUSES = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
-"""Of verdicts."""
+STATUS_OF_VERDICT = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
 EPILOG = "The exit status is 0 for PASS, 1 for FAIL and 2 for CANNOT TELL."
 
 
@@ -54,10 +53,7 @@ def main(argv: list[str]) -> int:
 
 def conclude(verification: Any, table: str, end: str) -> int:
     """Print a verdict and what led to it, and give its exit status."""
-    for run in verification.runs:
-        for note in run.notes:
-            print(f"note: {run.folder}: {note}")
-    for note in verification.notes:
+    for note in [*(f"{run.folder}: {note}" for run in verification.runs for note in run.notes), *verification.notes]:
         print(f"note: {note}")
     for problem in verification.problems:
         print(f"cannot tell: {problem}")
@@ -65,4 +61,4 @@ def conclude(verification: Any, table: str, end: str) -> int:
         print(table)
     claim = f", {verification.claim}" if verification.claim else ""
     print(f"\n{verification.verdict}: {end}{claim}")
-    return STATUSES[verification.verdict]
+    return STATUS_OF_VERDICT[verification.verdict]

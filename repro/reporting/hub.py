@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -23,10 +23,10 @@ from repro.masking import learn, masked
 from repro.reporting import upload
 from repro.reporting.writer import LOCK, NON_FINITE, REPORT, STATE, log, models_in
 
+# What stays here of a run's folder: states, where the images are, and the report with small copies of them.
 LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ".*")
-"""What stays here of a run's folder: states, where the images are, and the report with small copies of them."""
+# Folder in the run's, with copies of files that grow while they are being uploaded.
 SNAPSHOTS = f"upload{PARTIAL}"
-"""Folder in the run's, with copies of files that grow while they are being uploaded."""
 CARD = "README.md"
 REMEDIES = {
     400: "Give the repository's name as --hub_model_id OWNER/NAME; a README.md of your own needs valid metadata.",
@@ -58,8 +58,8 @@ class Patience:
 
 
 PATIENCE = Patience()
+# An upload: its message, and the folder with what there is to upload.
 Job = dict[str, str | None]
-"""An upload: its message, and the folder with what there is to upload."""
 
 
 class HubUploader:
@@ -150,12 +150,11 @@ class HubUploader:
             start_new_session=True,  # Ctrl-C is for the run, which then decides
         )
         self._tell(shared)
-        self._listener = threading.Thread(target=self._listen, name="hub", daemon=True)
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), name="hub", daemon=True)
         self._listener.start()
 
     def _tell(self, what: dict[str, Any]) -> None:
         assert self._process is not None
-        assert self._process.stdin is not None
         with suppress(OSError):  # of a process that died, which the listener notices
             print(json.dumps(what), file=self._process.stdin, flush=True)
 
@@ -168,11 +167,9 @@ class HubUploader:
                 _remove(self._next)
                 self._next = job
 
-    def _listen(self) -> None:
+    def _listen(self, answers: Iterable[str]) -> None:
         """Say what became of each upload, and have the next one done."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in answers:
             with self._changed:
                 if not self._closed:
                     self._conclude(json.loads(line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +15,8 @@ from repro.reporting.writer import RunWriter, log
 from repro.training.loop import StepResult
 
 REFRESH_SECONDS = 1.0
+# Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile.
 IN_FLIGHT = 2
-"""Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile."""
 
 
 class NonFinite(Exception):
@@ -32,45 +33,39 @@ class NonFinite(Exception):
         self.metrics = metrics
 
 
+@dataclass
 class StepLog:
-    """Collects the metrics of steps, writes them once they are computed, and watches that they are finite."""
+    """Collects the metrics of steps, writes them once they are computed, and watches that they are finite.
 
-    def __init__(
-        self,
-        writer: RunWriter,
-        *,
-        num_steps: int,
-        batch_size: int,
-        logging_steps: int,
-        progress: bool,
-        first_step: int = 0,
-        seconds_before: float = 0.0,
-        waited_before: float = 0.0,
-        log_grad_norm: bool = False,
-    ) -> None:
-        """Start the clock.
+    Its clock starts when it is made.
 
-        Args:
-            first_step: taken already, in `seconds_before`, of which `waited_before` for input.
-            log_grad_norm: write the norm of each step's gradient too.
-        """
-        self._writer = writer
-        self._log_grad_norm = log_grad_norm
-        self._batch_size = batch_size
-        self._logging_steps = logging_steps
+    Attributes:
+        batch_size: rows of a step.
+        first_step: taken already, in `seconds_before`, of which `waited_before` for input.
+        log_grad_norm: write the norm of each step's gradient too.
+    """
+
+    writer: RunWriter
+    _: KW_ONLY
+    num_steps: int
+    batch_size: int
+    logging_steps: int
+    progress: bool
+    first_step: int = 0
+    seconds_before: float = 0.0
+    waited_before: float = 0.0
+    log_grad_norm: bool = False
+
+    def __post_init__(self) -> None:
+        self.waited, self._written = self.waited_before, self.first_step
+        self._training_seconds, self._paused = self.seconds_before, False
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._resumed = self._refreshed = time.perf_counter()
-        self._paused = False
-        self._training_seconds = seconds_before
-        self._written = first_step
-        self._num_steps = num_steps
-        self.waited = waited_before
-        # Without a terminal the logged steps are the lines.
         self.bar = progress_bar(
-            progress=progress,
-            lines=logging_steps == 0,
-            total=num_steps,
-            initial=first_step,
+            progress=self.progress,
+            lines=self.logging_steps == 0,  # else the logged steps are the lines where there is no terminal
+            total=self.num_steps,
+            initial=self.first_step,
             desc="train",
             unit="step",
         )
@@ -87,7 +82,7 @@ class StepLog:
 
     def logs(self, step: int) -> bool:
         """Tell whether a step is one of those that are logged, and written at once."""
-        return self._logging_steps > 0 and step % self._logging_steps == 0
+        return self.logging_steps > 0 and step % self.logging_steps == 0
 
     def flush(self) -> None:
         """Wait for all steps so far and write them.
@@ -121,7 +116,7 @@ class StepLog:
         """
         self.pause()
         self.bar.close()
-        rows = self._written * self._batch_size
+        rows = self._written * self.batch_size
         return {
             "train_seconds": round(self._training_seconds, 3),
             "train_rows_per_second": round(rows / max(self._training_seconds, 1e-9), 2),
@@ -130,30 +125,30 @@ class StepLog:
 
     def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
         rows: list[dict[str, Any]] = []
-        broken: NonFinite | None = None
+        broken = None
         for step, metrics in steps:
             values = {name: float(value) for name, value in metrics.items()}
             if not all(map(math.isfinite, values.values())):
                 broken = NonFinite(step, values)
                 break
-            if not self._log_grad_norm:
+            if not self.log_grad_norm:
                 values.pop("grad_norm", None)
             rows.append({"step": step, **values} | ({"seconds": self.training_seconds} if self.logs(step) else {}))
-        self._writer.train_steps(rows)
+        self.writer.train_steps(rows)
         self._written += len(rows)
         steps_per_second = self._written / max(self.training_seconds, 1e-3)
-        rate = f"{steps_per_second * self._batch_size:.0f} rows/s"
+        rate = f"{steps_per_second * self.batch_size:.0f} rows/s"
         for row in rows:
             if self.logs(row["step"]):
-                self._writer.train_scalars(row["step"], row, self.training_seconds)
+                self.writer.train_scalars(row["step"], row, self.training_seconds)
                 log.info(
                     "step %d of %d: loss %.4f, learning rate %.3e, %s, %s left",
                     row["step"],
-                    self._num_steps,
+                    self.num_steps,
                     row["loss"],
                     row["learning_rate"],
                     rate,
-                    timedelta(seconds=round((self._num_steps - row["step"]) / steps_per_second)),
+                    timedelta(seconds=round((self.num_steps - row["step"]) / steps_per_second)),
                 )
         self._refreshed = time.perf_counter()
         if rows:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+# Of the answers 400 to 499, those that may be different next time.
 AGAIN = (408, 429)
-"""Of the answers 400 to 499, those that may be different next time."""
 LONGEST_TEXT = 400
 
 
