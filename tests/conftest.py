@@ -18,12 +18,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import jax
 import pytest
 import transformers
 from hypothesis import settings
 
 from repro.selftest import GOLDEN
 
+# A broadcast between ranks that nobody has written is an error.
+jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("repro", database=None, derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repro")
 

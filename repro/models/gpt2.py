@@ -53,7 +53,7 @@ class Conv1D(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(INIT_STDDEV), (self.features, inputs.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        return by_rows(lambda rows: times_transposed(rows, kernel) + bias, inputs)
+        return by_rows(lambda rows: times_transposed(rows, kernel) + bias[None], inputs)
 
 
 class Attention(Part):
@@ -241,11 +241,11 @@ class GPT2(Part):
         """
         batch, beams, length = cache.ancestors.shape
         ancestors = jnp.take_along_axis(cache.ancestors, parents[:, :, None], axis=1)
-        ancestors = ancestors.at[:, :, position].set(jnp.arange(beams))
-        is_written = (jnp.arange(length) <= position)[:, None]
-        visible = is_written & (ancestors[..., None] == jnp.arange(beams))
+        ancestors = ancestors.at[:, :, position].set(jnp.arange(beams)[None])
+        is_written = (jnp.arange(length) <= position)[None, None, :, None]
+        visible = is_written & (ancestors[..., None] == jnp.arange(beams)[None, None, None])
         visible = visible.reshape(batch, 1, beams, length * beams)
-        states = self.transformer.wte(tokens) + self.transformer.wpe(position)
+        states = self.transformer.wte(tokens) + self.transformer.wpe(position)[None, None]
         following = []
         for block, memory, past in zip(self.transformer.h.blocks, cache.memory, cache.past, strict=True):
             states, past = block.decode_step(states, visible, position, memory, past)
@@ -257,8 +257,8 @@ class GPT2(Part):
     ) -> tuple[jax.Array, jax.Array]:
         """int32[B,T] twice to states [B,T,D] and which tokens each may see, bool[B,1,T,T]."""
         length = input_ids.shape[1]
-        mask = jnp.tril(jnp.ones((length, length), bool)) & (attention_mask[:, None, None, :] > 0)
-        states = self.transformer.wte(input_ids) + self.transformer.wpe(jnp.arange(length))
+        mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) & (attention_mask[:, None, None, :] > 0)
+        states = self.transformer.wte(input_ids) + self.transformer.wpe(jnp.arange(length))[None]
         return self.transformer.dropout(states, deterministic=deterministic), mask
 
     def _logits(self, states: jax.Array) -> jax.Array:

@@ -87,6 +87,7 @@ def _normalize_forward(epsilon, x, scale, bias):
     mean = full.mean(axis=-1, keepdims=True)
     variance = jnp.maximum((full * full).mean(axis=-1, keepdims=True) - mean * mean, 0)
     inverse = jax.lax.rsqrt(variance + epsilon)
+    scale, bias = (jnp.expand_dims(vector, range(x.ndim - 1)) for vector in (scale, bias))
     return ((full - mean) * (inverse * scale) + bias).astype(x.dtype), (x, scale, mean, inverse)
 
 
@@ -162,7 +163,7 @@ def attend(
     factors = None
     if dropout_key is not None:
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, (query.shape[2], value.shape[2]))
-        factors = kept / (1 - dropout_rate)
+        factors = kept[None, None] / (1 - dropout_rate)
     if upcast:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     attended = _attend(query * jnp.asarray(scale, query.dtype), key, value, mask, factors).astype(value.dtype)

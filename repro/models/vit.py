@@ -55,7 +55,7 @@ class PatchProjection(ViTPart):
         kernel = self.param("kernel", weight_init(config), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
         patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-        return by_rows(lambda rows: rows @ kernel.reshape(-1, shape[-1]) + bias, patches)
+        return by_rows(lambda rows: rows @ kernel.reshape(-1, shape[-1]) + bias[None], patches)
 
 
 class Embeddings(ViTPart):

@@ -55,7 +55,7 @@ def _loss_gradient(label_smoothing: float, kept: Any, cotangent: jax.Array) -> t
     """Softmax minus target: one array as large as the logits, and the target is never an array at all."""
     logits, labels, normalizer = kept
     confidence, low = _smoothed_target(label_smoothing, logits.shape[-1])
-    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    is_label = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(labels.ndim)) == labels[..., None]
     probability = jnp.exp(logits.astype(jnp.float32) - normalizer[..., None])
     gradient = cotangent[..., None] * (probability - jnp.where(is_label, confidence, low))
     return gradient.astype(logits.dtype), None
