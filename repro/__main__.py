@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from repro import __doc__ as PURPOSE
-from repro import __version__
 from repro.commands import COMMANDS, INPUT_ERROR, SIGNALLED
 from repro.commands.terminal import printable
 from repro.errors import InputError, Interrupted, RunStopped
 from repro.masking import learn, learn_flags, masked, print_exception
+from repro.provenance import versions
 
 STOPPED = 3
 INTERRUPTED = 130
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0 if arguments else INPUT_ERROR
     if arguments[0] == "--version":
-        print(__version__)
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
         return 0
     try:
         if arguments[0] not in COMMANDS:

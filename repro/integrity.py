@@ -169,6 +169,18 @@ def mixed(runs: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
     ]
 
 
+def other_versions(runs: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
+    """Say of which versions old and new runs are, where they differ: what an upgrade has changed."""
+    found = []
+    for name in dict.fromkeys(name for run in (*runs, *others) for name in run.facts.get("versions", {})):
+        now, then = (
+            ", ".join(sorted({str(run.facts.get("versions", {}).get(name)) for run in group}))
+            for group in (runs, others)
+        )
+        found += [f"{name} {then} then, {now} now"] * (now != then)
+    return [f"versions: {'; '.join(found)}"] if found else []
+
+
 def _different(**found: Sequence[Any]) -> list[str]:
     values = {what: sorted(set(map(str, each))) for what, each in found.items()}
     return [f"the runs are of different {what}: {', '.join(each)}" for what, each in values.items() if len(each) > 1]

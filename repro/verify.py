@@ -13,7 +13,7 @@ from repro.config import ARGUMENTS, flags_of, parse_arguments
 from repro.errors import InputError, RunStopped
 from repro.evaluation.equivalence import Verdict
 from repro.evaluation.targets import Measured, Outcome, Target, against, judge_all, overall, read_targets
-from repro.integrity import contradictions, evaluated_again, missing_of_record, mixed, not_repetitions
+from repro.integrity import contradictions, evaluated_again, missing_of_record, mixed, not_repetitions, other_versions
 from repro.json_files import keys, read_json
 from repro.protocol import protocol_named
 from repro.recipes import read_recipe
@@ -149,6 +149,7 @@ def verify(
             problems += [f"{run.folder}: {problem}" for problem in found]
         same = [str(run.folder) for run in others if run.losses in {one.losses for one in runs}]
         notes += [f"losses equal those of {', '.join(same)}, step for step"] * bool(same)
+    notes += other_versions(runs, others) if others else []
     notes += [LOOKS] * (seeds is None and len(runs) > 1)
     outcomes = [] if problems else judge_all(targets, [run.measured for run in runs], named=seeds is not None)
     return Verification(content["name"], tuple(runs), tuple(outcomes), tuple(problems), tuple(notes))

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ import repro.training.steps
 from repro.__main__ import main
 from repro.data.whole_file import sha256_of
 from repro.evaluation import rouge
+from repro.integrity import other_versions
 from repro.reporting.record import digest_of
 from repro.reporting.writer import checked_files, models_in
 from repro.verify import verify
@@ -389,3 +391,12 @@ def test_a_fault_in_rouge_shows_in_the_captions_of_an_older_run(
     SCORERS[fault](monkeypatch)
     assert main(command) == 2
     assert "of its captions is" in capsys.readouterr().out
+
+
+def test_what_an_upgrade_has_changed_is_said() -> None:
+    old, new = (SimpleNamespace(facts={"versions": {"jax": jax, "flax": "0.12.8"}}) for jax in ("0.10.2", "0.12.0.1"))
+    assert other_versions([new], [old]) == ["versions: jax 0.10.2 then, 0.12.0.1 now"]
+    assert other_versions([new], [new, new]) == []
+    assert other_versions([new], [SimpleNamespace(facts={})]) == [
+        "versions: jax None then, 0.12.0.1 now; flax None then, 0.12.8 now"
+    ]
