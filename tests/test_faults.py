@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repro import limits
 from repro.data.image_store import load_images
 from repro.data.images import decode_image, resize_of
 from repro.data.pipeline import CaptionedImages, number_images, prepare_split
@@ -66,9 +67,9 @@ def sixteen_bits() -> bytes:
 FILES: dict[str, tuple[bytes, str | None, str | None]] = {
     "whole": (photo(), None, None),
     "truncated": (photo()[:-60], "(?i)truncated", "(?i)truncated"),
-    "header alone": (photo("PNG")[:40], "not in a format that Pillow knows", "not in a format that Pillow knows"),
-    "zero bytes": (b"", "not in a format that Pillow knows", "not in a format that Pillow knows"),
-    "text": (b"<html>404 Not Found</html>", "not in a format that Pillow knows", "not in a format that Pillow knows"),
+    "header alone": (photo("PNG")[:40], "not in a format that is read", "not in a format that is read"),
+    "zero bytes": (b"", "not in a format that is read", "not in a format that is read"),
+    "text": (b"<html>404 Not Found</html>", "not in a format that is read", "not in a format that is read"),
     "decompression bomb": (bomb(), "DecompressionBomb", "DecompressionBomb"),
     "16 bits": (sixteen_bits(), None, "mode I;16 is not RGB"),
     "CMYK": (photo(image=GOOD.convert("CMYK")), None, "mode CMYK is not RGB"),
@@ -140,11 +141,11 @@ def test_every_file_is_kept_or_dropped_with_its_reason(folder: Folder, name: str
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("absent.jpg", "FileNotFoundError"),
-        ("a folder", "IsADirectoryError"),
+        ("absent.jpg", "No such file or directory"),
+        ("a folder", "is a folder"),
         ("loop", "symbolic links|Too many levels"),
         ("nul\0.jpg", "ValueError|null"),
-        ("", "IsADirectoryError"),
+        ("", "is a folder"),
         ("x" * 300, "too long"),
         ("lone \udce4.jpg", "not valid Unicode"),
         ("zip://absent.jpg::good.jpg", "BadZipFile"),
@@ -174,17 +175,17 @@ def test_a_file_that_may_not_be_read_is_dropped(folder: Folder, monkeypatch) -> 
     secret.write_bytes(photo())
     secret.chmod(0)
     if os.access(secret, os.R_OK):  # root may read everything
-        real = Path.read_bytes
+        real = limits.os.open
 
-        def refuse(path: Path) -> bytes:
-            if path == secret:
-                raise PermissionError(13, "Permission denied", str(path))
-            return real(path)
+        def refuse(path: str, flags: int, *more: int) -> int:
+            if path == str(secret):
+                raise PermissionError(13, "Permission denied", path)
+            return real(path, flags, *more)
 
-        monkeypatch.setattr(Path, "read_bytes", refuse)
+        monkeypatch.setattr(limits.os, "open", refuse)
     split, dropped = folder.read("secret.jpg")
     assert len(split) == 1
-    assert "PermissionError" in dropped["secret.jpg"]
+    assert "Permission denied" in dropped["secret.jpg"]
     secret.chmod(0o600)
     monkeypatch.undo()
     assert len(folder.read("secret.jpg")[0]) == 2  # what the system refuses now it may allow tomorrow
@@ -195,7 +196,7 @@ def test_a_file_that_vanishes_between_scan_and_read_is_dropped(folder: Folder) -
     brief.write_bytes(photo())
     split, dropped = folder.read("brief.jpg", between=brief.unlink)
     assert len(split) == 1
-    assert "FileNotFoundError" in dropped["brief.jpg"]
+    assert "No such file" in dropped["brief.jpg"]
 
 
 def test_rotation_by_exif_is_ignored_as_in_the_reference(folder: Folder) -> None:
@@ -218,8 +219,8 @@ def test_the_first_frame_of_an_animation_is_the_image(folder: Folder) -> None:
     np.testing.assert_allclose(pixels(split, 1)[0, 0], (200, 100, 50), atol=6)
 
 
-def test_a_caption_of_ten_thousand_words_is_cut_and_kept(folder: Folder) -> None:
-    long = " ".join(["word"] * 10_000)
+def test_a_caption_of_three_thousand_words_is_kept(folder: Folder) -> None:
+    long = " ".join(["word"] * 3_000)
     for suffix, text in (
         (".csv", f'image_path,caption\ngood.jpg,"{long}"\n'),
         (".jsonl", json.dumps({"image_path": "good.jpg", "caption": long})),

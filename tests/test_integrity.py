@@ -287,7 +287,8 @@ def test_weights_that_are_evaluated_again_belong_to_the_scores(
 # What a change of this code, or of a library below it, could plant into the scoring of one and the same weights.
 
 Plant = Callable[[pytest.MonkeyPatch], None]
-MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
+STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
 
 
 def replaced(place: Any, name: str, change: Callable[..., Any]) -> Plant:

@@ -12,11 +12,9 @@ import time
 from pathlib import Path
 
 import jax
-import pyarrow
 import pytest
 
 from repro.__main__ import main
-from repro.data.rows import BUILT_BY
 from repro.errors import InputError
 from repro.selftest import command_line, compare, read_case
 from repro.training.processes import launched_several, start_processes
@@ -88,11 +86,7 @@ def test_processes_decide_together_what_fits_and_build_a_cache_anew_once(tmp_pat
     result = compare(folder, "published_8dev")
     assert result.captions_equal == result.captions > 0
     assert sum(message.count("images into") for message in said) == 1, said
-    files = list((tmp_path / "cache" / "repro" / "rows").glob("*.arrow"))
-    runs = {pyarrow.ipc.open_stream(pyarrow.OSFile(str(file))).schema.metadata[BUILT_BY] for file in files}
-    assert len(files) == 2
-    assert len(runs) == 1
-    assert runs != {b""}
+    assert len(list((tmp_path / "cache" / "repro" / "rows").glob("*.arrow"))) == 2
 
 
 @pytest.mark.slow

@@ -194,6 +194,18 @@ def test_other_versions_are_those_that_ci_installs(commands: tuple[str, ...]) ->
     assert tox()["testenv:torch"]["deps"] == torch.split()[-1]
 
 
+@runs("repro selftest")
+def test_the_selftest_says_what_computes_and_whether_it_computes_right(
+    commands: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("repro.selftest.CASES", ("current_block0",))
+    assert main([*words_of(commands[0])[1:], "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    ((case,),) = said["results"].values()
+    assert (case["name"], case["passed"], said["passed"]) == ("current_block0", True, True)
+    assert {"repro", "python", "jax", "flax", "transformers"} <= set(said["versions"])
+
+
 # The documented run.
 
 
@@ -499,7 +511,8 @@ def spans(page: str) -> list[str]:
 
 
 def test_commands_within_the_text_are_commands(flags_of_commands: dict[str, set[str]]) -> None:
-    environments = {name.removeprefix("testenv:") for name in tox().sections()}
+    sections = [name.removeprefix("testenv:") for name in tox().sections()]
+    environments = {name for section in sections for name in section.strip("{}").split(",")}
     for span in [span for page in PAGES.values() for span in spans(page)]:
         program, *words = span.split()
         if program == "repro" and words and words[0] != "COMMAND":
@@ -508,7 +521,7 @@ def test_commands_within_the_text_are_commands(flags_of_commands: dict[str, set[
             assert set(flags_in(span)) <= known, span
         if program == "tox" and words:
             assert words[0] == "-e", span
-            assert words[1] in environments, span
+            assert set(words[1].split(",")) <= environments, span
         if program == "pip" and (named := re.findall(r"\.\[(\w+)\]", span)):
             assert set(named) <= set(extras()), span
         if program == "python":

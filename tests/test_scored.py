@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from test_golden import GOLDEN, command_line, read_case
-
 from repro.__main__ import main
 from repro.data.captions import caption_lengths
 from repro.reporting.model_card import CARD
+from repro.selftest import GOLDEN, command_line, read_case
 
 CASE = read_case("current_1dev")
 
