@@ -84,7 +84,7 @@ def measure_saving(settings: dict[str, Any], folder: Path, *, pairs: int) -> dic
         saves = number % 2 == 0
         started = time.perf_counter()
         if saves:
-            states.save(state, number, {"step": number})
+            states.save(state, number, {"step": number, "training_seconds": 0.0, "settings": {"num_replicas": 1}})
             blocked.append(time.perf_counter() - started)
             assert states._pending
             states._pending.add_done_callback(lambda _, begun=started: on_disk.append(time.perf_counter() - begun))
