@@ -216,8 +216,8 @@ def summarize(
     root: Path, variants: Sequence[Variant], seeds: Sequence[int], known: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Put what is in the folder into tables; the bootstrap, which needs captions, may be an earlier result's."""
-    from repro.evaluation.targets import Measured, against, judge_all, read_targets
     from repro.recipes import read_recipe
+    from repro.recipes.targets import Measured, against, judge_all, read_targets
 
     every = {variant.name: found for variant in variants if (found := metrics_of_seeds(root, variant))}
     measured = {name: [found[s] for s in seeds] for name, found in every.items() if set(seeds) <= set(found)}

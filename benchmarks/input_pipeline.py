@@ -96,8 +96,8 @@ def processor() -> Any:
 
 def start_ours(folder: Path, cache: Path, num_workers: int | None) -> tuple[Any, dict[str, float]]:
     """All that a run does before its first step; with the seconds of each part."""
+    from repro.data.batches import number_images, prepare_split
     from repro.data.image_store import load_images
-    from repro.data.pipeline import number_images, prepare_split
     from repro.data.sources import load_splits
 
     seconds: dict[str, float] = {}
@@ -138,7 +138,7 @@ def start_ours(folder: Path, cache: Path, num_workers: int | None) -> tuple[Any,
 
 
 def batches_of(data: Any) -> Iterator[dict[str, np.ndarray]]:
-    from repro.data.pipeline import RowOrder
+    from repro.data.batches import RowOrder
 
     row_order = RowOrder(seed=0, num_epochs=1, shuffle=True, num_replicas=1, replica_batch=min(BATCH, len(data)))
     return (data.batch(rows.reshape(-1)) for rows in row_order.epoch_rows(0, len(data)))
@@ -323,7 +323,7 @@ def measure_start(folder: Path, cache: Path, reads: bool, connection: Any) -> No
         "after_start": watch.report(),
     }
     if reads:
-        from repro.data.pipeline import prefetch
+        from repro.data.batches import prefetch
 
         use_one_core()
         started, count = time.perf_counter(), 0

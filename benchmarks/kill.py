@@ -85,8 +85,8 @@ class Kill:
 
 def make_case(folder: Path, *, num_train: int, num_processes: int = 1) -> Case:
     """Render the scenes and make the model that all runs start from."""
-    from repro.data.pocket import render_pocket
-    from repro.reproduce import make_halves
+    from repro.pocket.halves import render_pocket
+    from repro.recipes.reproduce import make_halves
 
     render_pocket(folder / "data", num_train=num_train, num_val=12, num_test=8, image_size=32, seed=0)
     make_halves(MODEL, folder / "data", folder / "model")

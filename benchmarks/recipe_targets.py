@@ -3,7 +3,7 @@
     python benchmarks/recipe_targets.py pocket --seeds 42 1 2 3 4 5 6 7 --folder DIR
 
 Of each metric the mean and the standard deviation over the seeds are written, with the margin of `MARGINS`; what is
-concluded from them is in `repro.evaluation.targets`. Counts, learning rates, fingerprints of data and the losses of
+concluded from them is in `repro.recipes.targets`. Counts, learning rates, fingerprints of data and the losses of
 each seed's first steps are written as they are: a run has just these, but for rounding. The promised accuracies are
 lower bounds. Where more runs than these tell the spread (`verdict_rates.measured_spread`), `standard_deviation` and
 `freedom` are put in its place by hand.

@@ -216,9 +216,9 @@ def prepare_twice(flags: list[str]) -> dict[str, float]:
 
     from repro.commands.terminal import start_logging
     from repro.config import parse_arguments
-    from repro.prepare import prepare
     from repro.protocol import protocol_named
-    from repro.verify import ARGUMENTS
+    from repro.recipes.verify import ARGUMENTS
+    from repro.run.prepare import prepare
 
     start_logging()
     parsed = parse_arguments(ARGUMENTS, flags, command="train")
@@ -240,7 +240,7 @@ def part_flags(flags: list[str], train_steps: int | None, eval_images: int | Non
     """
     from repro.config import ARGUMENTS, given_flags, make_arguments
     from repro.recipes import read_recipe
-    from repro.reproduce import recipe_flags
+    from repro.recipes.reproduce import recipe_flags
 
     given = given_flags(ARGUMENTS, flags, command="train")
     _, _, args = make_arguments(ARGUMENTS, recipe_flags(read_recipe(RECIPE), Path(), given))
@@ -323,7 +323,7 @@ def rehearse_data(folder: Path, flags: list[str], phase: Phases, result: dict[st
     """Do what comes before a run; returns the seconds that rows, images and tokens took."""
     from repro.config import ARGUMENTS, flags_of, given_flags
     from repro.recipes import read_recipe
-    from repro.reproduce import recipe_flags
+    from repro.recipes.reproduce import recipe_flags
 
     run = folder / "run"
     whole = flags_of(recipe_flags(read_recipe(RECIPE), run, given_flags(ARGUMENTS, flags, command="train")))

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from repro.evaluation.equivalence import (
+from repro.recipes import read_recipe
+from repro.recipes.equivalence import (
     FAIL,
     FALSE_FAILS,
     FALSE_PASSES,
@@ -29,8 +30,7 @@ from repro.evaluation.equivalence import (
     compare,
     pooled,
 )
-from repro.evaluation.targets import WIDEST, Measured, Target, judge, read_targets
-from repro.recipes import read_recipe
+from repro.recipes.targets import WIDEST, Measured, Target, judge, read_targets
 
 ABLATION = Path(__file__).with_name("results") / "cpu-2-cores" / "ablation.json"
 # Trained anew and scored by the recipe's own protocol, so that they differ as the recipe's runs do.

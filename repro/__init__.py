@@ -10,5 +10,5 @@ def __getattr__(name: str) -> Any:
     if name == "Captioner":
         from importlib import import_module
 
-        return import_module("repro.caption").Captioner
+        return import_module("repro.models.captioning").Captioner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

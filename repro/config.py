@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from repro.commands.parser import Checked, Numbers, Parser, add_fields, sentence
 from repro.errors import InputError
 from repro.limits import SETTINGS_BYTES, read_file
 from repro.masking import learn_flags
+from repro.parser import Checked, Numbers, Parser, add_fields, sentence
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMPLEMENTATIONS = ("native", "transformers")

@@ -20,8 +20,7 @@ Form = TypeVar("Form")
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 PARTIAL = ".partial"
-LONGEST_INTEGER = 19
-"""Digits of the largest number of 64 bits; Python itself gives up at 4300."""
+LONGEST_INTEGER = 19  # digits of the largest number of 64 bits; Python itself gives up at 4300
 
 
 def keys(**forms: Any) -> Any:

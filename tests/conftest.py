@@ -23,7 +23,7 @@ import pytest
 import transformers
 from hypothesis import settings
 
-from repro.selftest import GOLDEN
+from repro.recipes.selftest import GOLDEN
 
 # A broadcast between ranks that nobody has written is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")

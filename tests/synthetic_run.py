@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repro.evaluation.evaluator import Evaluation
-from repro.reporting.writer import RunWriter
+from repro.record.writer import RunWriter
 
 
 def write_run(

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.data.scenes import (
+from repro.pocket.attributes import attribute_accuracy, judge, mentioned
+from repro.pocket.scenes import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -18,7 +19,6 @@ from repro.data.scenes import (
     describe_scene,
     sample_scene,
 )
-from repro.evaluation.attributes import attribute_accuracy, judge, mentioned
 
 scenes = st.integers(0, 2**32).map(lambda seed: sample_scene(random.Random(seed)))
 seeds = st.integers(0, 2**32)

@@ -13,7 +13,7 @@ from flax import serialization
 from PIL import Image
 
 from repro.__main__ import main
-from repro.data.pocket import render_pocket
+from repro.pocket.halves import render_pocket
 
 
 class Workplace:

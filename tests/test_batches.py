@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from repro.data.batches import CaptionedImages, RowOrder, number_images, prepare_split
 from repro.data.image_store import load_images
-from repro.data.pipeline import CaptionedImages, RowOrder, number_images, prepare_split
-from repro.data.pocket import render_pocket
 from repro.data.sources import load_splits
+from repro.pocket.halves import render_pocket
 from repro.training.loop import take_steps
 from repro.training.sharding import create_mesh, train_batch_sharding
 

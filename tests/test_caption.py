@@ -25,9 +25,9 @@ from transformers import GenerationConfig
 import repro
 from repro import Captioner
 from repro.__main__ import main
-from repro.caption import Caption
 from repro.data.images import ImageError, decode_image, resize_of
 from repro.errors import InputError
+from repro.models.captioning import Caption
 from repro.models.pretrained import load_model, save_model
 
 LENGTH = 10

@@ -14,9 +14,9 @@ from PIL import Image
 from repro.__main__ import main
 from repro.data.captions import caption_lengths
 from repro.data.census import picture_sheet
-from repro.data.pocket import render_pocket
 from repro.models.pretrained import load_model
-from repro.trial import multiplication_rate, training_operations
+from repro.pocket.halves import render_pocket
+from repro.recipes.trial import multiplication_rate, training_operations
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_a_product_too_small_to_keep_the_device_busy_is_not_its_rate(monkeypatch
         clock[0] += 0.0 if next(started) else seconds[next(sides)]
         return clock[0]
 
-    monkeypatch.setattr("repro.trial.PROBE_SIDES", tuple(seconds))
-    monkeypatch.setattr("repro.trial.time", SimpleNamespace(perf_counter=now))
+    monkeypatch.setattr("repro.recipes.trial.PROBE_SIDES", tuple(seconds))
+    monkeypatch.setattr("repro.recipes.trial.time", SimpleNamespace(perf_counter=now))
     # By hand: 2 x 16³ operations in a microsecond; 32 takes too long for a larger one to be tried.
     assert multiplication_rate("float32") == pytest.approx(2 * 16**3 / 1e-6)
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from repro.data.image_store import load_images
 from repro.data.images import open_image
-from repro.data.pocket import render_pocket
 from repro.data.sources import load_splits
 from repro.errors import InputError
+from repro.pocket.halves import render_pocket
 
 ZIPS = {
     "train2017.zip": "train2017/*",

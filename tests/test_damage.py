@@ -15,14 +15,14 @@ import pytest
 from damage import mutations
 from test_resume import CLASSES, flags, start
 
-import repro.report
-import repro.run
-import repro.verify
+import repro.recipes.verify
+import repro.report.write
+import repro.run.train
 from repro.__main__ import main
-from repro.caption import Captioner
 from repro.config import parse_arguments
 from repro.errors import InputError
-from repro.run import run
+from repro.models.captioning import Captioner
+from repro.run.train import run
 
 QUICK, MANY = 100, 2000
 STATUSES = (0, 2)
@@ -59,7 +59,7 @@ def recipe(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"metric": "eval_loss", "high": 100.0, "source": "anything that learns"},
     ]
     made = {"name": "this", "flags": wanted, "targets": targets}
-    for module in (repro.verify, repro.report):
+    for module in (repro.recipes.verify, repro.report.write):
         monkeypatch.setattr(module, "read_recipe", lambda name: made)
 
 
@@ -113,7 +113,7 @@ def check_damage(whole: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> No
     def compile_nothing(*_: object) -> None:
         raise Begun
 
-    monkeypatch.setattr(repro.run, "build_training", compile_nothing)
+    monkeypatch.setattr(repro.run.train, "build_training", compile_nothing)
     draw, kept = random.Random(count), whole.with_name("kept")
     for kind, calls in readers(whole).items():
         assert [status_of(call) for call in calls] == [0] * len(calls), "what is whole is read"

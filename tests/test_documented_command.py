@@ -12,9 +12,9 @@ from conftest import DECODER, ENCODER
 from flax import serialization
 
 from repro.__main__ import main
-from repro.data.pocket import render_pocket
 from repro.models.pretrained import load_model
 from repro.models.weights import flatten
+from repro.pocket.halves import render_pocket
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -19,9 +19,9 @@ from repro.commands.data import SPLITS
 from repro.data import download as module
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.data.download import FILES, RemoteFile, download, download_coco
-from repro.data.pocket import render_pocket
 from repro.data.sources import load_splits
 from repro.errors import InputError
+from repro.pocket.halves import render_pocket
 
 CONTENT = bytes(range(256)) * 40_000
 FILE = RemoteFile("zips/some.zip", hashlib.md5(CONTENT).hexdigest(), len(CONTENT))

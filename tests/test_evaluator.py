@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repro.evaluation.evaluator
-from repro.assemble import build_evaluator
 from repro.config import DataArguments, TrainingArguments
+from repro.data.batches import CaptionedImages
 from repro.data.captions import TokenizedCaptions, pack_tokens
-from repro.data.pipeline import CaptionedImages
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, Programs, mean_of_batch_losses
 from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.models.beam_search import Captions
-from repro.prepare import check_rows
 from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
+from repro.run.build import build_evaluator
+from repro.run.prepare import check_rows
 from repro.training.memory import SHARE, device_bytes
 from repro.training.sharding import create_mesh
 

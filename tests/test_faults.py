@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from repro import limits
+from repro.data.batches import CaptionedImages, number_images, prepare_split
 from repro.data.image_store import load_images
 from repro.data.images import decode_image, resize_of
-from repro.data.pipeline import CaptionedImages, number_images, prepare_split
 from repro.data.sources import load_splits
 
 GOOD = Image.new("RGB", (40, 30), (200, 100, 50))

@@ -13,16 +13,16 @@ import repro.commands.caption
 import repro.commands.data
 import repro.commands.reproduce
 import repro.config
-import repro.reproduce
+import repro.recipes.reproduce
 from repro.__main__ import main
-from repro.commands.parser import Checked, Numbers
 from repro.commands.reproduce import ReproduceArguments
 from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments, parse_arguments
 from repro.errors import InputError
+from repro.parser import Checked, Numbers
 from repro.recipes import read_recipe
-from repro.reporting.metrics import METRICS
-from repro.reporting.record import Recorded
-from repro.reporting.writer import locked
+from repro.record.metrics import METRICS
+from repro.record.record import Recorded
+from repro.record.writer import locked
 
 CLASSES = Checked.__subclasses__()
 FIELDS = [(kind, field) for kind in CLASSES for field in dataclasses.fields(kind)]
@@ -127,7 +127,7 @@ def test_each_flag_is_the_same_with_dashes_and_with_underscores(kind) -> None:
 def started(tmp_path: Path, *argv: str) -> tuple:
     """The arguments of a run of the documented recipe with further flags."""
     given = given_flags((ReproduceArguments, *ARGUMENTS), argv, command="reproduce")
-    with repro.reproduce.started(read_recipe("coco2017"), tmp_path / "here", given) as arguments:
+    with repro.recipes.reproduce.started(read_recipe("coco2017"), tmp_path / "here", given) as arguments:
         return arguments
 
 
@@ -145,7 +145,7 @@ def test_a_flag_that_is_given_wins_over_the_recipes(tmp_path: Path) -> None:
 def test_what_a_recipe_decides_itself_is_refused_among_its_flags(flag: str, tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match=f"--{flag}: is not for a recipe"),
-        repro.reproduce.started(read_recipe("pocket"), tmp_path / "here", {flag: 1}),
+        repro.recipes.reproduce.started(read_recipe("pocket"), tmp_path / "here", {flag: 1}),
     ):
         pass
     assert not (tmp_path / "here").exists()
@@ -163,9 +163,9 @@ def ran(monkeypatch: pytest.MonkeyPatch):
     def stop(*arguments, **settings):
         raise Ran(arguments, settings)
 
-    monkeypatch.setattr(repro.reproduce, "run", stop)
-    monkeypatch.setattr(repro.reproduce, "render_pocket", lambda *_, **__: None)
-    monkeypatch.setattr(repro.reproduce, "make_halves", lambda *_: None)
+    monkeypatch.setattr(repro.recipes.reproduce, "run", stop)
+    monkeypatch.setattr(repro.recipes.reproduce, "render_pocket", lambda *_, **__: None)
+    monkeypatch.setattr(repro.recipes.reproduce, "make_halves", lambda *_: None)
     monkeypatch.setattr("repro.commands.reproduce.make_deterministic", lambda _: made.append("made"))
 
     def call(*argv: str):
@@ -210,7 +210,7 @@ def test_flags_of_a_recipe_mean_what_they_say(ran, argv, resume, deterministic, 
 
 def test_a_second_reproduction_and_a_dry_run_leave_a_started_one_alone(tmp_path, capsys) -> None:
     folder = tmp_path / "pocket"
-    with repro.reproduce.started(read_recipe("coco2017"), folder, {}):
+    with repro.recipes.reproduce.started(read_recipe("coco2017"), folder, {}):
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         for more in ([], ["--dry_run"]):
             assert main(["reproduce", "coco2017", "--output_dir", str(folder), *more]) == 2

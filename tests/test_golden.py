@@ -1,4 +1,4 @@
-"""The reference's own numbers, through `repro train`: see repro/golden/README.md for the bounds and their reason."""
+"""The reference's own numbers, through `repro train`: `recipes/golden/README.md` has the bounds and their reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import jax
 import pytest
 
 from repro.__main__ import main
-from repro.selftest import CASES, LONG, LONG_CASES, Bounds, CaseResult, command_line, compare, read_case, run_case
+from repro.recipes.selftest import (
+    CASES,
+    LONG,
+    LONG_CASES,
+    Bounds,
+    CaseResult,
+    command_line,
+    compare,
+    read_case,
+    run_case,
+)
 
 ON_A_CPU = Bounds(noise=1e-6)
 ANY_LAYOUT = Bounds(loss=1e-5, noise=1e-6)

@@ -18,10 +18,10 @@ from hub_stub import OWNER, HubStub, drop, hang, late, status
 
 from repro.__main__ import main
 from repro.models.weights import SAFETENSORS_FILE
-from repro.reporting import hub
-from repro.reporting.hub import HubUploader, Patience, take_snapshot
-from repro.reporting.upload import status_of, tried
-from repro.selftest import command_line, read_case
+from repro.recipes.selftest import command_line, read_case
+from repro.record import hub
+from repro.record.hub import HubUploader, Patience, take_snapshot
+from repro.record.upload import status_of, tried
 
 TOKEN = "hf_aVerySecretTokenOfTheTests"
 BARE_TOKEN = "a-token-of-another-kind/+=42"
@@ -294,7 +294,7 @@ def test_an_uploader_that_is_killed_is_a_warning(stub, folder, caplog, monkeypat
 def test_an_uploader_whose_run_is_killed_ends(stub, folder):
     stub.always = hang
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom repro.reporting.hub import HubUploader\n"
+        "import sys, time\nfrom pathlib import Path\nfrom repro.record.hub import HubUploader\n"
         f"uploading = HubUploader(Path({str(folder)!r}), repository='me/model', token={TOKEN!r})\n"
         "while uploading._process is None: time.sleep(0.01)\n"
         "print(uploading._process.pid, flush=True)\ntime.sleep(60)"
@@ -353,7 +353,7 @@ def test_a_snapshot_has_no_file_twice(folder, tmp_path):
 
 def test_attempts_pause_twice_as_long_each_time(monkeypatch):
     pauses: list[float] = []
-    monkeypatch.setattr("repro.reporting.upload.time.sleep", pauses.append)
+    monkeypatch.setattr("repro.record.upload.time.sleep", pauses.append)
 
     def attempt() -> dict:
         raise TimeoutError("read timed out")

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from test_verify import OWN, runs
 
-import repro.integrity
 import repro.models.captioner
-import repro.run
+import repro.recipes.integrity
+import repro.run.train
 import repro.training.steps
 from repro.__main__ import main
-from repro.data.whole_file import sha256_of
+from repro.data.atomic import sha256_of
 from repro.evaluation import rouge
-from repro.integrity import other_versions
-from repro.reporting.record import digest_of
-from repro.reporting.writer import checked_files, models_in
-from repro.verify import verify
+from repro.recipes.integrity import other_versions
+from repro.recipes.verify import verify
+from repro.record.record import digest_of
+from repro.record.writer import checked_files, models_in
 
 __all__ = ["runs"]  # the fixture of finished reproductions
 
@@ -298,7 +298,7 @@ def replaced(place: Any, name: str, change: Callable[..., Any]) -> Plant:
 
 
 def other_protocol(**changed: Any) -> Plant:
-    return replaced(repro.run, "protocol_named", lambda named, text: dataclasses.replace(named(text), **changed))
+    return replaced(repro.run.train, "protocol_named", lambda named, text: dataclasses.replace(named(text), **changed))
 
 
 def other_search(**changed: Any) -> Plant:
@@ -363,7 +363,7 @@ SCORERS: dict[str, Plant] = {
         lambda _, text, stemmer: [stemmer.stem(word) for word in re.findall("[a-z0-9]+", text)],
     ),
     "every second reference": replaced(
-        repro.integrity,
+        repro.recipes.integrity,
         "rouge_scores",
         lambda score, found, wanted, **more: score(found, [wanted[place - place % 2] for place in range(40)], **more),
     ),

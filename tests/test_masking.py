@@ -23,7 +23,7 @@ from repro.__main__ import main
 from repro.commands import COMMANDS
 from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.masking import SECRET_FLAGS, MaskingFormatter, learn, masked, masked_command
-from repro.verify import ARGUMENTS
+from repro.recipes.verify import ARGUMENTS
 
 TOKEN, BARE_TOKEN = "hf_SECRETofTheTests", "a-token-of-another-kind/+=42"
 CASE = read_case("current_block0")

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from repro.__main__ import main
 from repro.evaluation.evaluator import Evaluation
-from repro.reporting.model_card import CARD, LONGEST_TEXT, SAMPLES, Trained, clean, escaped, is_hub_id, write_card
-from repro.selftest import command_line, read_case
+from repro.recipes.selftest import command_line, read_case
+from repro.record.model_card import CARD, LONGEST_TEXT, SAMPLES, Trained, clean, escaped, is_hub_id, write_card
 
 NAME = "ckpt_epoch_1_step_8"
 SPLIT = {

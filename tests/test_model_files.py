@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from test_golden import command_line, read_case
 
 from repro.__main__ import main
+from repro.data.atomic import check_plain_names, writing_only_below
 from repro.data.captions import tokenizer_fingerprint
-from repro.data.whole_file import check_plain_names, writing_only_below
 from repro.errors import InputError
 from repro.models.pretrained import Options, load_model, save_model
 from repro.models.weights import FLAX_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX

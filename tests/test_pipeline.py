@@ -13,9 +13,9 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repro.data.batches import RowOrder, check_sizes, epoch_order, number_images, prefetch, prepare_split
 from repro.data.captions import caption_lengths
 from repro.data.image_store import ImageStore
-from repro.data.pipeline import RowOrder, check_sizes, epoch_order, number_images, prefetch, prepare_split
 from repro.errors import InputError
 
 

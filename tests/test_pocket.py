@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from repro.data import pocket
-from repro.data import scenes as rules
-from repro.data.pocket import read_scenes
-from repro.data.scenes import Item, Scene, describe_scene, draw_scene, sample_scene
 from repro.errors import InputError
+from repro.pocket import halves as pocket
+from repro.pocket import scenes as rules
+from repro.pocket.halves import read_scenes
+from repro.pocket.scenes import Item, Scene, describe_scene, draw_scene, sample_scene
 
 SETTINGS = {"num_train": 30, "num_val": 8, "num_test": 3, "image_size": 32, "seed": 5}
 

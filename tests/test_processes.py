@@ -16,7 +16,7 @@ import pytest
 
 from repro.__main__ import main
 from repro.errors import InputError
-from repro.selftest import command_line, compare, read_case
+from repro.recipes.selftest import command_line, compare, read_case
 from repro.training.processes import launched_several, start_processes
 
 CASE = read_case("published_8dev")
@@ -25,10 +25,10 @@ PATIENCE = 300
 
 MAIN = ("-m", "repro")
 SMALL_SECOND = """
-import jax, sys, repro.assemble
+import jax, sys, repro.run.build
 from repro.__main__ import main
-repro.assemble.device_bytes = lambda _: 1 if jax.process_index() else 1 << 40
-repro.assemble.choices = lambda *_, **__: [8, 4]
+repro.run.build.device_bytes = lambda _: 1 if jax.process_index() else 1 << 40
+repro.run.build.choices = lambda *_, **__: [8, 4]
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -11,7 +11,7 @@ import pytest
 from repro.__main__ import main
 from repro.errors import InputError
 from repro.protocol import EXACT, PUBLISHED, protocol_named
-from repro.selftest import command_line, read_case
+from repro.recipes.selftest import command_line, read_case
 
 
 def test_switches_change_one_choice_each():

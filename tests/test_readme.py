@@ -34,16 +34,16 @@ from test_download import Server, serve_coco
 import repro.commands
 import repro.data.download
 import repro.recipes
-import repro.report
-import repro.reproduce
-import repro.verify
+import repro.recipes.reproduce
+import repro.recipes.verify
+import repro.report.write
 from repro.__main__ import main
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from repro.data.pocket import render_pocket
-from repro.data.whole_file import sha256_of
+from repro.data.atomic import sha256_of
 from repro.models.pretrained import load_model, save_model
+from repro.pocket.halves import render_pocket
 from repro.recipes import read_recipe
-from repro.reporting.record import digest_of
+from repro.record.record import digest_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -198,7 +198,7 @@ def test_other_versions_are_those_that_ci_installs(commands: tuple[str, ...]) ->
 def test_the_selftest_says_what_computes_and_whether_it_computes_right(
     commands: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("repro.selftest.CASES", ("current_block0",))
+    monkeypatch.setattr("repro.recipes.selftest.CASES", ("current_block0",))
     assert main([*words_of(commands[0])[1:], "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     ((case,),) = said["results"].values()
@@ -215,7 +215,7 @@ def small_coco2017(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read_recipe("coco2017")
     recipe["flags"] |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     recipe["targets"] = [{"metric": "eval_loss", "low": 1.0, "high": 50.0, "source": "any loss"}]
-    for module in (repro.recipes, repro.report, repro.reproduce, repro.verify):
+    for module in (repro.recipes, repro.report.write, repro.recipes.reproduce, repro.recipes.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: {"coco2017": recipe}[name])
 
 
@@ -358,7 +358,7 @@ def small_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe["targets"] = [
         {"metric": "eval_loss", "value": 6.0, "standard_deviation": 1.0, "runs": 5, "margin": 0.5, "source": "any"}
     ]
-    for module in (repro.recipes, repro.report, repro.reproduce, repro.verify):
+    for module in (repro.recipes, repro.report.write, repro.recipes.reproduce, repro.recipes.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: {"pocket": recipe}[name])
 
 

@@ -16,10 +16,10 @@ from repro.__main__ import main
 from repro.config import TrainingArguments
 from repro.errors import InputError
 from repro.recipes import recipe_names
-from repro.report import write_report
-from repro.reporting.record import read_record
-from repro.reporting.writer import RunWriter, holds_only_run_files, models_in
-from repro.resume import choose_start
+from repro.record.record import read_record
+from repro.record.writer import RunWriter, holds_only_run_files, models_in
+from repro.report.write import write_report
+from repro.run.resume import choose_start
 
 OLD = Path(__file__).parent / "old_run"
 """What a run of sixteen steps left before there were seconds in its rows, without weights and arrays."""

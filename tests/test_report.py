@@ -17,12 +17,12 @@ from synthetic_run import read_data, write_run
 
 from repro.__main__ import main
 from repro.errors import InputError
-from repro.report import write_report
-from repro.reporting.charts import nice_ticks, thinned
-from repro.reporting.report import SHOWN, chosen_items, ranked_items
-from repro.reporting.run_folder import Generated
-from repro.reporting.statistics import text_statistics
-from repro.reporting.untrusted import visible
+from repro.record.sanitize import visible
+from repro.report.charts import nice_ticks, thinned
+from repro.report.page import SHOWN, chosen_items, ranked_items
+from repro.report.run_folder import Generated
+from repro.report.statistics import text_statistics
+from repro.report.write import write_report
 
 HOSTILE = [
     "</script><script>window.hit = 1</script>",

@@ -13,8 +13,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 from synthetic_run import write_run
 from test_report import HOSTILE
 
-from repro.report import write_report
-from repro.selftest import GOLDEN
+from repro.recipes.selftest import GOLDEN
+from repro.report.write import write_report
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 SCHEMES = ("light", "dark")

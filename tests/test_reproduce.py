@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from test_documented_command import documented_command
 
-import repro.preflight
 import repro.recipes
-import repro.reproduce
-import repro.verify
+import repro.recipes.preflight
+import repro.recipes.reproduce
+import repro.recipes.verify
 from repro.__main__ import main
 from repro.config import flags_of, parse_arguments
-from repro.evaluation.targets import Target, read_targets
 from repro.recipes import read_recipe, recipe_names
-from repro.verify import ARGUMENTS
+from repro.recipes.targets import Target, read_targets
+from repro.recipes.verify import ARGUMENTS
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 verdict_rates = importlib.import_module("verdict_rates")
@@ -39,7 +39,7 @@ def small_recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     recipe["data"] |= {"num_train": 24, "num_val": 7}
     recipe["flags"] |= {"num_train_epochs": 1, "num_replicas": 2, "block_size": 0}
     recipe["targets"] = [{"metric": "eval_loss", "low": 0.5, "high": 50.0, "source": "any loss"}]
-    for module in (repro.reproduce, repro.verify):
+    for module in (repro.recipes.reproduce, repro.recipes.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: recipe)
     monkeypatch.setattr(repro.recipes, "read_recipe", lambda name: recipe)
     return recipe
@@ -81,7 +81,7 @@ def test_a_dry_run_projects_and_trains_nothing(
     assert "for 7 steps and 1 evaluations" in printed
     assert re.search(r"evaluation: \d+\.\d GiB with \d+ at once, \d+ images/s", printed)
     assert not (folder / "run").exists()
-    monkeypatch.setattr(repro.preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(repro.recipes.preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert main(["reproduce", "--dry_run", "--output_dir", str(folder)]) == 2
     assert "make room, name another --output_dir" in capsys.readouterr().out
 

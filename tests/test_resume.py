@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import repro.run
+import repro.run.train
 from repro.__main__ import main
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.errors import InputError, Interrupted, RunStopped
-from repro.reporting.progress import StepLog
-from repro.reporting.record import read_clock
-from repro.reporting.writer import locked
-from repro.resume import check_same
-from repro.run import RunResult, run
-from repro.selftest import command_line, read_case
+from repro.recipes.selftest import command_line, read_case
+from repro.record.record import read_clock
+from repro.record.writer import locked, models_in
+from repro.run.resume import check_same
+from repro.run.step_log import StepLog
+from repro.run.train import RunResult, run
 
 CLASSES = (ModelArguments, DataArguments, TrainingArguments)
 CASE = read_case("current_block0")
@@ -127,7 +127,7 @@ def test_the_command_line_has_a_status_for_each_end(tmp_path, monkeypatch, capsy
         def ends(*_: object, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr(repro.run, "run", ends)
+        monkeypatch.setattr(repro.run.train, "run", ends)
         assert main(["train", *flags(tmp_path / "run")]) == status
         assert said in capsys.readouterr().err
 
@@ -154,7 +154,7 @@ def test_a_finished_run_is_not_run_again(whole, tmp_path):
     generations = json.loads((folder / "ckpt_epoch_2_step_16" / "eval_generation.json").read_text())
     assert result.evaluations["eval"].generations == generations
     assert len(result.evaluations["eval"].image_paths) == len(generations)
-    assert [path.name for path in result.checkpoints] == ["ckpt_epoch_1_step_8", "ckpt_epoch_2_step_16"]
+    assert [path.name for path in models_in(result.folder)] == ["ckpt_epoch_1_step_8", "ckpt_epoch_2_step_16"]
 
 
 def test_an_evaluation_that_was_not_done_is_done_from_the_state(whole, tmp_path):
@@ -238,7 +238,7 @@ def test_going_back_in_a_folder_forgets_what_came_after(whole, tmp_path):
 def test_another_run_is_not_gone_on_with(whole, more, difference, tmp_path, monkeypatch):
     folder = copy_of(whole, tmp_path)
     before = sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "run.lock")
-    monkeypatch.setattr(repro.run, "build_training", None)  # it must not come so far
+    monkeypatch.setattr(repro.run.train, "build_training", None)  # it must not come so far
     with pytest.raises(InputError, match=difference):
         start(folder, "--resume", "auto", *more)
     after = sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "run.lock")
@@ -251,7 +251,7 @@ def test_other_captions_are_other_data(whole, tmp_path, golden_inputs, monkeypat
     shutil.copytree(golden_inputs, inputs)
     text = (inputs / "train.jsonl").read_text()
     (inputs / "train.jsonl").write_text(text.replace('caption": "', 'caption": "Another ', 1))
-    monkeypatch.setattr(repro.run, "build_training", None)
+    monkeypatch.setattr(repro.run.train, "build_training", None)
     with pytest.raises(InputError, match=r"data train fingerprint: \w+ then, \w+ now"):
         start(folder, "--resume", "auto", "--train_file", str(inputs / "train.jsonl"))
 
@@ -329,7 +329,7 @@ def test_two_runs_do_not_meet_in_one_folder(tmp_path):
 
 def test_a_step_that_is_not_finite_ends_the_run_with_its_rows_and_the_state_before(tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    original = repro.run.build_training
+    original = repro.run.train.build_training
 
     def poisoned(prepared: Any) -> Any:
         training = original(prepared)
@@ -342,7 +342,7 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_rows_and_the_state_befo
 
         return dataclasses.replace(training, step=step)
 
-    monkeypatch.setattr(repro.run, "build_training", poisoned)
+    monkeypatch.setattr(repro.run.train, "build_training", poisoned)
     with pytest.raises(RunStopped, match=r"step 8 is not finite \(.*grad_norm inf.*the state of step 6 is saved"):
         start(folder, "--log_grad_norm")
     logged = [json.loads(row) for row in rows(folder)]
@@ -440,7 +440,7 @@ def test_the_run_that_is_gone_on_from_is_locked(whole, tmp_path, monkeypatch):
             pass
         raise RunStopped("seen")
 
-    monkeypatch.setattr(repro.run, "build_training", look)
+    monkeypatch.setattr(repro.run.train, "build_training", look)
     with pytest.raises(RunStopped, match="seen"):
         start(branch, "--resume", str(copied))
     with locked(copied):
@@ -516,7 +516,7 @@ def test_clocks_go_on_through_a_kill_and_count_what_was_lost(tmp_path, monkeypat
 
 def test_making_or_restoring_the_state_is_no_training(whole, tmp_path, monkeypatch):
     events: list[str] = []
-    original, restore, clock = repro.run.build_training, repro.run.Checkpoints.restore, StepLog.__init__
+    original, restore, clock = repro.run.train.build_training, repro.run.train.Checkpoints.restore, StepLog.__init__
 
     def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments, **settings: [function(*arguments, **settings), events.append(name)][0]
@@ -525,9 +525,9 @@ def test_making_or_restoring_the_state_is_no_training(whole, tmp_path, monkeypat
         training = original(prepared)
         return dataclasses.replace(training, create=told("made", training.create))
 
-    monkeypatch.setattr(repro.run, "build_training", watched)
-    monkeypatch.setattr(repro.run.Checkpoints, "restore", told("restored", restore))
-    monkeypatch.setattr(repro.run.jax, "block_until_ready", told("there", jax.block_until_ready))
+    monkeypatch.setattr(repro.run.train, "build_training", watched)
+    monkeypatch.setattr(repro.run.train.Checkpoints, "restore", told("restored", restore))
+    monkeypatch.setattr(repro.run.train.jax, "block_until_ready", told("there", jax.block_until_ready))
     monkeypatch.setattr(StepLog, "__init__", told("clock", clock))
     start(tmp_path / "run", "--num_train_epochs", "1")
     assert events[:3] == ["made", "there", "clock"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from repro.__main__ import main
 from repro.data.captions import caption_lengths
-from repro.reporting.model_card import CARD
-from repro.selftest import GOLDEN, command_line, read_case
+from repro.recipes.selftest import GOLDEN, command_line, read_case
+from repro.record.model_card import CARD
 
 CASE = read_case("current_1dev")
 

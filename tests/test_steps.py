@@ -14,8 +14,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repro.data.batches import CaptionedImages, RowOrder, epoch_order
 from repro.data.captions import TokenizedCaptions, pack_tokens
-from repro.data.pipeline import CaptionedImages, RowOrder, epoch_order
 from repro.errors import InputError
 from repro.models.pretrained import load_model
 from repro.training.loop import take_steps

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repro.errors import InputError
-from repro.evaluation.equivalence import (
+from repro.recipes import read_recipe, recipe_names
+from repro.recipes.equivalence import (
     FALSE_FAILS,
     FALSE_PASSES,
     HOPELESS,
@@ -26,7 +27,7 @@ from repro.evaluation.equivalence import (
     pooled,
     prediction_reach,
 )
-from repro.evaluation.targets import (
+from repro.recipes.targets import (
     WIDEST,
     Measured,
     Outcome,
@@ -37,7 +38,6 @@ from repro.evaluation.targets import (
     overall,
     read_targets,
 )
-from repro.recipes import read_recipe, recipe_names
 
 DRAWS = 4000
 SPREAD = 0.01

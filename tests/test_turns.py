@@ -10,15 +10,15 @@ import jax
 import pytest
 from test_golden import command_line, read_case
 
-import repro.assemble
-import repro.preflight
-from repro.assemble import build_evaluator
+import repro.recipes.preflight
+import repro.run.build
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.evaluation.evaluator import Evaluation
-from repro.preflight import dry_run
-from repro.prepare import PreparedRun, prepare
 from repro.protocol import PROTOCOLS
-from repro.run import run
+from repro.recipes.preflight import dry_run
+from repro.run.build import build_evaluator
+from repro.run.prepare import PreparedRun, prepare
+from repro.run.train import run
 from repro.training.memory import SHARE
 from repro.training.sharding import put, replicated
 
@@ -60,7 +60,7 @@ def test_the_dry_run_measures_the_turns_that_the_run_takes(tmp_path, monkeypatch
     assert (roomy["evaluation_rows_at_once"], roomy["evaluated"]) == (16, "rows")
     # Room for the state and half of that.
     room = roomy["state_bytes"] + roomy["evaluation_bytes"] - 1
-    monkeypatch.setattr(repro.assemble, "device_bytes", lambda _: room / SHARE)
+    monkeypatch.setattr(repro.run.build, "device_bytes", lambda _: room / SHARE)
     found = dry_run(*flags)
     assert found.facts["evaluation_rows_at_once"] == 8
     assert found.facts["evaluation_bytes"] < roomy["evaluation_bytes"]
@@ -70,6 +70,6 @@ def test_the_dry_run_measures_the_turns_that_the_run_takes(tmp_path, monkeypatch
 
 
 def test_what_does_not_fit_even_so_is_told_by_the_dry_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(repro.preflight, "device_bytes", lambda _: 1000)
+    monkeypatch.setattr(repro.recipes.preflight, "device_bytes", lambda _: 1000)
     problems = dry_run(*arguments(tmp_path / "run")).problems
     assert any("evaluating 16 rows beside the state" in problem for problem in problems), problems

@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import pytest
 from filelock import FileLock
 
-import repro.assemble
-import repro.data.pipeline
-import repro.report
-import repro.reproduce
+import repro.data.batches
+import repro.recipes.reproduce
+import repro.recipes.verify
+import repro.report.write
+import repro.run.build
 import repro.training.steps
-import repro.verify
 from repro.__main__ import main
 from repro.config import flags_of, parse_arguments
-from repro.data.pocket import render_pocket
-from repro.data.whole_file import sha256_of
-from repro.evaluation.targets import judge_all, read_targets
+from repro.data.atomic import sha256_of
+from repro.pocket.halves import render_pocket
 from repro.recipes import read_recipe, recipe_names
-from repro.verify import verify
+from repro.recipes.targets import judge_all, read_targets
+from repro.recipes.verify import verify
 
 SEEDS = (1, 2, 3, 4)
 OWN = 42
@@ -89,7 +89,7 @@ def runs(shared_folder: Path) -> Iterator[Callable[..., Path]]:
     root, recipe = shared_folder / "seeds", small_recipe()
     root.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (repro.reproduce, repro.report, repro.verify):
+        for module in (repro.recipes.reproduce, repro.report.write, repro.recipes.verify):
             patch.setattr(module, "read_recipe", lambda name: recipe)
 
         def folder(seed: int, name: str = "", *flags: str) -> Path:
@@ -118,7 +118,7 @@ def test_one_run_passes_by_the_band_of_the_recipes_seeds(runs, capsys):
 
 
 def test_a_runs_minutes_are_all_that_it_was_at_work(runs):
-    record = repro.verify.read_run(runs(OWN), read_recipe("pocket"))
+    record = repro.recipes.verify.read_run(runs(OWN), read_recipe("pocket"))
     evaluations = [row["eval"] for row in record.recorded.rows if "eval" in row]
     assert all(found["saving_seconds"] > 0 for found in evaluations)
     parts = [found[name] for found in evaluations for name in ("seconds", "saving_seconds")]
@@ -136,7 +136,7 @@ def test_time_is_reported_beside_the_published_and_never_judged(name, runs, monk
     (note,) = (note for note in verification.notes if "minutes" in note)
     assert "never judged" in note
     if name.startswith("coco"):
-        noted = repro.verify._time(verification.runs[0], recipe)
+        noted = repro.recipes.verify._time(verification.runs[0], recipe)
         assert "published: 90 (the example's documentation: about 1h30" in noted
 
 
@@ -189,7 +189,7 @@ def test_all_of_a_recipes_targets_are_written_from_its_runs(runs, monkeypatch):
     rows, listed = module.make_targets({seed: runs(seed) / "run" for seed in SEEDS})
     assert [row["seed"] for row in listed] == list(SEEDS)
     assert {row["metric"] for row in read_recipe("pocket")["targets"]} <= {row["metric"] for row in rows}
-    run = repro.verify.read_run(runs(SEEDS[0]), read_recipe("pocket"))
+    run = repro.recipes.verify.read_run(runs(SEEDS[0]), read_recipe("pocket"))
     outcomes = {(o.target.metric, o.target.step): o.verdict for o in judge_all(read_targets(rows), [run.measured])}
     exact = ("train_rows", "num_steps", "parameters", "eval_rows", "train_fingerprint", "validation_fingerprint")
     assert {outcomes[metric, None] for metric in (*exact, "learning_rate", "loss")} == {"PASS"}
@@ -200,13 +200,13 @@ def test_all_of_a_recipes_targets_are_written_from_its_runs(runs, monkeypatch):
 
 
 def wrong_order(patch: pytest.MonkeyPatch) -> None:
-    order = repro.data.pipeline.epoch_order
-    patch.setattr(repro.data.pipeline, "epoch_order", lambda *args: order(*args)[::-1].copy())
+    order = repro.data.batches.epoch_order
+    patch.setattr(repro.data.batches, "epoch_order", lambda *args: order(*args)[::-1].copy())
 
 
 def wrong_rate(patch: pytest.MonkeyPatch) -> None:
-    create = repro.assemble.create_learning_rate_fn
-    patch.setattr(repro.assemble, "create_learning_rate_fn", lambda rate, **more: create(1.1 * rate, **more))
+    create = repro.run.build.create_learning_rate_fn
+    patch.setattr(repro.run.build, "create_learning_rate_fn", lambda rate, **more: create(1.1 * rate, **more))
 
 
 def shifted_labels(patch: pytest.MonkeyPatch) -> None:
@@ -333,13 +333,13 @@ def test_a_run_that_was_trained_by_hand_needs_the_recipes_name(runs, copied, tmp
 def test_what_a_recipe_lets_vary_is_noted_and_nothing_else():
     recipe = read_recipe("coco2017")
     flags = [*flags_of(recipe["flags"]), "--encoder_model_name_or_path", "vit-folder", "--dtype", "bfloat16"]
-    given = parse_arguments(repro.verify.ARGUMENTS, [*flags, "--num_beams", "4"], command="train")
+    given = parse_arguments(repro.recipes.verify.ARGUMENTS, [*flags, "--num_beams", "4"], command="train")
     facts = {"flags": {name: value for arguments in given for name, value in vars(arguments).items()}}
-    problems, notes = repro.verify._flags_that_differ(facts, recipe)
+    problems, notes = repro.recipes.verify._flags_that_differ(facts, recipe)
     assert problems == ["--num_beams 4, the recipe has 8"]
     assert [note.split()[0] for note in notes] == ["--encoder_model_name_or_path", "--dtype"]
     facts["flags"] |= {"gradient_checkpointing": True, "dtype": "float32"}
-    notes = repro.verify._flags_that_differ(facts, recipe)[1]
+    notes = repro.recipes.verify._flags_that_differ(facts, recipe)[1]
     assert [note.split()[0] for note in notes] == ["--encoder_model_name_or_path", "--gradient_checkpointing"]
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
 
-from repro.data.scenes import draw_scene, sample_scene
+from repro.pocket.scenes import draw_scene, sample_scene
 
 BEAMS, LENGTH = 4, 16
 

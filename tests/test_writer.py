@@ -21,8 +21,8 @@ from tensorboardX.proto.event_pb2 import Event
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
 from repro.json_files import write_json
-from repro.reporting.progress import StepLog
-from repro.reporting.writer import RunWriter, check_output_dir, locked, prefixed
+from repro.record.writer import RunWriter, check_output_dir, locked, prefixed
+from repro.run.step_log import StepLog
 from repro.training.loop import StepResult
 
 # Control characters and lone surrogates ("Cs") included.
@@ -246,7 +246,7 @@ def test_every_step_is_in_the_metrics_and_every_logging_step_in_tensorboard(tmp_
 
 def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("repro.reporting.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("repro.run.step_log.time.perf_counter", lambda: now[0])
     with RunWriter(tmp_path) as writer:
         steps = StepLog(writer, num_steps=2, batch_size=10, logging_steps=1, progress=False)
         now[0] += 2.0
@@ -263,7 +263,7 @@ def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
 def test_the_log_tells_rate_and_time_left(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "repro")
     now = [100.0]
-    monkeypatch.setattr("repro.reporting.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("repro.run.step_log.time.perf_counter", lambda: now[0])
     with RunWriter(tmp_path) as writer:
         steps = StepLog(writer, num_steps=200, batch_size=10, logging_steps=1, progress=False)
         now[0] += 2.0

@@ -16,13 +16,13 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from repro.commands import COMMANDS, SIGNALLED
-from repro.commands.parser import Checked, Parser, add_fields, sentence
 from repro.commands.terminal import printable, start_logging
 from repro.config import COUNT, DTYPES, IMPLEMENTATIONS, LENGTH, flag, make_arguments
 from repro.data.images import URL_SCHEMES
 from repro.errors import InputError
 from repro.limits import LISTED_BYTES
-from repro.progress_bar import progress_bar
+from repro.parser import Checked, Parser, add_fields, sentence
+from repro.progress import progress_bar
 
 # Of the files that are taken from a folder; a file that is named may have any.
 SUFFIXES = (
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     results: Iterator[tuple[Any, Any]] = iter(())
     images = [item.name for item in found if item.problem is None]
     if images:
-        from repro.caption import Captioner
+        from repro.models.captioning import Captioner
 
         settings = dict(vars(how))
         of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation")}

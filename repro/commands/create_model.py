@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     if args.output_dir is None:
         raise InputError("--output_dir is missing: name a folder for the new model.")
     start_logging()
-    from repro.prepare import load_or_create
+    from repro.run.prepare import load_or_create
 
     halves = {name: value for name, value in vars(args).items() if name not in ("seed", "output_dir")}
     return write_model(lambda: load_or_create(ModelArguments(**halves), seed=args.seed), args.output_dir)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Checked, Numbers, Parser, add_fields, sentence
 from repro.commands.terminal import start_logging
 from repro.config import ARGUMENTS, COUNT, NATURAL, SEED, CheckArguments, flag, make_arguments, parse_arguments
+from repro.parser import Checked, Numbers, Parser, add_fields, sentence
 
 SPLITS = ("train", "validation", "test")
 CHECK = "read what a run would read, train nothing, and say what is in it"
@@ -62,11 +62,11 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["check"]:
         return _check(argv[1:])
     args = vars(parser.parse_args(argv))
-    from repro.data.whole_file import check_writable
+    from repro.data.atomic import check_writable
 
     if args.pop("kind") == "pocket":
         (scenes,) = make_arguments((PocketArguments,), args)
-        from repro.data.pocket import render_pocket
+        from repro.pocket.halves import render_pocket
 
         folder = args["folder"]
         check_writable(folder, "FOLDER")
@@ -86,7 +86,7 @@ def _check(argv: list[str]) -> int:
     classes = (*ARGUMENTS, CheckArguments)
     parsed = parse_arguments(classes, argv, command="data check", about=f"{CHECK}; takes the flags of a run")
     start_logging()
-    from repro.preflight import check_data, describe_data
+    from repro.recipes.preflight import check_data, describe_data
 
     print(describe_data(check_data(*parsed)))
     print(f"written to {parsed[-1].report_dir}")

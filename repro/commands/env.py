@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser, sentence
+from repro.parser import Parser, sentence
 
 
 def main(argv: list[str]) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import start_logging
+from repro.parser import Parser, sentence
 
 
 def main(argv: list[str]) -> int:
@@ -18,9 +18,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
     args = parser.parse_args(argv)
     start_logging()
-    from repro.data.whole_file import check_file_writable
-    from repro.report import write_report
-    from repro.reporting.writer import REPORT
+    from repro.data.atomic import check_file_writable
+    from repro.record.writer import REPORT
+    from repro.report.write import write_report
 
     output = args.output or args.runs[0] / REPORT
     check_file_writable(output, "--output")

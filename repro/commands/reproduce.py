@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from repro.commands import COMMANDS, INPUT_ERROR
-from repro.commands.parser import Checked, sentence
 from repro.commands.terminal import make_deterministic, print_metrics, start_logging
 from repro.commands.verify import conclude
 from repro.config import ARGUMENTS, flag, given_flags
+from repro.parser import Checked, sentence
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ def main(argv: list[str]) -> int:
         make_deterministic(os.environ)
     start_logging()
     from repro.recipes import read_recipe
-    from repro.report import report_at_end
-    from repro.reproduce import leaving_nothing, reproduce, started
-    from repro.verify import table
+    from repro.recipes.reproduce import leaving_nothing, reproduce, started
+    from repro.recipes.verify import table
+    from repro.report.write import report_at_end
 
     folder = Path(own.output_dir or f"repro-{recipe}")
     if own.dry_run:
-        from repro.preflight import dry_run
+        from repro.recipes.preflight import dry_run
 
         with leaving_nothing(folder), started(read_recipe(recipe), folder, given) as arguments:
             found = dry_run(*arguments)

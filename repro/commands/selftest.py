@@ -6,8 +6,8 @@ import json
 import sys
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import start_logging
+from repro.parser import Parser, sentence
 
 EPILOG = (
     "The exit status is 0 where every judged case equals its record, else 1. Judged is float32 at the highest precision"
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     start_logging(quiet=True)
     from repro.provenance import describe, environment
-    from repro.selftest import JUDGED, as_json, line, selftest, table
+    from repro.recipes.selftest import JUDGED, as_json, line, selftest, table
 
     results = selftest(args.dtype, say=lambda way, case: print(way + line(way, case), file=sys.stderr))
     passed = all(case.passed for case in results[JUDGED])

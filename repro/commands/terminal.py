@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
     """Set what XLA needs on a GPU to compute the same bits in every run; before JAX starts."""
-    from repro.flags import DETERMINISTIC
+    from repro.run.flags import DETERMINISTIC
 
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 
@@ -47,7 +47,7 @@ def start_logging(*, quiet: bool = False) -> None:
 def write_model(make: Callable[[], Pretrained], output_dir: str) -> int:
     """Make a model for a folder that is new or empty, save it there, and say what there is to know of it."""
     from repro.models.pretrained import save_model
-    from repro.reporting.writer import check_output_dir
+    from repro.record.writer import check_output_dir
 
     check_output_dir(Path(output_dir), overwrite=False)
     model = make()

@@ -20,12 +20,12 @@ def main(argv: list[str]) -> int:
     from repro.training.processes import is_first, start_processes
 
     start_processes(**{name: getattr(args, name) for name in SEVERAL})
-    from repro.run import run
+    from repro.run.train import run
 
     result = run(*parsed)
     if not is_first():
         return 0
-    from repro.report import report_at_end
+    from repro.report.write import report_at_end
 
     report_at_end(result.folder)
     print_metrics(result.metrics, result.facts)

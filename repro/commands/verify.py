@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from repro.commands import COMMANDS
-from repro.commands.parser import Parser, sentence
 from repro.commands.terminal import start_logging
+from repro.parser import Parser, sentence
 
 STATUS_OF_VERDICT = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
 EPILOG = "The exit status is 0 for PASS, 1 for FAIL and 2 for CANNOT TELL."
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
     args = parser.parse_args(argv)
     start_logging()
-    from repro.data.whole_file import check_file_writable
+    from repro.data.atomic import check_file_writable
     from repro.json_files import write_json
-    from repro.verify import as_json, as_junit, table, verify
+    from repro.recipes.verify import as_json, as_junit, table, verify
 
     for flag in ("json", "junit"):
         if getattr(args, flag):

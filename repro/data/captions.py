@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from repro.data.whole_file import build_once, writing_only_below
+from repro.data.atomic import build_once, writing_only_below
 from repro.errors import InputError
 
-CHUNK = 10_000
-"""Captions tokenized at once, by all threads of the tokenizers library: bounds what is in memory."""
+CHUNK = 10_000  # captions tokenized at once, by all threads of the tokenizers library: bounds what is in memory
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from repro.data.captions import caption_lengths
 from repro.data.image_cache import in_parallel
 from repro.data.images import ImageError, Resize, open_image, resize_image
 from repro.data.rows import Rows, column
-from repro.progress_bar import progress_bar
+from repro.progress import progress_bar
 
 PERCENTILES = (0, 50, 95, 99, 100)
 REASONS_LISTED = 20

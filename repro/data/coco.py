@@ -26,12 +26,10 @@ LAYOUTS = ("annotations.item", "images.item")
 KARPATHY_SPLITS = {"train": ("train", "restval"), "validation": ("val",), "test": ("test",)}
 DOWNLOADS = "http://images.cocodataset.org"
 YEARS = ("2017", "2014")
+# What reading a zip raises where its content or its encryption forbids it.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-"""What reading a zip raises where its content or its encryption forbids it."""
-PROBED = 1000
-"""Images that are looked for before a folder is given up: some may be missing."""
-NAME_BYTES = 200
-"""That a name takes, and its number, besides its characters."""
+PROBED = 1000  # images that are looked for before a folder is given up: some may be missing
+NAME_BYTES = 200  # that a name takes, and its number, besides its characters
 
 Id = int | float | str
 COCO_IMAGE = keys(id=Id, file_name=str)

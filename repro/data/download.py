@@ -20,13 +20,12 @@ import requests
 
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.errors import InputError
-from repro.progress_bar import progress_bar
+from repro.progress import progress_bar
 
 YEAR = "2017"
 CHUNK = 1 << 20
 CONNECT_SECONDS, READ_SECONDS = 10, 60
-RETRIES = 5
-"""Attempts in a row that bring not one byte more, before a server is given up."""
+RETRIES = 5  # attempts in a row that bring not one byte more, before a server is given up
 LONGEST_PAUSE = 60.0
 PARALLEL_IMAGES = 16
 
@@ -46,15 +45,13 @@ class RemoteFile:
 
 ANNOTATIONS = RemoteFile("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", 252_907_541)
 TEST_IMAGES = RemoteFile("annotations/image_info_test2017.zip", "85da7065e5e600ebfee8af1edb634eb5")
+# Of each split: its images, and what is said of them. Source: sizes and checksums on which several public download
+# scripts agree.
 FILES = {
     "train": (RemoteFile("zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", 19_336_861_798), ANNOTATIONS),
     "validation": (RemoteFile("zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", 815_585_330), ANNOTATIONS),
     "test": (RemoteFile("zips/test2017.zip", "77ad2c53ac5d0aea611d422c0938fb35", 6_646_970_404), TEST_IMAGES),
 }
-"""Of each split: its images, and what is said of them.
-
-Source: sizes and checksums on which several public download scripts agree.
-"""
 
 
 class _Interrupted(requests.ConnectionError):

@@ -20,9 +20,9 @@ from repro.limits import LIST_BYTES, RECORD_CHARACTERS, CheckedJson, Lines, open
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 FORMATS = (*SEPARATORS, ".json", ".jsonl")
 BOM = b"\xef\xbb\xbf"
+# Numbers as 64 bits hold them, a larger one is an error. Otherwise the parser in C makes Python's integers of any
+# length, does not see that Python refuses one of more than 4300 digits, and ends the process (ijson 3.6).
 EXACT = {"use_float": True}
-"""Numbers as 64 bits hold them, a larger one is an error. Otherwise the parser in C makes Python's integers of any
-length, does not see that Python refuses one of more than 4300 digits, and ends the process (ijson 3.6)."""
 
 
 def read_file(path: str) -> Iterator[dict[str, Any]]:

@@ -25,8 +25,8 @@ from uuid import uuid4
 import numpy as np
 import PIL
 
+from repro.data.atomic import alone
 from repro.data.images import ImageError, Resize, image_key
-from repro.data.whole_file import alone
 from repro.errors import InputError
 from repro.json_files import read_lines
 from repro.limits import LIST_BYTES

@@ -16,7 +16,7 @@ import numpy as np
 from repro.data.image_cache import GIGABYTE, Decode, Decoded, ImageCache, cores, in_parallel
 from repro.data.images import ImageError, Resize, decode_image, resize_of
 from repro.errors import InputError
-from repro.progress_bar import progress_bar
+from repro.progress import progress_bar
 
 log = logging.getLogger("repro")
 

@@ -11,20 +11,18 @@ from typing import Any
 import pyarrow
 from datasets import Dataset
 
-from repro.data.whole_file import build_once
+from repro.data.atomic import build_once
 from repro.errors import InputError
 from repro.limits import CAPTION_CHARACTERS, DROPPED_CHARACTERS
 
 SCHEMA = pyarrow.schema(
     {"row": pyarrow.int64(), "image_path": pyarrow.string(), "image_id": pyarrow.string(), "caption": pyarrow.string()}
 )
-CHUNK = 10_000
-"""Rows held in memory at once."""
+CHUNK = 10_000  # rows held in memory at once
 
+# What a source reads: row (counted from 0), image_path, image_id, caption (or a list of them), a reason to drop it.
 Record = dict[str, Any]
-"""What a source reads: row (counted from 0), image_path, image_id, caption (or a list of them), a reason to drop it."""
-Dropped = dict[str, Any]
-"""A row that was left out: split, row (counted from 0 as read), image_path, caption, reason."""
+Dropped = dict[str, Any]  # a row that was left out: split, row (counted from 0 as read), image_path, caption, reason
 
 
 @dataclass(frozen=True)

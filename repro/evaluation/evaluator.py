@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from repro.data.pipeline import CaptionedImages, prefetch
+from repro.data.batches import CaptionedImages, prefetch
 from repro.evaluation.caption_metrics import caption_scores
 from repro.evaluation.rouge import rouge_scores
-from repro.progress_bar import progress_bar
+from repro.progress import progress_bar
 from repro.protocol import LossReduction, Protocol
 from repro.training.memory import batch_shapes, step_bytes, tree_bytes
 from repro.training.sharding import put_rows, replicated, rows_sharding

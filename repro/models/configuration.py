@@ -10,16 +10,15 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from repro.data.atomic import writing_only_below
 from repro.data.images import resize_of
-from repro.data.whole_file import writing_only_below
 from repro.errors import InputError
 from repro.json_files import Count, Positive, checked
 from repro.models.layers import ACTIVATIONS
 
+# Of a configuration, what says where it comes from and not what it computes.
 ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Of a configuration, what says where it comes from and not what it computes."""
-LARGEST = 1e30
-"""Of a number that is computed with; float32 ends at 3e38."""
+LARGEST = 1e30  # of a number that is computed with; float32 ends at 3e38
 Finite = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 AboveZero = Annotated[float, Meta(gt=0, le=LARGEST)]
 Spread = Annotated[float, Meta(ge=0, le=LARGEST)]
@@ -28,10 +27,9 @@ Ids = Count | list[Count] | None
 
 DIVISOR = "a divisor of the width"
 NULL = "null, so that enc_to_dec_proj joins the widths"
+# Rows by which an embedding may exceed the tokenizer: vocabularies are rounded up to a multiple of at most this.
 SPARE_TOKENS = 128
-"""Rows by which an embedding may exceed the tokenizer: vocabularies are rounded up to a multiple of at most this."""
-CHANNELS = 3
-"""Red, green, blue: what the image cache holds."""
+CHANNELS = 3  # red, green, blue: what the image cache holds
 ENCODER: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), Positive),
     **{"model_type": Literal["vit"], "hidden_act": Literal[tuple(ACTIVATIONS)], "num_channels": Literal[CHANNELS]},

@@ -31,8 +31,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
+from repro.data.atomic import check_plain_names, writing_only_below
 from repro.data.images import pixel_table, resize_of
-from repro.data.whole_file import check_plain_names, writing_only_below
 from repro.errors import InputError
 from repro.limits import LAYERS, check_settings
 from repro.models import configuration

@@ -19,7 +19,7 @@ from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
-from repro.data.whole_file import check_plain_names
+from repro.data.atomic import check_plain_names
 from repro.errors import InputError
 from repro.limits import SETTINGS_BYTES, WEIGHTS_BYTES, read_file, size_of
 

@@ -9,8 +9,8 @@ from repro.errors import InputError
 from repro.json_files import keys, optional, read_json
 
 OPTIONAL = optional(data=dict[str, int], model=dict, may_vary=list[str])
+# `repro.recipes.targets` reads the targets more closely.
 RECIPE = keys(name=str, flags=dict[str, Any], targets=list[dict[str, Any]], **OPTIONAL)
-"""`repro.evaluation.targets` reads the targets more closely."""
 
 
 def recipe_names() -> list[str]:

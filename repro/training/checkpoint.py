@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from repro.data.whole_file import sha256_of
+from repro.data.atomic import sha256_of
 from repro.errors import InputError, is_disk_full, stopping_on_full_disk
 from repro.json_files import Count, Positive, keys, optional, read_json, write_json
 from repro.training.processes import is_first
@@ -25,21 +25,19 @@ from repro.training.steps import TrainState
 CHECKSUMS = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 CORRUPT = ".corrupt"
-RECORD = "record"
-"""Folder of a state that holds what was saved beside the arrays."""
-STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-"""The name of a state's folder; `int` reads others, too."""
+RECORD = "record"  # folder of a state that holds what was saved beside the arrays
+STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # The name of a state's folder; `int` reads others, too
 REMOVALS = 10
+# Bytes from which on devices that hold the same array each write a part of it: a part of every shape is compiled for
+# seconds at the first save (orbax 0.12).
 SMALLEST_SLICE = 2**22
-"""Bytes from which on devices that hold the same array each write a part of it: a part of every shape is compiled for
-seconds at the first save (orbax 0.12)."""
 
 log = logging.getLogger("repro")
 
 
 LATER = optional(waiting_for_input_seconds=float, seconds=float)
+# What is saved with a state and needed to go on from it.
 STATE_RECORD = keys(step=Count, training_seconds=float, settings=keys(num_replicas=Positive), **LATER)
-"""What is saved with a state and needed to go on from it."""
 
 
 @dataclass(frozen=True)

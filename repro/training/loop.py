@@ -11,7 +11,7 @@ from functools import partial
 import jax
 from jax.sharding import NamedSharding
 
-from repro.data.pipeline import CaptionedImages, RowOrder, prefetch
+from repro.data.batches import CaptionedImages, RowOrder, prefetch
 from repro.training.sharding import put_rows
 from repro.training.steps import TrainState, TrainStep
 

@@ -1,0 +1,179 @@
+"""`repro reproduce`: make what a recipe needs, run it, and hold the result against its targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenizers.implementations import ByteLevelBPETokenizer
+from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor
+
+from repro.config import ARGUMENTS, HALVES, SEVERAL, flags_of, given_flags, make_arguments
+from repro.errors import InputError
+from repro.evaluation.evaluator import Evaluation, caption_of_each_image
+from repro.json_files import read_json, write_json
+from repro.pocket.attributes import attribute_accuracy
+from repro.pocket.halves import read_scenes, render_pocket
+from repro.recipes import read_recipe
+from repro.recipes.verify import MARKER, MARKER_FORM, RUN, Verification, Watcher, as_json, verify
+from repro.record.writer import entries, locked
+from repro.run.train import RunResult, run
+
+END_OF_TEXT = "<|endoftext|>"
+SAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A validation image, what is generated for it, and what it shows."""
+
+    image_path: str
+    caption: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A recipe that was run.
+
+    Attributes:
+        samples: some captions; none where nothing was generated.
+    """
+
+    folder: Path
+    result: RunResult
+    verification: Verification
+    samples: list[Sample]
+
+
+def reproduce(name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_going: bool = False) -> Reproduction:
+    """Run a recipe in a folder of its own; goes on with a run of it that was ended.
+
+    Args:
+        name: of the recipe.
+        folder: new, empty, or of the same recipe.
+        given: flags of `repro train` that win over the recipe's, by name.
+        keep_going: do not stop a run that can no longer meet the targets.
+
+    Raises:
+        InputError: there is no such recipe, a flag cannot be used, or the folder holds something else.
+        RunStopped: the run cannot meet the targets any more, or cannot go on.
+    """
+    recipe = read_recipe(name)
+    with started(recipe, folder, given) as (model_args, data_args, args):
+        if args.do_train and not args.overwrite_output_dir and "resume" not in given:
+            args = dataclasses.replace(args, resume="auto")
+        scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
+        watch = None if keep_going else Watcher(recipe)
+        result = run(model_args, data_args, args, score=scenes, watch=watch)
+        verification = verify([folder], recipe=name, recompute=False)
+        write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
+    return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
+
+
+@contextmanager
+def started(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Keep others out of a recipe's folder, make its data and the model's halves if they are its own; gives the flags.
+
+    Raises:
+        InputError: a flag cannot be used, or the folder holds something else.
+    """
+    marker = folder / MARKER
+    for name in {"output_dir", *SEVERAL} & given.keys():
+        raise InputError(
+            f"--{name}: is not for a recipe, whose run is in its own folder and in one process; give its other flags to"
+            " `repro train` for that."
+        )
+    arguments = make_arguments(ARGUMENTS, recipe_flags(recipe, folder, given))
+    _check_is_of(marker, recipe["name"])
+    with locked(folder):
+        _check_is_of(marker, recipe["name"])  # another may have been quicker
+        write_json(marker, {"name": recipe["name"]})
+        if "data" in recipe:
+            render_pocket(folder / "data", **recipe["data"])
+            make_halves(recipe["model"], folder / "data", folder / "model")
+        yield arguments
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """Take away what a block that trains nothing puts into an empty folder, and the folders that it makes."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    is_new = bool(made) or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    finally:
+        if is_new and folder.is_dir() and not (folder / RUN).exists():
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(OSError):  # somebody else has put something there
+                for path in made:
+                    path.rmdir()
+
+
+def recipe_flags(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a recipe's run in a folder, those that are given first; a whole model takes the place of halves."""
+    own: dict[str, Any] = {"output_dir": folder / RUN}
+    if "data" in recipe:
+        own |= {
+            "data_dir": folder / "data",
+            "cache_dir": folder / "cache",
+            "encoder_config_name": folder / "model" / "encoder",
+            "decoder_config_name": folder / "model" / "decoder",
+        }
+    flags = given_flags(ARGUMENTS, flags_of({**recipe["flags"], **own}), command="reproduce")
+    if "model_name_or_path" in given:
+        flags = {name: value for name, value in flags.items() if not name.startswith(HALVES)}
+    return {**flags, **given}
+
+
+def _check_is_of(marker: Path, name: str) -> None:
+    folder = marker.parent
+    is_of = marker.is_file() and read_json(marker, MARKER_FORM)["name"] == name
+    if entries(folder) and not is_of:
+        raise InputError(f"--output_dir {folder}: holds something else; name a new or an empty folder.")
+
+
+def make_halves(model: Mapping[str, Any], data_dir: Path, folder: Path) -> None:
+    """Write configurations of a small ViT and GPT-2, an image processor, and a tokenizer made from the captions."""
+    shutil.rmtree(folder, ignore_errors=True)
+    encoder, decoder = folder / "encoder", folder / "decoder"
+    ViTConfig(**model["encoder"]).save_pretrained(encoder)
+    side = model["encoder"]["image_size"]
+    ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(encoder)
+    annotations = json.loads((data_dir / "annotations" / "captions_train2017.json").read_bytes())
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(
+        (f"{row['caption'].lower()} " for row in annotations["annotations"]),
+        vocab_size=model["vocab_size"],
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, **special)
+    tokenizer.save_pretrained(decoder)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GPT2Config(vocab_size=len(tokenizer), **ids, **model["decoder"]).save_pretrained(decoder)
+
+
+def _score_scenes(data_dir: Path, evaluation: Evaluation) -> dict[str, float]:
+    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
+    if not captions:
+        return {}
+    scenes = read_scenes(data_dir, "val")
+    return attribute_accuracy(list(captions.values()), [scenes[int(Path(path).stem)] for path in captions])
+
+
+def _samples(result: RunResult, data_dir: Path | None) -> list[Sample]:
+    evaluation = result.evaluations.get("eval")
+    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations) if evaluation else {}
+    scenes = read_scenes(data_dir, "val") if data_dir else {}
+    paths = sorted(captions)[:: max(len(captions) // SAMPLES, 1)][:SAMPLES]
+    return [Sample(path, captions[path], scenes[int(Path(path).stem)].in_words() if scenes else "") for path in paths]

@@ -1,0 +1,259 @@
+"""The golden cases on this machine: whether what is installed here still computes what the reference computed.
+
+A case is a run of the reference on a tiny model, recorded step by step and caption by caption (`golden/README.md`). It
+is run again, and its files are held against the record, for a test, or for a person after an upgrade.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import serialization, traverse_util
+
+from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.record.writer import log
+from repro.run.train import run
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("current_1dev", "current_8dev", "published_8dev", "current_block0")
+LONG_CASES = ("current_1dev_long", "published_8dev_long")
+PROTOCOLS = {"head": "current", "published": "published"}
+JUDGED = "float32, highest"
+UNMOVED = 1e-6  # norm up to which the record's own parameter is taken for one that does not move
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a run may be from the record.
+
+    Attributes:
+        loss: of each training step; another XLA or another processor adds in another order.
+        steps: how many steps are held to it; None for all. Rounding grows with training.
+        evaluation: of an evaluation's loss and length, and of ROUGE in percent.
+        norm: of each parameter's norm, relative. Before Pillow 13 the cases' JPEGs decode otherwise, which moves one
+            bias by 0.0011; with Pillow 13 it is 0.000001 on jax 0.10 to 0.12.
+        noise: of the norm of a parameter that does not move in exact arithmetic, as attention's biases of keys: their
+            gradients are rounding, of which AdamW makes steps. A gradient that is none would move them by 0.01.
+        captions: whether each is to be equal, and ROUGE with it.
+    """
+
+    loss: float = 2e-5
+    learning_rate: float = 1e-7
+    steps: int | None = None
+    evaluation: float = 1e-4
+    norm: float = 2e-3
+    noise: float = 1e-4
+    captions: bool = True
+
+
+LONG = Bounds(loss=1e-3, steps=30, evaluation=0.03, captions=False)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """How near a run came to the record of its case.
+
+    Attributes:
+        steps: compared.
+        first_difference: the first step beyond the bound; None if there is none.
+        loss: the largest difference of a step's loss; likewise `learning_rate`, `evaluation` (losses and lengths),
+            `rouge` (percent), `norm` (relative) and `noise`.
+        captions_equal: of `captions`.
+        counts: what differs in rows and steps, in words.
+        passed: whether all is within the bounds.
+    """
+
+    name: str
+    steps: int
+    first_difference: int | None
+    loss: float
+    learning_rate: float
+    evaluation: float
+    rouge: float
+    norm: float
+    noise: float
+    captions_equal: int
+    captions: int
+    counts: tuple[str, ...]
+    passed: bool
+
+
+def read_case(name: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def command_line(case: dict[str, Any], output_dir: Path) -> list[str]:
+    """Write the flags with which `repro train` does what the reference did; the cache lies beside `output_dir`."""
+    inputs = GOLDEN / "inputs"
+    files = {"train_file": "train", "validation_file": "val", "test_file": "test"}
+    return [
+        *("--output_dir", str(output_dir), "--cache_dir", str(output_dir.parent / "cache")),
+        *("--model_name_or_path", str(inputs / "model")),
+        *(f"--{flag}={inputs / name}.jsonl" for flag, name in files.items()),
+        *("--image_column", "image_path", "--caption_column", "caption"),
+        *("--protocol", PROTOCOLS[case["semantics"]], "--num_replicas", str(case["devices"])),
+        *case["args"],
+    ]
+
+
+def run_case(
+    name: str,
+    folder: Path,
+    *,
+    bounds: Bounds = Bounds(),
+    devices: Sequence[jax.Device] | None = None,
+    flags: Sequence[str] = (),
+) -> CaseResult:
+    """Run a case and compare.
+
+    Args:
+        folder: of the run; it must not hold another.
+        devices: that compute; None for all.
+        flags: further ones, such as `--dtype bfloat16`.
+    """
+    case = read_case(name)
+    arguments = parse_arguments(
+        (ModelArguments, DataArguments, TrainingArguments), [*command_line(case, folder), *flags], command="train"
+    )
+    run(*arguments, devices=devices, progress=False)
+    return compare(folder, name, bounds)
+
+
+def compare(folder: Path, name: str, bounds: Bounds = Bounds()) -> CaseResult:
+    """Hold the files of a run against the record of a case."""
+    case = read_case(name)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if "loss" in row]
+    pairs = list(zip(measured, case["train_steps"], strict=False))[: bounds.steps]
+    losses, rates = (
+        np.abs([ours[kind] - theirs[kind] for ours, theirs in pairs]) for kind in ("loss", "learning_rate")
+    )
+    # Written so that a NaN is beyond every bound.
+    beyond = np.flatnonzero(~((losses <= bounds.loss) & (rates <= bounds.learning_rate)))
+    evaluations = [_compare_evaluation(folder, rows, expected) for expected in case["evals"]]
+    differences = {kind: [value for found in evaluations for value in found[kind]] for kind in evaluations[0]}
+    # Where captions may differ, training has drifted as far as it will by the last evaluation, whose loss is compared.
+    if not bounds.captions:
+        differences["evaluation"] = evaluations[-1]["evaluation"][:1]
+    largest = {kind: float(np.max(np.abs([0.0, *values]))) for kind, values in differences.items()}  # a NaN stays one
+    first = pairs[beyond[0]][1]["step"] if len(beyond) else None
+    counts = _differing_counts(folder, case, len(measured))
+    near = not counts and first is None and largest["evaluation"] <= bounds.evaluation
+    alike = largest["captions"] == 0 and largest["rouge"] <= bounds.evaluation
+    moved = largest["norm"] <= bounds.norm and largest["noise"] <= bounds.noise
+    return CaseResult(
+        name=name,
+        steps=len(pairs),
+        first_difference=first,
+        loss=float(losses.max()),
+        learning_rate=float(rates.max()),
+        evaluation=largest["evaluation"],
+        rouge=largest["rouge"],
+        norm=largest["norm"],
+        noise=largest["noise"],
+        captions_equal=differences["captions"].count(0),
+        captions=len(differences["captions"]),
+        counts=counts,
+        passed=near and ((alike and moved) or not bounds.captions),
+    )
+
+
+def _compare_evaluation(folder: Path, rows: list[dict[str, Any]], expected: dict[str, Any]) -> dict[str, list[float]]:
+    """Differences of one evaluation: of loss and length, of ROUGE, of parameters; 0 or 1 for each caption."""
+    prefix = "eval" if "eval_results" in expected else "test"
+    place, step = folder / expected["dir"], expected["dir"].rpartition("_")[2]
+    found = next(row[prefix] for row in rows if prefix in row and (not step or row["step"] == int(step)))
+    generations = json.loads((place / f"{prefix}_generation.json").read_text())
+    norms, recorded = {}, expected.get("param_l2_norms", {})
+    if recorded:
+        params = serialization.msgpack_restore((place / "flax_model.msgpack").read_bytes())
+        for path, value in traverse_util.flatten_dict(params, sep="/").items():
+            norms[path] = float(np.linalg.norm(np.asarray(value, np.float64)))
+    assert norms.keys() == recorded.keys(), "the parameter tree is another one"
+    return {
+        "evaluation": [found[kind] - expected[f"{prefix}_results"][f"{prefix}_{kind}"] for kind in ("loss", "gen_len")],
+        "rouge": [found[kind] - mean for kind, mean in expected[f"{prefix}_rouge_exact_mean"].items()],
+        "norm": [norms[path] / norm - 1 for path, norm in recorded.items() if norm > UNMOVED],
+        "noise": [norms[path] - norm for path, norm in recorded.items() if norm <= UNMOVED],
+        "captions": [
+            ours != theirs for ours, theirs in zip(generations, expected[f"{prefix}_generation"], strict=True)
+        ],
+    }
+
+
+def _differing_counts(folder: Path, case: dict[str, Any], num_steps: int) -> tuple[str, ...]:
+    facts, expected = json.loads((folder / "run.json").read_text()), case["counts"]
+    batch = expected["Total train batch size (w. parallel & distributed)"]
+    kept = {split: counts["kept"] for split, counts in facts["data"].items()}
+    # The example counts the rows that fill its batches where it shuffles, and all of them where it does not.
+    train = kept["train"] if expected["Num train examples"] % batch else kept["train"] // batch * batch
+    pairs = {
+        "steps": (num_steps, len(case["train_steps"])),
+        "steps of an epoch": (facts["steps_per_epoch"], expected["Optimization steps per epoch"]),
+        "training rows": (train, expected["Num train examples"]),
+        "validation rows": (kept["validation"], expected["Num evaluation examples"]),
+    }
+    return tuple(f"{what}: {ours}, not {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs)
+
+
+def selftest(
+    dtype: str | None = None, say: Callable[[str, CaseResult], None] = lambda way, result: None
+) -> dict[str, list[CaseResult]]:
+    """Run the short cases, judged in float32 at the highest precision of products, and reported otherwise.
+
+    Args:
+        dtype: a further type of computation to report.
+        say: is told each result as it comes.
+
+    Returns:
+        Results by what they were computed in: `float32, highest` is the one that is judged.
+    """
+    ways: dict[str, tuple[str, list[str]]] = {JUDGED: ("highest", [])}
+    if jax.default_backend() != "cpu":  # a CPU has one precision
+        ways["float32, default"] = ("default", [])
+    if dtype and dtype != "float32":
+        ways[dtype] = ("default", ["--dtype", dtype])
+    results: dict[str, list[CaseResult]] = {way: [] for way in ways}
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        for way, (precision, flags) in ways.items():
+            for name in CASES:
+                with tempfile.TemporaryDirectory() as place, jax.default_matmul_precision(precision):
+                    results[way].append(run_case(name, Path(place) / "run", flags=flags))
+                say(way, results[way][-1])
+    finally:
+        log.setLevel(level)
+    return results
+
+
+def as_json(results: dict[str, list[CaseResult]]) -> dict[str, Any]:
+    return {way: [asdict(result) for result in found] for way, found in results.items()}
+
+
+def table(results: dict[str, list[CaseResult]]) -> str:
+    """Put the results into words, at most 78 columns wide."""
+    lines = []
+    for way, found in results.items():
+        lines.append(f"{way}{'' if way == JUDGED else ' (reported, not judged)'}")
+        lines.append("  case            steps differs at    loss    rate   norms  captions  verdict")
+        lines += [line(way, case) for case in found]
+    return "\n".join(lines)
+
+
+def line(way: str, case: CaseResult) -> str:
+    """Put one result into words."""
+    verdict = ("PASS" if case.passed else "FAIL") if way == JUDGED else ("equal" if case.passed else "differs")
+    first = (
+        f"  {case.name:15}{case.steps:>6}{case.first_difference or '-':>11}{case.loss:8.0e}{case.learning_rate:8.0e}"
+        f"{case.norm:8.0e}{f'{case.captions_equal}/{case.captions}':>10}  {verdict}"
+    )
+    return "\n".join([first, *(f"    {difference}" for difference in case.counts)])

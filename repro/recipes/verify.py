@@ -1,0 +1,341 @@
+"""`repro verify`: what finished runs say about a recipe's targets; and a run's figures while it is still at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repro.config import ARGUMENTS, flags_of, parse_arguments
+from repro.errors import InputError, RunStopped
+from repro.json_files import keys, read_json
+from repro.protocol import protocol_named
+from repro.recipes import read_recipe
+from repro.recipes.equivalence import Verdict
+from repro.recipes.integrity import (
+    contradictions,
+    evaluated_again,
+    missing_of_record,
+    mixed,
+    not_repetitions,
+    other_versions,
+)
+from repro.recipes.targets import Measured, Outcome, Target, against, judge_all, overall, read_targets
+from repro.record.record import FACTS, Recorded, read_record
+
+MARKER, MARKER_FORM = "recipe.json", keys(name=str)
+RUN = "run"
+BY_STEP = ("loss", "learning_rate")
+OF_TRAIN = {"rows": "kept", "dropped": "dropped", "images": "images"}
+COUNTS = (*(f"train_{what}" for what in OF_TRAIN), "num_steps", "parameters")
+FINGERPRINTS = {"train_fingerprint": "train", "validation_fingerprint": "validation"}
+STARTS = ("model_name_or_path", "encoder_model_name_or_path", "decoder_model_name_or_path")
+# Flags that a resumed run may change, and a recipe's may not.
+ALSO_COMPARED = ("do_train", "num_replicas", "eval_steps", "max_train_samples", "max_eval_samples", *STARTS)
+NOT_COMPARED = ("seed", "output_dir", "overwrite_output_dir", "resume", "token", "hub_token")
+# What `repro reproduce` adds for a recipe that makes its own data.
+OF_ITS_FOLDER = ("data_dir", "cache_dir", "encoder_config_name", "decoder_config_name")
+LOOKS = (
+    "each look at so many runs is paid for; a number that was named before the first run, --seeds N, tells with fewer"
+)
+# Of a run's facts; whatever else may be missing has a meaning.
+NEEDED = ("flags", "data", "model", "num_steps", "num_replicas")
+OUTCOME = ("wanted", "measured", "difference", "interval", "verdict", "reason")  # what `--json` writes of an outcome
+EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)  # what is known before the run is over
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its files tell it.
+
+    Attributes:
+        facts: `run.json`.
+        problems: why nothing can be concluded from it.
+        notes: what differs from the recipe and is allowed to.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    recorded: Recorded
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        return self.facts["flags"]["seed"]
+
+    def measured(self, target: Target) -> Measured:
+        """Read what a target is about."""
+        return measured(target, self.facts, self.recorded.rows)
+
+    @property
+    def minutes(self) -> float | None:
+        """What the run took, start-up, evaluations and saved models included."""
+        return self.facts["seconds"] / 60 if "seconds" in self.facts else None
+
+    @property
+    def counts(self) -> dict[str, float | None]:
+        return {name: values_of(Target(name, ""), self.facts, ()).get("") for name in COUNTS}
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return tuple(row["loss"] for row in self.recorded.rows if "loss" in row)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What runs come to.
+
+    Attributes:
+        problems: of the runs, by folder; with any, nothing was judged.
+    """
+
+    recipe: str
+    runs: tuple[RunRecord, ...]
+    outcomes: tuple[Outcome, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        return Verdict.CANNOT_TELL if self.problems else overall(self.outcomes)
+
+    @property
+    def claim(self) -> str:
+        """What a PASS says: at most that the runs are equivalent to others, at least that they are within bounds."""
+        found = {outcome.claim: outcome.target.is_statistical for outcome in self.outcomes if outcome.target.is_score}
+        if self.verdict is not Verdict.PASS:
+            return ""
+        return next((claim for claim, statistical in found.items() if statistical), next(iter(found)))
+
+
+def verify(
+    folders: Sequence[Path],
+    *,
+    recipe: str | None = None,
+    reference: Sequence[Path] = (),
+    seeds: int | None = None,
+    recompute: bool | None = None,
+) -> Verification:
+    """Hold one run, or several with different seeds, against a recipe.
+
+    Args:
+        folders: of reproductions, or of runs, which do not know their recipe.
+        recipe: by name; None for the one that the first folder names.
+        reference: other runs of the recipe, whose values take the place of the recipe's.
+        seeds: how many runs there were to be, decided before the first; None if they are looked at one after another.
+        recompute: evaluate the last models again; None for what the recipe says.
+
+    Raises:
+        InputError: a folder is not there, or no recipe is named.
+    """
+    for folder in (*folders, *reference):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: is not a folder; name a reproduction's, or a run's.")
+    content = read_recipe(recipe) if recipe else _recipe_of(folders[0])
+    runs = [read_run(folder, content) for folder in folders]
+    others = [read_run(folder, content) for folder in reference]
+    problems = [f"{run.folder}: {problem}" for run in (*runs, *others) for problem in run.problems]
+    problems += [*not_repetitions(runs), *not_repetitions(others), *mixed(runs, others)]
+    if seeds is not None and seeds != len(runs):
+        problems.append(f"--seeds {seeds}: named {seeds} runs and {len(runs)} are given; what is fixed is their number")
+    targets = read_targets(content["targets"])
+    notes = [_time(run, content) for run in runs if run.minutes is not None]
+    if not problems:
+        targets = against(targets, [run.measured for run in others]) if others else targets
+        for run in (*runs, *others):
+            found = contradictions(run.folder, run.recorded)
+            if content.get("recompute", False) if recompute is None else recompute:
+                again, more = evaluated_again(run.folder, run.facts, run.recorded)
+                found, notes = found + again, notes + [f"{run.folder}: {note}" for note in more]
+            problems += [f"{run.folder}: {problem}" for problem in found]
+        same = [str(run.folder) for run in others if run.losses in {one.losses for one in runs}]
+        notes += [f"losses equal those of {', '.join(same)}, step for step"] * bool(same)
+    notes += other_versions(runs, others) if others else []
+    notes += [LOOKS] * (seeds is None and len(runs) > 1)
+    outcomes = [] if problems else judge_all(targets, [run.measured for run in runs], named=seeds is not None)
+    return Verification(content["name"], tuple(runs), tuple(outcomes), tuple(problems), tuple(notes))
+
+
+def _time(run: RunRecord, recipe: Mapping[str, Any]) -> str:
+    published = recipe.get("reported", {}).get("minutes")
+    beside = f"; published: {published['value']} ({published['source']})" if published else ""
+    return f"{run.folder}: {run.minutes:.1f} minutes{beside}; time is reported and never judged"
+
+
+class Watcher:
+    """Stops a run of which it is plain before its end that it misses its recipe's targets.
+
+    A run that was given other flags than the recipe's is none of the recipe's, and is left to go on.
+    """
+
+    def __init__(self, recipe: Mapping[str, Any]) -> None:
+        self._recipe = recipe
+        self._targets = [target for target in read_targets(recipe["targets"]) if target.metric in EARLY]
+        self._is_of_recipe: bool | None = None
+
+    def __call__(self, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Look at a run, given what will be its `run.json`, and its rows so far.
+
+        Raises:
+            RunStopped: a count, a learning rate or the losses so far fail.
+        """
+        if self._is_of_recipe is None:
+            self._is_of_recipe = not _flags_that_differ(facts, self._recipe)[0]
+        if not self._is_of_recipe:
+            return
+        outcomes = judge_all(self._targets, [lambda target: measured(target, facts, rows)])
+        failed = [outcome for outcome in outcomes if outcome.verdict is Verdict.FAIL]
+        if failed:
+            raise RunStopped(
+                f"the run cannot reproduce {self._recipe['name']} any more: {'; '.join(map(describe, failed))}. Mend"
+                " what differs, or add --keep_going to have it finished all the same."
+            )
+
+
+def read_run(folder: Path, recipe: Mapping[str, Any]) -> RunRecord:
+    """Read a run, and find what forbids conclusions from it."""
+    if (folder / RUN).is_dir():
+        folder = folder / RUN
+    record = read_record(folder)
+    facts = record.facts
+    lacks = [f"{FACTS}: has no {name}" for name in NEEDED if record.facts and name not in facts]
+    if record.problems or lacks:
+        return RunRecord(folder, {}, Recorded([]), (*record.problems, *lacks))
+    recorded = record.recorded.up_to(facts["num_steps"])
+    problems, notes = _flags_that_differ(facts, recipe)
+    if not facts.get("finished"):
+        problems.append("the run is not finished; --resume auto goes on with it")
+    else:
+        problems += missing_of_record(folder, facts, recorded)
+    return RunRecord(folder, facts, recorded, tuple(problems), tuple(notes))
+
+
+def measured(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """Read what a target is about from a run's facts and rows."""
+    split = facts.get("data", {}).get(FINGERPRINTS.get(target.metric, ""), {})
+    return Measured(int(facts["flags"]["seed"]), values_of(target, facts, rows), split.get("fingerprint"))
+
+
+def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Find a metric among a run's facts and rows: by step, or at "" ."""
+    if target.metric in BY_STEP:
+        return {
+            str(row["step"]): row[target.metric] for row in rows if row["step"] in target.steps and target.metric in row
+        }
+    evaluations = {row["step"]: row["eval"] for row in rows if "eval" in row}
+    train = facts.get("data", {}).get("train", {})
+    values: dict[str, Any] = {f"train_{what}": train.get(name) for what, name in OF_TRAIN.items()}
+    values |= {"num_steps": facts.get("num_steps"), "parameters": facts.get("model", {}).get("parameters")}
+    step = target.step if target.step is not None else max(evaluations, default=None)
+    found = evaluations.get(step, {}) if step is not None else {}
+    values |= {f"eval_{name}": value for name, value in found.items() if isinstance(value, int | float)}
+    value = values.get(target.metric)
+    return {} if value is None else {"": float(value)}
+
+
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    marker = (folder if (folder / MARKER).is_file() else folder.parent) / MARKER
+    if not marker.is_file():
+        raise InputError(f"{folder}: does not say which recipe it is of; add --recipe NAME.")
+    return read_recipe(read_json(marker, MARKER_FORM)["name"])
+
+
+def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    parsed = parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify")
+    fields = [(arguments, field) for arguments in parsed for field in dataclasses.fields(arguments)]
+    flags = facts["flags"]
+    problems: list[str] = []
+    notes: list[str] = []
+    for arguments, field in fields:
+        name, value = field.name, getattr(arguments, field.name)
+        own = name in OF_ITS_FOLDER and "data" in recipe
+        if name in NOT_COMPARED or own or flags.get(name) == value:
+            continue
+        free = field.metadata.get("may_change") and name not in ALSO_COMPARED
+        text = f"--{name} {flags.get(name)}, the recipe has {value}"
+        (notes if free or name in recipe.get("may_vary", ()) else problems).append(text)
+    shuffles = parsed[-1].block_size > 0 or protocol_named(parsed[-1].protocol).shuffle_without_blocks
+    if facts.get("shuffle", shuffles) != shuffles:
+        size = flags.get("block_size")
+        problems.append(f"--block_size {size}: decides whether rows are shuffled, unlike the recipe's")
+    return problems, notes
+
+
+def describe(outcome: Outcome) -> str:
+    """Put an outcome on one line."""
+    named = zip(("measured", "difference", "interval"), _figures(outcome), strict=True)
+    parts = [f"{name} {figure}" for name, figure in named if figure]
+    reason = f" ({outcome.reason})" if outcome.reason else ""
+    return ", ".join([f"{outcome.target.name}: wanted {outcome.wanted}", *parts]) + reason
+
+
+def _figures(outcome: Outcome) -> tuple[str, str, str]:
+    """What was measured, its difference and that one's interval; empty where there is none."""
+    low, high = outcome.interval or (0.0, 0.0)
+    return (
+        "" if outcome.measured is None else f"{outcome.measured:.6g}",
+        "" if outcome.difference is None else f"{outcome.difference:+.4g}",
+        "" if outcome.interval is None else f"{low:+.4g} to {high:+.4g}",
+    )
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Lay outcomes out as text."""
+    lines = [f"{'target':30} {'wanted':>22} {'measured':>11} {'difference':>11}  {'its interval':>22}  verdict"]
+    for outcome in outcomes:
+        measured, difference, interval = _figures(outcome)
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        lines.append(
+            f"{outcome.target.name:30} {outcome.wanted:>22} {measured:>11} {difference:>11}  {interval:>22}"
+            f"  {outcome.verdict}{reason}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(verification: Verification) -> dict[str, Any]:
+    """Make what `--json` writes."""
+    return {
+        "recipe": verification.recipe,
+        "verdict": verification.verdict,
+        "claim": verification.claim,
+        "problems": list(verification.problems),
+        "notes": list(verification.notes),
+        "runs": [
+            {
+                "folder": str(run.folder),
+                "seed": run.seed if run.facts else None,
+                "minutes": run.minutes,
+                "notes": run.notes,
+            }
+            for run in verification.runs
+        ],
+        "targets": [
+            {"target": of.target.name, **{name: getattr(of, name) for name in OUTCOME}, "source": of.target.source}
+            for of in verification.outcomes
+        ],
+    }
+
+
+def as_junit(verification: Verification) -> bytes:
+    """Make what `--junit` writes: a failure for FAIL, an error for CANNOT TELL, which is no success either."""
+    count = {v: sum(o.verdict is v for o in verification.outcomes) for v in Verdict}
+    suite = ET.Element(
+        "testsuite",
+        name=f"repro verify {verification.recipe}",
+        tests=str(len(verification.outcomes) + len(verification.problems)),
+        failures=str(count[Verdict.FAIL]),
+        errors=str(count[Verdict.CANNOT_TELL] + len(verification.problems)),
+    )
+    for outcome in verification.outcomes:
+        case = ET.SubElement(suite, "testcase", classname=verification.recipe, name=outcome.target.name)
+        if outcome.verdict is not Verdict.PASS:
+            kind = "failure" if outcome.verdict is Verdict.FAIL else "error"
+            ET.SubElement(case, kind, message=describe(outcome))
+    for problem in verification.problems:
+        case = ET.SubElement(suite, "testcase", classname=verification.recipe, name="runs")
+        ET.SubElement(case, "error", message=problem)
+    return ET.tostring(suite, encoding="utf-8", xml_declaration=True)

@@ -1,0 +1,197 @@
+"""Where a run starts: anew, or after the last state of itself or of another run, if that computed the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from repro.config import ModelArguments, TrainingArguments
+from repro.data.atomic import check_writable
+from repro.errors import InputError
+from repro.record.record import FACTS, ROWS, Recorded, read_clock, read_record
+from repro.record.writer import STATE, check_output_dir, holds_only_run_files, locked, models_in
+from repro.run.prepare import PreparedRun
+from repro.training.checkpoint import RECORD, STEP, Found, find_newest, whole_states
+from repro.training.processes import decided_by_first
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where training starts.
+
+    Attributes:
+        found: the state that it goes on from; None to start anew.
+        recorded: steps and evaluations up to there.
+        branches_off: from another run than the one in the output folder.
+        parts: when, where and with what the earlier parts of the run were computed.
+        seconds: that these took, with what was lost when one was killed.
+    """
+
+    found: Found | None
+    recorded: Recorded
+    parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    branches_off: bool = False
+    seconds: float = 0.0
+
+    @property
+    def step(self) -> int:
+        return self.found.step if self.found else 0
+
+    @property
+    def num_replicas(self) -> int | None:
+        return self.found.record["settings"]["num_replicas"] if self.found else None
+
+    def clock(self, name: str) -> float:
+        """Seconds that the state's record has under a name; 0 if there is no state, or an older version's."""
+        return self.found.record.get(name, 0.0) if self.found else 0.0
+
+
+ANEW = Start(None, Recorded([]))
+
+
+def enter_folders(stack: ExitStack, args: TrainingArguments, folder: Path, cache: Path) -> Start:
+    """Lock a run's folder until the stack ends, and that of another that it goes on from; decide where it starts.
+
+    Raises:
+        InputError: in all processes; a folder cannot be written or is in use, or see `choose_start`.
+    """
+
+    def enter() -> dict[str, Any]:
+        stack.enter_context(locked(folder))
+        check_writable(cache, "--cache_dir")
+        source = other_run(args.resume, folder)
+        if source is not None and os.access(source, os.W_OK):  # else nobody of this run's rights can change it
+            stack.enter_context(locked(source, "--resume"))
+        return dataclasses.asdict(choose_start(args, folder))
+
+    chosen = decided_by_first(enter)
+    found = Found(**chosen["found"]) if chosen["found"] else None
+    return Start(**{**chosen, "found": found, "recorded": Recorded(**chosen["recorded"])})
+
+
+def choose_start(args: TrainingArguments, folder: Path) -> Start:
+    """Do what `--resume` says; looks only, changes nothing.
+
+    Raises:
+        InputError: the folder holds something that this run may not go on with or replace, or there is no such state.
+    """
+    if args.resume == "never":
+        check_output_dir(folder, overwrite=args.overwrite_output_dir)
+        return ANEW
+    if args.resume == "auto":
+        found = find_newest(folder / STATE)
+        if found is None:
+            if not _holds_only_a_start(folder):
+                raise InputError(
+                    f"--resume auto: {folder} holds no state that can be used, but other files; name another"
+                    " --output_dir, or start anew in it with --overwrite_output_dir instead of --resume."
+                )
+            return dataclasses.replace(ANEW, seconds=read_clock(folder))
+        return _after(found, folder, folder)
+    source, step = _named(Path(args.resume))
+    if _same(source, folder):
+        source = folder
+    states = source / STATE
+    found = find_newest(states, step=step) if states.is_dir() else None
+    if found is None:
+        raise InputError(
+            f"--resume {args.resume}: holds no state that can be used; give auto, never, the folder of a run, or of one"
+            f" of its states ({STATE}/STEP)."
+        )
+    start = _after(found, source, folder)
+    if start.branches_off:
+        check_output_dir(folder, overwrite=args.overwrite_output_dir)
+    return start
+
+
+def _holds_only_a_start(folder: Path) -> bool:
+    """Tell whether a folder is empty, or holds nothing but what a run writes before its first state."""
+    later = [*models_in(folder), *whole_states(folder / STATE)]
+    return not later and "finished" not in read_record(folder).facts and holds_only_run_files(folder)
+
+
+def other_run(resume: str, folder: Path) -> Path | None:
+    """The folder of the run that `--resume` names, if it is another than the output folder, whatever each is called."""
+    source = _named(Path(resume))[0] if resume not in ("never", "auto") else folder
+    return source if source.is_dir() and not _same(source, folder) else None
+
+
+def _named(path: Path) -> tuple[Path, int | None]:
+    """The folder of the run that a path names, and the step if it is a state's."""
+    path = path.absolute()
+    if STEP.fullmatch(path.name) and (path / RECORD).is_dir():
+        return path.parent.resolve().parent, int(path.name)
+    return (path.resolve().parent if path.name == STATE and not (path / STATE).is_dir() else path), None
+
+
+def _same(source: Path, folder: Path) -> bool:
+    """Tell whether two folders are one, or have their states in one."""
+    pairs = ((source, folder), (source / STATE, folder / STATE))
+    return any(one.is_dir() and other.is_dir() and one.samefile(other) for one, other in pairs)
+
+
+def _after(found: Found, source: Path, folder: Path) -> Start:
+    record, branches_off = read_record(source), source != folder
+    recorded = record.recorded.up_to(found.step)
+    missing = set(range(1, found.step + 1)) - {row["step"] for row in recorded.steps}
+    if missing:
+        raise InputError(
+            f"{source / ROWS}: step {min(missing)} is missing or damaged in it, and the state is of step"
+            f" {found.step}; put a whole copy there, or resume from an earlier state ({STATE}/STEP)."
+        )
+    if (source / FACTS).exists() and not record.facts:
+        raise InputError(f"{source / FACTS}: is damaged; take it away, and the run goes on without what it told.")
+    seconds = found.record.get("seconds", 0.0) if branches_off else read_clock(folder)
+    if branches_off:  # the model of this step stays behind, so it is saved and evaluated once more
+        recorded = Recorded([row for row in recorded.rows if "loss" in row or row["step"] < found.step])
+    return Start(found, recorded, record.facts.get("parts", []), branches_off, seconds)
+
+
+def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any]:
+    """Collect what the numbers of a run depend on: what may not change when it is resumed."""
+    flags = {
+        field.name: getattr(arguments, field.name)
+        for arguments in (model_args, prepared.data_args, prepared.args)
+        for field in dataclasses.fields(arguments)
+        if not field.metadata.get("may_change")
+    }
+    return {
+        "flags": flags,
+        "protocol": dataclasses.asdict(prepared.protocol),
+        "num_replicas": prepared.num_replicas,
+        "num_steps": prepared.facts["num_steps"],
+        "shuffle": prepared.shuffle,
+        "model": prepared.facts["model"]["fingerprint"],
+        "data": {
+            split: {name: counts[name] for name in ("kept", "fingerprint")}
+            for split, counts in prepared.facts["data"].items()
+        },
+    }
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a run would go on as it began.
+
+    Raises:
+        InputError: names every setting that differs, with both values.
+    """
+    different = list(_differences(saved, now))
+    if different:
+        raise InputError(
+            "--resume: the state belongs to a run that computes something else:\n  "
+            + "\n  ".join(different)
+            + "\nUse the earlier values, or start anew in another --output_dir."
+        )
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*saved, *now}):
+        before, after = saved.get(name, "absent"), now.get(name, "absent")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"--{name[:0]}" if name == "flags" else f"{prefix}{name} ")
+        elif before != after and not (prefix == "data " and "absent" in (before, after)):
+            yield f"{prefix}{name}: {before} then, {after} now"

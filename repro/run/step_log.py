@@ -1,0 +1,158 @@
+"""Every step's loss, on the progress bar and in the run's files, without making the device wait."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import KW_ONLY, dataclass
+from datetime import timedelta
+from typing import Any
+
+import jax
+
+from repro.progress import progress_bar
+from repro.record.writer import RunWriter, log
+from repro.training.loop import StepResult
+
+REFRESH_SECONDS = 1.0
+# Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile.
+IN_FLIGHT = 2
+
+
+class NonFinite(Exception):
+    """A step's loss or gradient is infinite or not a number, so the parameters after it are worthless.
+
+    Attributes:
+        step: the first such.
+        metrics: its own.
+    """
+
+    def __init__(self, step: int, metrics: dict[str, float]) -> None:
+        super().__init__(f"step {step}: {metrics}")
+        self.step = step
+        self.metrics = metrics
+
+
+@dataclass
+class StepLog:
+    """Collects the metrics of steps, writes them once they are computed, and watches that they are finite.
+
+    Its clock starts when it is made.
+
+    Attributes:
+        batch_size: rows of a step.
+        first_step: taken already, in `seconds_before`, of which `waited_before` for input.
+        log_grad_norm: write the norm of each step's gradient too.
+    """
+
+    writer: RunWriter
+    _: KW_ONLY
+    num_steps: int
+    batch_size: int
+    logging_steps: int
+    progress: bool
+    first_step: int = 0
+    seconds_before: float = 0.0
+    waited_before: float = 0.0
+    log_grad_norm: bool = False
+
+    def __post_init__(self) -> None:
+        self.waited, self._written = self.waited_before, self.first_step
+        self._training_seconds, self._paused = self.seconds_before, False
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._resumed = self._refreshed = time.perf_counter()
+        self.bar = progress_bar(
+            progress=self.progress,
+            lines=self.logging_steps == 0,  # else the logged steps are the lines where there is no terminal
+            total=self.num_steps,
+            initial=self.first_step,
+            desc="train",
+            unit="step",
+        )
+
+    def add(self, result: StepResult) -> None:
+        """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""
+        self._pending.append((result.step, result.metrics))
+        self.waited += result.waited
+        if self.logs(result.step):
+            self.flush()
+        elif time.perf_counter() - self._refreshed > REFRESH_SECONDS:
+            self._write(self._pending[:-IN_FLIGHT])
+            self._pending = self._pending[-IN_FLIGHT:]
+
+    def logs(self, step: int) -> bool:
+        """Tell whether a step is one of those that are logged, and written at once."""
+        return self.logging_steps > 0 and step % self.logging_steps == 0
+
+    def flush(self) -> None:
+        """Wait for all steps so far and write them.
+
+        Raises:
+            NonFinite: one of them cannot be gone on from; those before it are written.
+        """
+        self._write(self._pending)
+        self._pending = []
+
+    def pause(self) -> None:
+        """Flush, and stop the training clock (for an evaluation or a save)."""
+        self.flush()
+        self._training_seconds, self._paused = self.training_seconds, True
+
+    def resume(self) -> None:
+        """Go on counting training time."""
+        self._resumed, self._paused = time.perf_counter(), False
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent on the steps so far, those before the run was resumed included, without evaluations."""
+        return self._training_seconds + (0.0 if self._paused else time.perf_counter() - self._resumed)
+
+    def close(self) -> dict[str, float]:
+        """Stop the clock, and end the bar.
+
+        Returns:
+            `train_seconds`, without evaluations, `train_rows_per_second`, and `waiting_for_input_seconds`: those of all
+            steps, each as it was taken last.
+        """
+        self.pause()
+        self.bar.close()
+        rows = self._written * self.batch_size
+        return {
+            "train_seconds": round(self._training_seconds, 3),
+            "train_rows_per_second": round(rows / max(self._training_seconds, 1e-9), 2),
+            "waiting_for_input_seconds": round(self.waited, 3),
+        }
+
+    def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
+        rows: list[dict[str, Any]] = []
+        broken = None
+        for step, metrics in steps:
+            values = {name: float(value) for name, value in metrics.items()}
+            if not all(map(math.isfinite, values.values())):
+                broken = NonFinite(step, values)
+                break
+            if not self.log_grad_norm:
+                values.pop("grad_norm", None)
+            rows.append({"step": step, **values} | ({"seconds": self.training_seconds} if self.logs(step) else {}))
+        self.writer.train_steps(rows)
+        self._written += len(rows)
+        steps_per_second = self._written / max(self.training_seconds, 1e-3)
+        rate = f"{steps_per_second * self.batch_size:.0f} rows/s"
+        for row in rows:
+            if self.logs(row["step"]):
+                self.writer.train_scalars(row["step"], row, self.training_seconds)
+                log.info(
+                    "step %d of %d: loss %.4f, learning rate %.3e, %s, %s left",
+                    row["step"],
+                    self.num_steps,
+                    row["loss"],
+                    row["learning_rate"],
+                    rate,
+                    timedelta(seconds=round((self.num_steps - row["step"]) / steps_per_second)),
+                )
+        self._refreshed = time.perf_counter()
+        if rows:
+            self.bar.update(len(rows))
+            self.bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate}")
+        if broken:
+            raise broken
