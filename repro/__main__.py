@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from repro import __doc__ as PURPOSE
-from repro.commands import COMMANDS, INPUT_ERROR, SIGNALLED
+from repro.commands import COMMANDS, ELSEWHERE, INPUT_ERROR, SIGNALLED
 from repro.commands.terminal import printable
 from repro.errors import InputError, Interrupted, RunStopped
 from repro.masking import learn, learn_flags, masked, print_exception
@@ -18,6 +20,7 @@ from repro.provenance import versions
 
 STOPPED = 3
 INTERRUPTED = 130
+UNREAD = SIGNALLED + signal.SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done; 1 a target was missed, or an image could not be captioned; 2 the input cannot be used
-        or tells nothing; 3 training cannot go on; 130 and 143 stopped by SIGINT and SIGTERM; 141 nobody reads the
-        captions any more.
+        or tells nothing; 3 training cannot go on; 130 and 143 stopped by SIGINT and SIGTERM. `program` adds 141:
+        nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     learn(os.environ.get("HF_TOKEN"))
@@ -42,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise InputError(f"unknown command {arguments[0]!r}.{hint} `repro --help` lists them.")
-        command = importlib.import_module(f"repro.commands.{arguments[0].replace('-', '_')}")
-        return int(command.main(arguments[1:]))
+        module, function = ELSEWHERE.get(arguments[0], (arguments[0], "main"))
+        command = getattr(importlib.import_module(f"repro.commands.{module}"), function)
+        return int(command(arguments[1:]))
     except InputError as error:
         _say(f"error: {error}")
         return INPUT_ERROR
@@ -71,6 +75,13 @@ def _help() -> str:
     )
 
 
+def _is_unread(stream: TextIO) -> bool:
+    """Tell whether a stream is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def program() -> None:
     """Run a command and end the process.
 
@@ -80,7 +91,17 @@ def program() -> None:
     # transformers 5 says at every start that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.excepthook = print_exception
-    status = main()
+    try:
+        try:
+            status = main()
+        except SystemExit as end:  # argparse's, after `--help`, which it prints without a word about a failure
+            status = UNREAD if _is_unread(sys.stdout) else int(end.code or 0)
+        sys.stdout.flush()  # here, since a failure when Python ends would be reported
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout) and not _is_unread(sys.stderr):
+            raise  # a connection's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds
+        status = UNREAD
     jax = sys.modules.get("jax")
     # The other processes of a run wait for a proper end.
     if status in (INTERRUPTED, SIGNALLED + signal.SIGTERM) and not (jax and jax.distributed.is_initialized()):

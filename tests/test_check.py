@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from repro.data.captions import caption_lengths
 from repro.data.census import picture_sheet
 from repro.models.pretrained import load_model
 from repro.pocket.halves import render_pocket
-from repro.recipes.trial import multiplication_rate, training_operations
+from repro.recipes.trial import training_operations
 
 
 @pytest.fixture
@@ -40,21 +39,6 @@ def flags(tmp_path: Path, golden_inputs: Path, monkeypatch: pytest.MonkeyPatch) 
 def check(flags: list[str], *more: str) -> dict:
     assert main(["data", "check", *flags, *more]) == 0
     return json.loads(Path("data-check/data_check.json").read_text())
-
-
-def test_a_product_too_small_to_keep_the_device_busy_is_not_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {8: 1e-6, 16: 1e-6, 32: 0.5, 64: 1e-9}
-    started = iter([True, False] * 99)
-    clock, sides = [0.0], iter(side for side in seconds for _ in range(4))
-
-    def now() -> float:
-        clock[0] += 0.0 if next(started) else seconds[next(sides)]
-        return clock[0]
-
-    monkeypatch.setattr("repro.recipes.trial.PROBE_SIDES", tuple(seconds))
-    monkeypatch.setattr("repro.recipes.trial.time", SimpleNamespace(perf_counter=now))
-    # By hand: 2 x 16³ operations in a microsecond; 32 takes too long for a larger one to be tried.
-    assert multiplication_rate("float32") == pytest.approx(2 * 16**3 / 1e-6)
 
 
 def test_each_split_is_looked_at_as_the_run_would(flags: list[str], tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from tqdm import tqdm
@@ -59,3 +62,14 @@ def test_what_is_hidden_writes_nothing(capsys, settings):
 def test_an_iterable_is_gone_through():
     assert list(progress_bar([1, 2], progress=True)) == [1, 2]
     assert isinstance(progress_bar([1], progress=True), ProgressLines)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["env", "--json"]])
+def test_a_command_whose_reader_goes_away_ends_quietly(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "repro", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,4 +1,4 @@
-"""What `repro` can be told: each command is a module here of its name, whose `main` takes the arguments after it."""
+"""What `repro` can be told: a command is the `main` of the module of its name, or stands in `ELSEWHERE`."""
 
 COMMANDS = {
     "reproduce": "run a recipe and hold the result against its targets (default: pocket, offline, minutes on a CPU)",
@@ -11,6 +11,14 @@ COMMANDS = {
     "selftest": "run the reference's recorded cases on this machine: after an upgrade of jax, a driver or a library",
     "env": "print versions, devices and settings, for a bug report",
     "data": "download COCO 2017, render scenes, or look at what a run would read",
+}
+# Module and function of the small commands, several to a module.
+ELSEWHERE = {
+    "create-model": ("models", "create_model"),
+    "export": ("models", "export"),
+    "env": ("machine", "env"),
+    "selftest": ("machine", "selftest"),
+    "report": ("verify", "report"),
 }
 INPUT_ERROR = 2
 # Plus the signal's number: a command that was asked to stop.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from repro.commands import COMMANDS, SIGNALLED
+from repro.commands import COMMANDS
 from repro.commands.terminal import printable, start_logging
 from repro.config import COUNT, DTYPES, IMPLEMENTATIONS, LENGTH, flag, make_arguments
 from repro.data.images import URL_SCHEMES
@@ -78,11 +77,7 @@ def main(argv: list[str]) -> int:
             images, allow_image_urls=args.allow_image_urls, **settings
         )
     outcomes = ((name, problem or next(results)[1]) for name, problem in found)
-    try:
-        failures = _print(outcomes, len(found), as_json=args.json, width=_width(found))
-    except BrokenPipeError:  # as after `| head`; what Python still holds would fail again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SIGNALLED + signal.SIGPIPE
+    failures = _print(outcomes, len(found), as_json=args.json, width=_width(found))
     if failures:
         _tell(f"{failures} of {len(found)} could not be captioned")
     return NOT_ALL if failures else 0

@@ -5,14 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Mapping, MutableMapping
+from typing import Any, TextIO
 
 from repro.masking import MaskingFormatter
-
-if TYPE_CHECKING:
-    from repro.models.pretrained import Pretrained
 
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
@@ -42,18 +38,6 @@ def start_logging(*, quiet: bool = False) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-
-
-def write_model(make: Callable[[], Pretrained], output_dir: str) -> int:
-    """Make a model for a folder that is new or empty, save it there, and say what there is to know of it."""
-    from repro.models.pretrained import save_model
-    from repro.record.writer import check_output_dir
-
-    check_output_dir(Path(output_dir), overwrite=False)
-    model = make()
-    save_model(model, model.params, Path(output_dir))
-    print(*model.notes, f"written to {output_dir}", sep="\n")
-    return 0
 
 
 def printable(text: str, stream: TextIO) -> str:

@@ -41,16 +41,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A recipe that was run.
-
-    Attributes:
-        samples: some captions; none where nothing was generated.
-    """
+    """A recipe that was run."""
 
     folder: Path
     result: RunResult
     verification: Verification
-    samples: list[Sample]
+    samples: list[Sample]  # some captions; none where nothing was generated
 
 
 def reproduce(name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_going: bool = False) -> Reproduction:

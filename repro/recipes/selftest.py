@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import serialization, traverse_util
 
-from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.config import ARGUMENTS, parse_arguments
 from repro.record.writer import log
 from repro.run.train import run
 
@@ -120,9 +120,7 @@ def run_case(
         flags: further ones, such as `--dtype bfloat16`.
     """
     case = read_case(name)
-    arguments = parse_arguments(
-        (ModelArguments, DataArguments, TrainingArguments), [*command_line(case, folder), *flags], command="train"
-    )
+    arguments = parse_arguments(ARGUMENTS, [*command_line(case, folder), *flags], command="train")
     run(*arguments, devices=devices, progress=False)
     return compare(folder, name, bounds)
 
@@ -155,10 +153,7 @@ def compare(folder: Path, name: str, bounds: Bounds = Bounds()) -> CaseResult:
         first_difference=first,
         loss=float(losses.max()),
         learning_rate=float(rates.max()),
-        evaluation=largest["evaluation"],
-        rouge=largest["rouge"],
-        norm=largest["norm"],
-        noise=largest["noise"],
+        **{kind: largest[kind] for kind in ("evaluation", "rouge", "norm", "noise")},
         captions_equal=differences["captions"].count(0),
         captions=len(differences["captions"]),
         counts=counts,
@@ -172,11 +167,10 @@ def _compare_evaluation(folder: Path, rows: list[dict[str, Any]], expected: dict
     place, step = folder / expected["dir"], expected["dir"].rpartition("_")[2]
     found = next(row[prefix] for row in rows if prefix in row and (not step or row["step"] == int(step)))
     generations = json.loads((place / f"{prefix}_generation.json").read_text())
-    norms, recorded = {}, expected.get("param_l2_norms", {})
-    if recorded:
-        params = serialization.msgpack_restore((place / "flax_model.msgpack").read_bytes())
-        for path, value in traverse_util.flatten_dict(params, sep="/").items():
-            norms[path] = float(np.linalg.norm(np.asarray(value, np.float64)))
+    recorded = expected.get("param_l2_norms", {})
+    params = serialization.msgpack_restore((place / "flax_model.msgpack").read_bytes()) if recorded else {}
+    weights = traverse_util.flatten_dict(params, sep="/")
+    norms = {path: float(np.linalg.norm(np.asarray(value, np.float64))) for path, value in weights.items()}
     assert norms.keys() == recorded.keys(), "the parameter tree is another one"
     return {
         "evaluation": [found[kind] - expected[f"{prefix}_results"][f"{prefix}_{kind}"] for kind in ("loss", "gen_len")],
@@ -204,7 +198,7 @@ def _differing_counts(folder: Path, case: dict[str, Any], num_steps: int) -> tup
     return tuple(f"{what}: {ours}, not {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs)
 
 
-def selftest(
+def run_cases(
     dtype: str | None = None, say: Callable[[str, CaseResult], None] = lambda way, result: None
 ) -> dict[str, list[CaseResult]]:
     """Run the short cases, judged in float32 at the highest precision of products, and reported otherwise.
@@ -228,15 +222,12 @@ def selftest(
         for way, (precision, flags) in ways.items():
             for name in CASES:
                 with tempfile.TemporaryDirectory() as place, jax.default_matmul_precision(precision):
-                    results[way].append(run_case(name, Path(place) / "run", flags=flags))
-                say(way, results[way][-1])
+                    result = run_case(name, Path(place) / "run", flags=flags)
+                results[way].append(result)
+                say(way, result)
     finally:
         log.setLevel(level)
     return results
-
-
-def as_json(results: dict[str, list[CaseResult]]) -> dict[str, Any]:
-    return {way: [asdict(result) for result in found] for way, found in results.items()}
 
 
 def table(results: dict[str, list[CaseResult]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,14 +247,11 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
 
 def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     parsed = parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify")
-    fields = [(arguments, field) for arguments in parsed for field in dataclasses.fields(arguments)]
-    flags = facts["flags"]
-    problems: list[str] = []
-    notes: list[str] = []
-    for arguments, field in fields:
+    flags, problems, notes = facts["flags"], list[str](), list[str]()
+    ignored = {*NOT_COMPARED, *(OF_ITS_FOLDER if "data" in recipe else ())}
+    for arguments, field in ((each, field) for each in parsed for field in dataclasses.fields(each)):
         name, value = field.name, getattr(arguments, field.name)
-        own = name in OF_ITS_FOLDER and "data" in recipe
-        if name in NOT_COMPARED or own or flags.get(name) == value:
+        if name in ignored or flags.get(name) == value:
             continue
         free = field.metadata.get("may_change") and name not in ALSO_COMPARED
         text = f"--{name} {flags.get(name)}, the recipe has {value}"
@@ -267,19 +265,20 @@ def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> t
 
 def describe(outcome: Outcome) -> str:
     """Put an outcome on one line."""
-    named = zip(("measured", "difference", "interval"), _figures(outcome), strict=True)
+    *figures, reason = _in_words(outcome)
+    named = zip(("measured", "difference", "interval"), figures, strict=True)
     parts = [f"{name} {figure}" for name, figure in named if figure]
-    reason = f" ({outcome.reason})" if outcome.reason else ""
     return ", ".join([f"{outcome.target.name}: wanted {outcome.wanted}", *parts]) + reason
 
 
-def _figures(outcome: Outcome) -> tuple[str, str, str]:
-    """What was measured, its difference and that one's interval; empty where there is none."""
+def _in_words(outcome: Outcome) -> tuple[str, str, str, str]:
+    """What was measured, its difference, that one's interval, and the reason; empty where there is none."""
     low, high = outcome.interval or (0.0, 0.0)
     return (
         "" if outcome.measured is None else f"{outcome.measured:.6g}",
         "" if outcome.difference is None else f"{outcome.difference:+.4g}",
         "" if outcome.interval is None else f"{low:+.4g} to {high:+.4g}",
+        f" ({outcome.reason})" if outcome.reason else "",
     )
 
 
@@ -287,8 +286,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """Lay outcomes out as text."""
     lines = [f"{'target':30} {'wanted':>22} {'measured':>11} {'difference':>11}  {'its interval':>22}  verdict"]
     for outcome in outcomes:
-        measured, difference, interval = _figures(outcome)
-        reason = f" ({outcome.reason})" if outcome.reason else ""
+        measured, difference, interval, reason = _in_words(outcome)
         lines.append(
             f"{outcome.target.name:30} {outcome.wanted:>22} {measured:>11} {difference:>11}  {interval:>22}"
             f"  {outcome.verdict}{reason}"
@@ -322,20 +320,15 @@ def as_json(verification: Verification) -> dict[str, Any]:
 
 def as_junit(verification: Verification) -> bytes:
     """Make what `--junit` writes: a failure for FAIL, an error for CANNOT TELL, which is no success either."""
-    count = {v: sum(o.verdict is v for o in verification.outcomes) for v in Verdict}
-    suite = ET.Element(
-        "testsuite",
-        name=f"repro verify {verification.recipe}",
-        tests=str(len(verification.outcomes) + len(verification.problems)),
-        failures=str(count[Verdict.FAIL]),
-        errors=str(count[Verdict.CANNOT_TELL] + len(verification.problems)),
-    )
-    for outcome in verification.outcomes:
-        case = ET.SubElement(suite, "testcase", classname=verification.recipe, name=outcome.target.name)
-        if outcome.verdict is not Verdict.PASS:
-            kind = "failure" if outcome.verdict is Verdict.FAIL else "error"
-            ET.SubElement(case, kind, message=describe(outcome))
-    for problem in verification.problems:
-        case = ET.SubElement(suite, "testcase", classname=verification.recipe, name="runs")
-        ET.SubElement(case, "error", message=problem)
+    kinds = {Verdict.PASS: None, Verdict.FAIL: "failure", Verdict.CANNOT_TELL: "error"}
+    cases = [(outcome.target.name, kinds[outcome.verdict], describe(outcome)) for outcome in verification.outcomes]
+    cases += [("runs", "error", problem) for problem in verification.problems]
+    count = Counter(kind for _, kind, _ in cases)
+    numbers = {"tests": len(cases), "failures": count["failure"], "errors": count["error"]}
+    suite = ET.Element("testsuite", {name: str(number) for name, number in numbers.items()})
+    suite.set("name", f"repro verify {verification.recipe}")
+    for name, kind, message in cases:
+        case = ET.SubElement(suite, "testcase", classname=verification.recipe, name=name)
+        if kind:
+            ET.SubElement(case, kind, message=message)
     return ET.tostring(suite, encoding="utf-8", xml_declaration=True)

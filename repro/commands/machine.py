@@ -1,9 +1,10 @@
-"""`repro selftest`: the golden cases, run on this machine by what is installed here."""
+"""`repro env` and `repro selftest`: what is installed here, and whether it computes what the reference computed."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 
 from repro.commands import COMMANDS
 from repro.commands.terminal import start_logging
@@ -15,20 +16,32 @@ EPILOG = (
 )
 
 
-def main(argv: list[str]) -> int:
+def env(argv: list[str]) -> int:
+    parser = Parser(prog="repro env", description=sentence(COMMANDS["env"]))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    from repro.provenance import describe, environment
+
+    found = environment()
+    print(json.dumps(found, indent=1) if args.json else describe(found))
+    return 0
+
+
+def selftest(argv: list[str]) -> int:
     parser = Parser(prog="repro selftest", description=sentence(COMMANDS["selftest"]), epilog=EPILOG)
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="report this type of computation, too")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args(argv)
     start_logging(quiet=True)
     from repro.provenance import describe, environment
-    from repro.recipes.selftest import JUDGED, as_json, line, selftest, table
+    from repro.recipes.selftest import JUDGED, line, run_cases, table
 
-    results = selftest(args.dtype, say=lambda way, case: print(way + line(way, case), file=sys.stderr))
+    results = run_cases(args.dtype, say=lambda way, case: print(way + line(way, case), file=sys.stderr))
     passed = all(case.passed for case in results[JUDGED])
     made_by = environment()
     if args.json:
-        print(json.dumps({**made_by, "passed": passed, "results": as_json(results)}, indent=1))
+        found = {way: [asdict(case) for case in cases] for way, cases in results.items()}
+        print(json.dumps({**made_by, "passed": passed, "results": found}, indent=1))
     else:
         print(f"{describe(made_by)}\n\n{table(results)}")
         print("\nPASS: this machine computes what the reference computed." if passed else "\nFAIL")
