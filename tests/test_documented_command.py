@@ -59,9 +59,3 @@ def test_create_model_keeps_the_halves_and_reports_what_is_random(
         assert all("cross" in name for name in ours.keys() - theirs.keys())
     assert created.tokenizer.pad_token == created.tokenizer.eos_token == "<|endoftext|>"
     assert main(["create-model", *flags, "--output_dir", str(model)]) == 2  # nothing is overwritten
-
-
-def test_the_readme_has_its_two_commands() -> None:
-    text = README.read_text()
-    assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/repro reproduce" in text
-    assert re.search(r"<!-- test command -->\n```\n\.venv/bin/pip install tox && \.venv/bin/tox\n```", text)

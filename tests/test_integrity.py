@@ -101,32 +101,31 @@ def swap_weights(run: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+# What may not vary, and two flags that may, with the value that is put in the place of the run's.
+FLAGS: dict[str, tuple[str, Any]] = {
+    "another learning rate": ("learning_rate", 1.0),
+    "another batch": ("per_device_train_batch_size", 3),
+    "another protocol": ("protocol", "current"),
+    "another precision": ("dtype", "bfloat16"),
+    "another number of beams": ("num_beams", 1),
+    "a start from trained weights": ("model_name_or_path", "trained"),
+    "an encoder from trained weights": ("encoder_model_name_or_path", "trained"),
+    "fewer rows evaluated": ("max_eval_samples", 10),
+    "fewer rows trained on": ("max_train_samples", 60),
+    "not trained": ("do_train", False),
+    "a harmless flag": ("gradient_checkpointing", True),
+    "other data sets named": ("train_file", "mine.csv"),
+}
+
+
+def with_flag(flag: str, value: Any) -> tuple[Callable[[Path], Any], str]:
+    """A run that names another value of a flag, and what is to be said of it."""
+    return lambda run: change_facts(run, flags={flag: value}), f"--{flag} {value}, the recipe has"
+
+
 MANIPULATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a copy with its seed edited": (lambda run: change_facts(run, flags={"seed": 8}), "has the losses of seed 42"),
-    "another learning rate": (lambda run: change_facts(run, flags={"learning_rate": 1.0}), "--learning_rate 1.0"),
-    "another batch": (
-        lambda run: change_facts(run, flags={"per_device_train_batch_size": 3}),
-        "--per_device_train_batch_size 3",
-    ),
-    "another protocol": (lambda run: change_facts(run, flags={"protocol": "current"}), "--protocol current"),
-    "another precision": (lambda run: change_facts(run, flags={"dtype": "bfloat16"}), "--dtype bfloat16"),
-    "another number of beams": (lambda run: change_facts(run, flags={"num_beams": 1}), "--num_beams 1"),
-    "a start from trained weights": (
-        lambda run: change_facts(run, flags={"model_name_or_path": "trained"}),
-        "--model_name_or_path trained",
-    ),
-    "an encoder from trained weights": (
-        lambda run: change_facts(run, flags={"encoder_model_name_or_path": "trained"}),
-        "--encoder_model_name_or_path trained",
-    ),
-    "fewer rows evaluated": (lambda run: change_facts(run, flags={"max_eval_samples": 10}), "--max_eval_samples 10"),
-    "fewer rows trained on": (lambda run: change_facts(run, flags={"max_train_samples": 60}), "--max_train_samples 60"),
-    "not trained": (lambda run: change_facts(run, flags={"do_train": False}), "--do_train False"),
-    "a harmless flag": (
-        lambda run: change_facts(run, flags={"gradient_checkpointing": True}),
-        "--gradient_checkpointing True, the recipe has False",
-    ),
-    "other data sets named": (lambda run: change_facts(run, flags={"train_file": "mine.csv"}), "--train_file mine.csv"),
+    **{name: with_flag(*changed) for name, changed in FLAGS.items()},
     "order of the file": (lambda run: change_facts(run, shuffle=False), "decides whether rows are shuffled"),
     "rows dropped": (lambda run: change_facts(run, **changed_split(run, "train", kept=119)), "train_rows"),
     "other training data": (

@@ -59,30 +59,20 @@ LONG = Bounds(loss=1e-3, steps=30, evaluation=0.03, captions=False)
 
 @dataclass(frozen=True)
 class CaseResult:
-    """How near a run came to the record of its case.
-
-    Attributes:
-        steps: compared.
-        first_difference: the first step beyond the bound; None if there is none.
-        loss: the largest difference of a step's loss; likewise `learning_rate`, `evaluation` (losses and lengths),
-            `rouge` (percent), `norm` (relative) and `noise`.
-        captions_equal: of `captions`.
-        counts: what differs in rows and steps, in words.
-        passed: whether all is within the bounds.
-    """
+    """How near a run came to the record of its case; figures are the largest differences, as `Bounds` has them."""
 
     name: str
-    steps: int
-    first_difference: int | None
+    steps: int  # compared
+    first_difference: int | None  # the first step beyond the bound
     loss: float
     learning_rate: float
     evaluation: float
-    rouge: float
+    rouge: float  # in percent
     norm: float
     noise: float
-    captions_equal: int
+    captions_equal: int  # of `captions`
     captions: int
-    counts: tuple[str, ...]
+    counts: tuple[str, ...]  # what differs in rows and steps, in words
     passed: bool
 
 

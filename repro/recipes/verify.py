@@ -50,26 +50,19 @@ EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)  # what is known before the run is ov
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its files tell it.
-
-    Attributes:
-        facts: `run.json`.
-        problems: why nothing can be concluded from it.
-        notes: what differs from the recipe and is allowed to.
-    """
+    """A run as its files tell it."""
 
     folder: Path
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # `run.json`
     recorded: Recorded
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # why nothing can be concluded from it
+    notes: tuple[str, ...] = ()  # what differs from the recipe and is allowed to
 
     @property
     def seed(self) -> int:
         return self.facts["flags"]["seed"]
 
     def measured(self, target: Target) -> Measured:
-        """Read what a target is about."""
         return measured(target, self.facts, self.recorded.rows)
 
     @property
@@ -88,16 +81,12 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Verification:
-    """What runs come to.
-
-    Attributes:
-        problems: of the runs, by folder; with any, nothing was judged.
-    """
+    """What runs come to."""
 
     recipe: str
     runs: tuple[RunRecord, ...]
     outcomes: tuple[Outcome, ...]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # of the runs, by folder; with any, nothing was judged
     notes: tuple[str, ...] = ()
 
     @property
