@@ -25,6 +25,7 @@ ablation = importlib.import_module("ablation")
 generation = importlib.import_module("generation")
 input_pipeline = importlib.import_module("input_pipeline")
 peers = importlib.import_module("peers")
+plots = importlib.import_module("plots")
 roofline = importlib.import_module("roofline")
 saving = importlib.import_module("saving")
 scaling = importlib.import_module("scaling")
@@ -266,7 +267,14 @@ def test_runs_of_an_earlier_result_of_the_ablation_count_as_done(tmp_path, monke
 
 def test_the_table_of_what_moves_the_numbers_is_the_measured_one():
     result = json.loads((suite.HERE / "results" / "cpu-2-cores" / "ablation.json").read_text())
-    assert ablation.table(result) in (suite.HERE.parent / "README.md").read_text()
+    assert ablation.table(result) in (suite.HERE.parent / "repro" / "recipes" / "README.md").read_text()
+
+
+def test_the_picture_of_speed_shows_the_measured_ratios():
+    drawn = (suite.HERE / "results" / "cpu-2-cores" / "speed.svg").read_text()
+    shown = {f"{title}: {peer}": times for title, peers in plots.speeds() for peer, times in peers}
+    assert len(shown) >= 8
+    assert [text for name, times in shown.items() for text in (name, f"{times:.2f}") if f">{text}<" not in drawn] == []
 
 
 @pytest.mark.parametrize(
@@ -285,7 +293,7 @@ def test_the_verdicts_on_native_and_class_are_those_of_the_result(protocol, seed
     cell = f"| {row['equivalence']['eval_rouge2']['difference']:+.2f} ({low:+.2f} to {high:+.2f}) |"
     (line,) = (
         line
-        for line in (suite.HERE.parent / "README.md").read_text().splitlines()
+        for line in (suite.HERE.parent / "repro" / "recipes" / "README.md").read_text().splitlines()
         if line.startswith(f"| `{protocol}` | {seeds}")
     )
     assert cell in line

@@ -190,7 +190,7 @@ def test_nothing_else_is_started_or_tried(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ImageError):
             decode(tmp_path / "photo.jpg")
     assert set(images.formats()) <= set(limits.FORMATS)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[1] / "repro" / "data" / "README.md").read_text()
     assert ", ".join(limits.FORMATS[:-1]) + " and " + limits.FORMATS[-1] in readme
 
 
