@@ -191,7 +191,7 @@ def test_what_accelerators_need_is_declared(commands: tuple[str, ...]) -> None:
 def test_other_versions_are_those_that_ci_installs(commands: tuple[str, ...]) -> None:
     flax_class, torch = commands
     (extra,) = re.findall(r"\[([\w-]+)\]", words_of(flax_class)[-1])
-    assert extras()[extra] == ["transformers<5"]
+    assert "transformers<5" in extras()[extra]
     assert "flax-class: flax-class" in tox()["testenv:{tests,oldest,newest,flax-class,accelerator,next}"]["extras"]
     assert tox()["testenv:torch"]["deps"] == torch.split()[-1]
 
