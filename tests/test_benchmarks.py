@@ -108,7 +108,7 @@ def test_a_training_step_moves_its_optimizers_bytes_at_least():
 
 def test_roofs_are_measured(monkeypatch):
     monkeypatch.setattr(roofline, "COPIED", 2**20)
-    monkeypatch.setattr("repro.recipes.trial.PROBE_SIDES", (64,))
+    monkeypatch.setattr("repro.recipes.preflight.PROBE_SIDES", (64,))
     roofs = roofline.measure_roofs()
     assert roofs["platform"] == "cpu"
     assert all(rate > 0 for rate in (*roofs["teraflops"].values(), roofs["gigabytes_a_second"]))

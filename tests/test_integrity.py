@@ -18,6 +18,7 @@ from test_verify import OWN, runs
 
 import repro.models.captioner
 import repro.recipes.integrity
+import repro.run.settings
 import repro.run.train
 import repro.training.steps
 from repro.__main__ import main
@@ -297,7 +298,9 @@ def replaced(place: Any, name: str, change: Callable[..., Any]) -> Plant:
 
 
 def other_protocol(**changed: Any) -> Plant:
-    return replaced(repro.run.train, "protocol_named", lambda named, text: dataclasses.replace(named(text), **changed))
+    return replaced(
+        repro.run.settings, "protocol_named", lambda named, text: dataclasses.replace(named(text), **changed)
+    )
 
 
 def other_search(**changed: Any) -> Plant:

@@ -91,9 +91,9 @@ def at_step(number: int, action: Callable[[], Any]) -> Callable[..., None]:
     """StepLog.add, and an action after a step."""
     original = StepLog.add
 
-    def add(self: StepLog, result: Any) -> None:
-        original(self, result)
-        if result.step == number:
+    def add(self: StepLog, step: int, *arguments: Any, **more: Any) -> None:
+        original(self, step, *arguments, **more)
+        if step == number:
             action()
 
     return add
@@ -491,10 +491,10 @@ def test_clocks_go_on_through_a_kill_and_count_what_was_lost(tmp_path, monkeypat
 
     slow = 0.4
 
-    def slower(self: StepLog, result: Any, original: Any = StepLog.add) -> None:
-        time.sleep(slow if result.step in (1, 5) else 0)
-        original(self, result)
-        if result.step == 5:
+    def slower(self: StepLog, step: int, *arguments: Any, original: Any = StepLog.add, **more: Any) -> None:
+        time.sleep(slow if step in (1, 5) else 0)
+        original(self, step, *arguments, **more)
+        if step == 5:
             die()
 
     with monkeypatch.context() as patched:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from datasets import concatenate_datasets
 
@@ -20,37 +24,26 @@ from repro.data.atomic import check_writable
 from repro.data.batches import number_images
 from repro.data.census import count_images, count_rows, look_at_images, picture_sheet
 from repro.data.image_cache import cores
+from repro.data.image_store import load_images
 from repro.data.images import resize_of
 from repro.data.rows import Rows, column
 from repro.models.pretrained import Pretrained
-from repro.protocol import protocol_named
-from repro.recipes.trial import (
-    multiplication_rate,
-    prepare_trial,
-    time_evaluation,
-    time_images,
-    time_steps,
-    timed,
-    training_operations,
-)
 from repro.record.writer import write_json
-from repro.run.flags import check_values
-from repro.run.prepare import (
-    SPLIT_FLAGS,
-    cache_folder,
-    check_rows,
-    check_run,
-    converts_to_rgb,
-    load_or_create,
-    plan_of,
-    read_rows,
-    target_length,
-)
+from repro.run.build import build_evaluator, build_training, training_batches
+from repro.run.prepare import PreparedRun, check_run, load_or_create, mesh_of, prepare, read_rows
+from repro.run.settings import Settings
+from repro.training.losses import row_losses
 from repro.training.memory import device_bytes
 from repro.training.optimizer import count_parameters
+from repro.training.sharding import put, replicated
 
 # A model is kept in float32 for Flax and for PyTorch; a state holds each parameter with AdamW's two moments.
 BYTES_OF_WEIGHT, BYTES_OF_STATE = 2 * 4, 3 * 4
+STEPS, WARM_UPS = 3, 1
+TIMED_IMAGES = 500
+PROBE_SIDES, PROBE_TURNS, PROBE_SECONDS = (2048, 4096, 8192, 16384), 4, 0.01
+
+Result = TypeVar("Result")
 
 
 class DryRun(NamedTuple):
@@ -74,23 +67,24 @@ def check_data(
     """
     if not (args.do_train or args.do_eval or args.do_predict):
         args = replace(args, do_train=True, do_eval=True)
-    check_values(model_args, data_args, args)
+    settings = Settings.of(model_args, data_args, args, num_devices=jax.device_count())
     folder = Path(check_args.report_dir)
     check_writable(folder, "--report_dir")
-    check_writable(cache_folder(model_args), "--cache_dir")
-    if args.output_dir is not None:
-        check_writable(Path(args.output_dir), "--output_dir")
-    protocol, num_workers = protocol_named(args.protocol), data_args.preprocessing_num_workers or cores()
-    # Whether the images of each split are converted.
-    splits = {split: converts_to_rgb(protocol, split) for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)}
-    rows, reading = timed(lambda: read_rows(model_args, data_args, list(splits)))
-    pretrained = load_or_create(model_args, seed=args.seed)
-    check_run(data_args, args, pretrained, jax.devices())
-    uses = {(path, splits[name]): None for name, split in rows.items() for path in column(split.dataset, "image_path")}
+    check_writable(settings.cache, "--cache_dir")
+    if settings.output_dir is not None:
+        check_writable(settings.folder, "--output_dir")
+    num_workers = settings.preprocessing_num_workers or cores()
+    rows, reading = timed(lambda: read_rows(settings))
+    pretrained = load_or_create(settings, seed=settings.seed)
+    check_run(settings, pretrained, jax.devices())
+    converts = {name: settings.converts_to_rgb(name) for name in rows}
+    uses = {
+        (path, converts[name]): None for name, split in rows.items() for path in column(split.dataset, "image_path")
+    }
     seen, decoding = timed(lambda: look_at_images(list(uses), resize_of(pretrained.image_processor), num_workers))
     counts, tokenizing = timed(
         lambda: {
-            name: count_rows(split, splits[name], seen, pretrained.tokenizer, target_length(data_args, name))
+            name: count_rows(split, converts[name], seen, pretrained.tokenizer, settings.max_length(name))
             for name, split in rows.items()
         }
     )
@@ -101,20 +95,21 @@ def check_data(
         "seconds_decoding_images": round(decoding, 1),
         "threads": num_workers,
         "seconds_tokenizing": round(tokenizing, 1),
-        "image_cache_bytes": usable * disk["image"] if data_args.image_cache else 0,
-        "cache_free_bytes": shutil.disk_usage(_existing(cache_folder(model_args))).free,
+        "image_cache_bytes": usable * disk["image"] if settings.image_cache else 0,
+        "cache_free_bytes": shutil.disk_usage(_existing(settings.cache)).free,
         "checkpoint_bytes": disk["model"],
-        "output_free_bytes": shutil.disk_usage(_existing(Path(args.output_dir or "."))).free,
+        "output_free_bytes": shutil.disk_usage(_existing(Path(settings.output_dir or "."))).free,
     }
     kept = {name: found["rows_kept"] for name, found in counts.items()}
     if "train" in kept:
-        plan = plan_of(args, protocol, kept["train"], jax.device_count())
-        operations = plan.steps * plan.train_batch * training_operations(pretrained, counts["train"]["max_length"])
-        rate = multiplication_rate(model_args.dtype) * jax.device_count()
+        planned = replace(settings, num_rows=kept)
+        rows_trained = planned.num_steps * planned.train_batch
+        operations = rows_trained * training_operations(pretrained, counts["train"]["max_length"])
+        rate = multiplication_rate(settings.dtype) * jax.device_count()
         needs |= {
-            "global_batch": plan.train_batch,
-            "steps": plan.steps,
-            "checkpoints": max(plan.evaluations, 1),
+            "global_batch": planned.train_batch,
+            "steps": planned.num_steps,
+            "checkpoints": planned.num_models,
             "operations": operations,
             "operations_per_second": rate,
             "seconds_training_at_least": round(operations / rate, 1),
@@ -123,9 +118,9 @@ def check_data(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "data_check.json", report)
     broken = {path for (path, _), image in seen.items() if image.failure is not None}
-    if drawn := _random_rows(rows, broken, check_args.num_pictures, args.seed):
+    if drawn := _random_rows(rows, broken, check_args.num_pictures, settings.seed):
         picture_sheet(drawn).save(folder / "data_check.png")
-    check_rows(args, protocol, kept, jax.device_count())
+    settings.with_rows(kept)
     return report
 
 
@@ -205,41 +200,41 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     Raises:
         InputError: a flag, the weights or the data cannot be used at all.
     """
-    check_values(model_args, data_args, args)
-    check_writable(cache_folder(model_args), "--cache_dir")
-    protocol, devices = protocol_named(args.protocol), jax.devices()
-    with jax.threefry_partitionable(protocol.threefry_partitionable):
-        rows, reading = timed(lambda: read_rows(model_args, data_args, ["train", "validation"]))
-        num_rows = {name: len(split.dataset) for name, split in rows.items()}
-        check_rows(args, protocol, num_rows, len(devices))
-        trial = prepare_trial(model_args, data_args, args, protocol, rows)
-        image_seconds = time_images(rows["train"], trial)
-        check_run(data_args, args, trial.pretrained, devices)
-        facts = time_steps(trial)
-        facts |= time_evaluation(trial, args.num_replicas or len(devices), held_bytes=facts["state_bytes"])
-    plan, disk = plan_of(args, protocol, num_rows["train"], len(devices)), _disk(trial.pretrained)
+    devices = jax.devices()
+    settings = Settings.of(model_args, data_args, args, num_devices=len(devices))
+    settings = replace(settings, do_train=True, do_eval=True, do_predict=False)
+    check_writable(settings.cache, "--cache_dir")
+    with jax.threefry_partitionable(settings.rules.threefry_partitionable):
+        rows, reading = timed(lambda: read_rows(settings))
+        settings = settings.with_rows({name: len(split.dataset) for name, split in rows.items()})
+        trial = _prepare_trial(settings, rows["validation"], devices)
+        image_seconds = _time_images(rows["train"], trial)
+        check_run(settings, trial.pretrained, devices)
+        facts = _time_steps(trial)
+        facts |= _time_evaluation(trial, settings, devices, held_bytes=facts["state_bytes"])
+    disk, available = _disk(trial.pretrained), device_bytes(devices[0])
     num_images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
-    unit, evaluated = ("images", num_images) if protocol.generate_per_image else ("rows", num_rows)
+    per_image = settings.rules.generate_per_image
+    unit, evaluated = ("images", num_images) if per_image else ("rows", settings.num_rows)
     seconds = {
         "rows": reading,
         "images": image_seconds * sum(num_images.values()),
         "compiling": facts["compile_seconds"] + facts["evaluation_compile_seconds"],
-        "training": plan.steps * plan.train_batch / facts["train_rows_per_second"],
-        "evaluations": plan.evaluations * evaluated["validation"] / facts["evaluation_rows_per_second"],
+        "training": settings.num_steps * settings.train_batch / facts["train_rows_per_second"],
+        "evaluations": settings.num_evaluations * evaluated["validation"] / facts["evaluation_rows_per_second"],
     }
-    image_cache = sum(num_images.values()) * disk["image"] if data_args.image_cache else 0
-    models = max(plan.evaluations, 1) * disk["model"]
-    states = 0 if args.save_steps == 0 else (args.save_total_limit + 1) * disk["state"]
+    image_cache = sum(num_images.values()) * disk["image"] if settings.image_cache else 0
+    models, states = settings.num_models * disk["model"], settings.num_states * disk["state"]
     problems = [
-        *_lacking_room((Path(args.output_dir or "."), models + states), (cache_folder(model_args), image_cache)),
-        *_lacking_memory(facts, device_bytes(devices[0])),
+        *_lacking_room((Path(settings.output_dir or "."), models + states), (settings.cache, image_cache)),
+        *_lacking_memory(facts, available),
     ]
     lines = [
-        f"machine: {len(devices)} x {devices[0]} with {_gib(device_bytes(devices[0]))} GiB,"
+        f"machine: {len(devices)} x {devices[0]} with {_gib(available)} GiB,"
         f" {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} GiB of memory,"
-        f" {data_args.preprocessing_num_workers or cores()} threads",
+        f" {settings.preprocessing_num_workers or cores()} threads",
         *(f"weights: {note}" for note in trial.pretrained.notes),
-        *(f"{name}: {count} rows of {num_images[name]} images" for name, count in num_rows.items()),
+        *(f"{name}: {count} rows of {num_images[name]} images" for name, count in settings.num_rows.items()),
         *(f"dropped among the first rows: {row['reason']}" for row in trial.dropped[:3]),
         f"disk: {image_cache / 1e9:.1f} GB for images, {models / 1e9:.1f} GB for models, {states / 1e9:.1f} GB for"
         " states",
@@ -247,12 +242,92 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         f" {facts['train_rows_per_second']:.0f} rows/s",
         f"evaluation: {_gib(facts['evaluation_bytes'])} GiB with {facts['evaluation_rows_at_once']} at once,"
         f" {facts['evaluation_rows_per_second']:.0f} {unit}/s",
-        f"time: {_duration(sum(seconds.values()))} for {plan.steps} steps and {plan.evaluations} evaluations ("
+        f"time: {_duration(sum(seconds.values()))} for {settings.num_steps} steps and {settings.num_evaluations}"
+        " evaluations ("
         + ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
         + "), before rows are dropped",
         *(f"problem: {problem}" for problem in problems),
     ]
     return DryRun(problems, facts, "\n".join(lines))
+
+
+def _prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.Device]) -> PreparedRun:
+    """Prepare a run of the first rows with at most one replica for each device."""
+    replicas = min(settings.replicas, len(devices))
+    paths = validation.dataset["image_path"][:]
+    trial = replace(
+        settings,
+        num_replicas=replicas,
+        num_rows={},
+        block_size=0,
+        num_train_epochs=1,
+        metric_for_best_model=None,
+        image_cache=False,
+        overwrite_cache=False,
+        max_train_samples=2 * (STEPS + WARM_UPS) * replicas * settings.per_device_train_batch_size,
+        # A global batch, with room for rows that are dropped.
+        max_eval_samples=_rows_of(paths, settings.eval_batch)
+        if settings.rules.generate_per_image
+        else min(2 * settings.eval_batch, len(paths)),
+    )
+    return prepare(trial, devices[:replicas], progress=False)
+
+
+def _time_images(split: Rows, trial: PreparedRun) -> float:
+    """Tell the seconds that an image takes, of the split's first ones."""
+    some = list(number_images([split.dataset.select(range(min(TIMED_IMAGES, len(split.dataset))))]))
+    options: dict[str, Any] = {"cache_dir": None, "num_workers": trial.settings.preprocessing_num_workers}
+    processor = trial.pretrained.image_processor
+    _, seconds = timed(lambda: load_images(some, processor, convert_to_rgb=True, progress=False, **options))
+    return seconds / len(some)
+
+
+def _time_steps(trial: PreparedRun) -> dict[str, Any]:
+    """Compile and take a few steps; returns seconds, bytes on one device, and rows a second."""
+    training, compiling = timed(lambda: build_training(trial))
+    state, times = training.create(), list[float]()
+    data = trial.splits["train"]
+    with closing(training_batches(data, training.row_order, training.batch_sharding)) as batches:
+        for _, batch, _ in islice(batches, WARM_UPS + STEPS):
+            (state, _), seconds = timed(lambda: jax.block_until_ready(training.step(state, batch)))  # noqa: B023
+            times.append(seconds)
+    return {
+        "compile_seconds": round(compiling, 1),
+        "step_bytes": training.facts["step_bytes"],
+        "state_bytes": training.facts["state_bytes"],
+        "train_rows_per_second": round(trial.settings.train_batch / float(np.median(times[WARM_UPS:] or times)), 2),
+    }
+
+
+def _time_evaluation(
+    trial: PreparedRun, settings: Settings, devices: Sequence[jax.Device], *, held_bytes: int
+) -> dict[str, Any]:
+    """Compile and take the first turn of an evaluation by the run's replicas on the run's devices.
+
+    Args:
+        held_bytes: what the state takes on a device.
+
+    Returns:
+        Rows at once, bytes on one device, seconds, and rows or images a second, whichever the protocol evaluates.
+    """
+    data = trial.splits["validation"]
+    own = replace(trial.settings, num_replicas=settings.replicas).with_rows({"validation": len(data)})
+    mesh = mesh_of(own, devices)
+    evaluator = build_evaluator(replace(trial, settings=own, mesh=mesh), held_bytes=held_bytes)
+    programs, compiling = timed(evaluator.programs)
+    per_image = own.rules.generate_per_image
+    size = _rows_of(data.image_index, programs.num_rows) if per_image else programs.num_rows
+    data = replace(data, kept=data.kept[:size], image_index=data.image_index[:size])
+    turn = replace(evaluator, num_replicas=programs.num_rows // own.per_device_eval_batch_size)
+    params = put(trial.pretrained.params, replicated(mesh))
+    evaluation, seconds = timed(lambda: turn.evaluate(params, data))
+    units = len(set(evaluation.image_paths)) if per_image else evaluation.details["rows"]
+    return {
+        "evaluation_rows_at_once": programs.num_rows,
+        "evaluation_bytes": programs.num_bytes,
+        "evaluation_compile_seconds": round(compiling, 1),
+        "evaluation_rows_per_second": round(units / seconds, 2),
+    }
 
 
 def _lacking_room(*sizes: tuple[Path, int]) -> Iterator[str]:
@@ -293,3 +368,46 @@ def _gib(num_bytes: int) -> str:
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _rows_of(images: Sequence[str] | np.ndarray, number: int) -> int:
+    """Count the rows that come before the first row of another image than the first `number`."""
+    firsts = np.sort(np.unique(images, return_index=True)[1])
+    return int([*firsts, len(images)][min(number, len(firsts))])
+
+
+def training_operations(pretrained: Pretrained, max_length: int) -> float:
+    """Count the arithmetic operations of one row's training step, optimizer left out, from the compiler's own count."""
+    captioner = pretrained.captioner
+    pixels = jax.ShapeDtypeStruct((1, *resize_of(pretrained.image_processor).shape), jnp.uint8)
+    tokens = jax.ShapeDtypeStruct((1, max_length), jnp.int32)
+
+    def loss(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        sums, _ = row_losses(captioner.logits(params, pixels, ids, mask), ids, mask)
+        return sums.sum()
+
+    params = jax.eval_shape(lambda: pretrained.params)
+    cost = jax.jit(jax.grad(loss)).lower(params, pixels, tokens, tokens).cost_analysis()
+    assert cost is not None, "every backend counts operations before it compiles"
+    return float(cost["flops"])
+
+
+def multiplication_rate(dtype: str) -> float:
+    """Measure how many operations a second the first device does in a large matrix product: what nothing exceeds."""
+    multiply, rate = jax.jit(jnp.matmul), 0.0
+    for side in PROBE_SIDES:
+        matrix = jnp.ones((side, side), dtype)
+        product = partial(lambda matrix: multiply(matrix, matrix).block_until_ready(), matrix)
+        product()  # compiles
+        seconds = min(timed(product)[1] for _ in range(PROBE_TURNS))
+        rate = max(rate, 2 * side**3 / seconds)
+        if seconds > PROBE_SECONDS:  # an accelerator spends longer on the start of a small product than on it
+            break
+    return rate
+
+
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Return what a call returns, and the seconds that it took."""
+    started = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - started

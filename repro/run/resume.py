@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from repro.config import ModelArguments, TrainingArguments
+from repro.config import TrainingArguments
 from repro.data.atomic import check_writable
 from repro.errors import InputError
 from repro.record.record import FACTS, ROWS, Recorded, read_clock, read_record
 from repro.record.writer import STATE, check_output_dir, holds_only_run_files, locked, models_in
 from repro.run.prepare import PreparedRun
+from repro.run.settings import FLAGS, Settings
 from repro.training.checkpoint import RECORD, STEP, Found, find_newest, whole_states
 from repro.training.processes import decided_by_first
 
@@ -53,20 +55,22 @@ class Start:
 ANEW = Start(None, Recorded([]))
 
 
-def enter_folders(stack: ExitStack, args: TrainingArguments, folder: Path, cache: Path) -> Start:
+def enter_folders(stack: ExitStack, settings: Settings) -> Start:
     """Lock a run's folder until the stack ends, and that of another that it goes on from; decide where it starts.
 
     Raises:
         InputError: in all processes; a folder cannot be written or is in use, or see `choose_start`.
     """
 
+    folder = settings.folder
+
     def enter() -> dict[str, Any]:
         stack.enter_context(locked(folder))
-        check_writable(cache, "--cache_dir")
-        source = other_run(args.resume, folder)
+        check_writable(settings.cache, "--cache_dir")
+        source = other_run(settings.resume, folder)
         if source is not None and os.access(source, os.W_OK):  # else nobody of this run's rights can change it
             stack.enter_context(locked(source, "--resume"))
-        return dataclasses.asdict(choose_start(args, folder))
+        return dataclasses.asdict(choose_start(settings, folder))
 
     chosen = decided_by_first(enter)
     found = Found(**chosen["found"]) if chosen["found"] else None
@@ -151,26 +155,22 @@ def _after(found: Found, source: Path, folder: Path) -> Start:
     return Start(found, recorded, record.facts.get("parts", []), branches_off, seconds)
 
 
-def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any]:
-    """Collect what the numbers of a run depend on: what may not change when it is resumed."""
-    flags = {
-        field.name: getattr(arguments, field.name)
-        for arguments in (model_args, prepared.data_args, prepared.args)
-        for field in dataclasses.fields(arguments)
-        if not field.metadata.get("may_change")
-    }
-    return {
-        "flags": flags,
-        "protocol": dataclasses.asdict(prepared.protocol),
-        "num_replicas": prepared.num_replicas,
-        "num_steps": prepared.facts["num_steps"],
-        "shuffle": prepared.shuffle,
+def what_stays(prepared: PreparedRun) -> dict[str, Any]:
+    """Collect what the numbers of a run depend on: what may not change when it is resumed; as JSON has it."""
+    settings = prepared.settings
+    stays = {
+        "flags": {name: value for name, value in settings.flags.items() if not FLAGS[name].metadata.get("may_change")},
+        "protocol": dataclasses.asdict(settings.rules),
+        "num_replicas": settings.replicas,
+        "num_steps": settings.num_steps,
+        "shuffle": settings.shuffle,
         "model": prepared.facts["model"]["fingerprint"],
         "data": {
             split: {name: counts[name] for name in ("kept", "fingerprint")}
             for split, counts in prepared.facts["data"].items()
         },
     }
+    return json.loads(json.dumps(stays))
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
