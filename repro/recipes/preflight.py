@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -27,12 +28,12 @@ from repro.data.image_cache import cores
 from repro.data.image_store import load_images
 from repro.data.images import resize_of
 from repro.data.rows import Rows, column
+from repro.json_files import write_json
 from repro.models.pretrained import Pretrained
-from repro.record.writer import write_json
-from repro.run.build import build_evaluator, build_training, training_batches
+from repro.record.sanitize import template
+from repro.run.build import build_evaluator, build_training, training_batches, training_operations
 from repro.run.prepare import PreparedRun, check_run, load_or_create, mesh_of, prepare, read_rows
 from repro.run.settings import Settings
-from repro.training.losses import row_losses
 from repro.training.memory import device_bytes
 from repro.training.optimizer import count_parameters
 from repro.training.sharding import put, replicated
@@ -47,11 +48,11 @@ Result = TypeVar("Result")
 
 
 class DryRun(NamedTuple):
-    """What was found: what would end the run before its end, what was measured, and all of it in words."""
+    """What was found."""
 
-    problems: list[str]
-    facts: dict[str, Any]
-    text: str
+    problems: list[str]  # what would end the run before its end
+    facts: dict[str, Any]  # what was measured
+    text: str  # all of it in words
 
 
 def check_data(
@@ -78,33 +79,31 @@ def check_data(
     pretrained = load_or_create(settings, seed=settings.seed)
     check_run(settings, pretrained, jax.devices())
     converts = {name: settings.converts_to_rgb(name) for name in rows}
-    uses = {
-        (path, converts[name]): None for name, split in rows.items() for path in column(split.dataset, "image_path")
-    }
-    seen, decoding = timed(lambda: look_at_images(list(uses), resize_of(pretrained.image_processor), num_workers))
+    uses = [(path, converts[name]) for name, split in rows.items() for path in column(split.dataset, "image_path")]
+    resize, count = resize_of(pretrained.image_processor), partial(count_rows, tokenizer=pretrained.tokenizer)
+    seen, decoding = timed(lambda: look_at_images(list(dict.fromkeys(uses)), resize, num_workers))
     counts, tokenizing = timed(
         lambda: {
-            name: count_rows(split, converts[name], seen, pretrained.tokenizer, settings.max_length(name))
+            name: count(split, converts[name], seen, max_length=settings.max_length(name))
             for name, split in rows.items()
         }
     )
     images, disk = count_images(seen), _disk(pretrained)
-    usable = images["distinct"] - images["unusable"]
     needs: dict[str, Any] = {
         "seconds_reading_rows": round(reading, 1),
         "seconds_decoding_images": round(decoding, 1),
         "threads": num_workers,
         "seconds_tokenizing": round(tokenizing, 1),
-        "image_cache_bytes": usable * disk["image"] if settings.image_cache else 0,
+        "image_cache_bytes": (images["distinct"] - images["unusable"]) * disk["image"] if settings.image_cache else 0,
         "cache_free_bytes": shutil.disk_usage(_existing(settings.cache)).free,
         "checkpoint_bytes": disk["model"],
         "output_free_bytes": shutil.disk_usage(_existing(Path(settings.output_dir or "."))).free,
     }
     kept = {name: found["rows_kept"] for name, found in counts.items()}
-    if "train" in kept:
+    if settings.do_train:
         planned = replace(settings, num_rows=kept)
-        rows_trained = planned.num_steps * planned.train_batch
-        operations = rows_trained * training_operations(pretrained, counts["train"]["max_length"])
+        operations = training_operations(pretrained, settings.max_length("train"))
+        operations *= planned.num_steps * planned.train_batch
         rate = multiplication_rate(settings.dtype) * jax.device_count()
         needs |= {
             "global_batch": planned.train_batch,
@@ -118,67 +117,30 @@ def check_data(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "data_check.json", report)
     broken = {path for (path, _), image in seen.items() if image.failure is not None}
-    if drawn := _random_rows(rows, broken, check_args.num_pictures, settings.seed):
+    whole = concatenate_datasets([split.dataset for split in rows.values()])
+    order = np.random.default_rng(settings.seed).permutation(len(whole))[: 4 * check_args.num_pictures + 100]
+    usable = ((row["image_path"], row["caption"]) for row in whole.select(order) if row["image_path"] not in broken)
+    if drawn := list(islice(usable, check_args.num_pictures)):
         picture_sheet(drawn).save(folder / "data_check.png")
     settings.with_rows(kept)
     return report
 
 
-def _random_rows(rows: Mapping[str, Rows], broken: set[str], count: int, seed: int) -> list[tuple[str, str | None]]:
-    """Draw rows whose image can be used, from all splits."""
-    whole = concatenate_datasets([split.dataset for split in rows.values()])
-    order = np.random.default_rng(seed).permutation(len(whole))[: 4 * count + 100]
-    usable = ((row["image_path"], row["caption"]) for row in whole.select(order) if row["image_path"] not in broken)
-    return list(islice(usable, count))
-
-
 def _disk(pretrained: Pretrained) -> dict[str, int]:
     """Tell the bytes on disk of one decoded image, one model and one state."""
-    parameters = count_parameters(pretrained.params)
-    image = int(np.prod(resize_of(pretrained.image_processor).shape))
-    return {"image": image, "model": parameters * BYTES_OF_WEIGHT, "state": parameters * BYTES_OF_STATE}
+    parameters, image = count_parameters(pretrained.params), resize_of(pretrained.image_processor).shape
+    return {"image": math.prod(image), "model": parameters * BYTES_OF_WEIGHT, "state": parameters * BYTES_OF_STATE}
 
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def describe_data(report: dict[str, Any]) -> str:
     """Put what `check_data` returns into words."""
-    images, needs = report["images"], report["needs"]
-    lines = []
-    for name, split in report["splits"].items():
-        by_captions = ", ".join(f"{number} with {n}" for n, number in split["images_by_captions"].items())
-        lines += [
-            f"{name}: {split['rows']} rows, {split['rows_kept']} can be used;"
-            f" {split['rows_dropped_for_themselves']} dropped for themselves,"
-            f" {split['rows_dropped_for_their_image']} for their image",
-            f"  {split['images']} images, by captions: {by_captions}",
-            f"  tokens of a caption: {_range(split['tokens_of_a_caption'])}; {split['captions_cut']} of"
-            f" {split['captions']} are cut at {split['max_length']}",
-            *(f"  dropped: {reason}" for reason in split["reasons"]),
-        ]
-    modes = ", ".join(f"{count} {mode}" for mode, count in images["modes"].items())
-    lines += [
-        f"images: {images['distinct']} distinct, {images['unusable']} cannot be used; modes: {modes}",
-        f"  width {_range(images['width'])}; height {_range(images['height'])}",
-        *(f"  {count} times: {reason}" for reason, count in images["reasons"].items()),
-        *(f"  {path}: {reason}" for path, reason in images["failures"].items()),
-        "a run needs",
-        f"  once: {needs['seconds_reading_rows']} s to read the rows, {needs['seconds_decoding_images']} s to decode"
-        f" the images in {needs['threads']} threads, {needs['seconds_tokenizing']} s to tokenize",
-        f"  {_size(needs['image_cache_bytes'])} for the image cache ({_size(needs['cache_free_bytes'])} are free)",
-    ]
-    if "steps" in needs:
-        lines += [
-            f"  {needs['checkpoints']} checkpoints of {_size(needs['checkpoint_bytes'])}"
-            f" ({_size(needs['output_free_bytes'])} are free)",
-            f"  {needs['steps']} steps of {needs['global_batch']} rows: {needs['operations']:.3g} operations, at least"
-            f" {needs['seconds_training_at_least']:.0f} s at the {needs['operations_per_second'] / 1e12:.2f} TFLOP/s of"
-            " this machine's matrix products; evaluations not counted",
-        ]
-    return "\n".join(lines)
+    text = template("repro.recipes", "data_check.txt", autoescape=False, size=_size, range=_range)
+    return text.render(report).rstrip()
 
 
 def _size(num_bytes: int) -> str:
@@ -186,9 +148,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _range(values: dict[str, int]) -> str:
-    if not values:
-        return "none"
-    return f"{values['p0']} to {values['p100']}, median {values['p50']}, 99 % up to {values['p99']}"
+    return "{p0} to {p100}, median {p50}, 99 % up to {p99}".format(**values) if values else "none"
 
 
 def dry_run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> DryRun:
@@ -212,6 +172,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         check_run(settings, trial.pretrained, devices)
         facts = _time_steps(trial)
         facts |= _time_evaluation(trial, settings, devices, held_bytes=facts["state_bytes"])
+    settings = replace(settings, do_eval=args.do_eval)
     disk, available = _disk(trial.pretrained), device_bytes(devices[0])
     num_images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
     per_image = settings.rules.generate_per_image
@@ -229,23 +190,21 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         *_lacking_room((Path(settings.output_dir or "."), models + states), (settings.cache, image_cache)),
         *_lacking_memory(facts, available),
     ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parts = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     lines = [
-        f"machine: {len(devices)} x {devices[0]} with {_gib(available)} GiB,"
-        f" {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} GiB of memory,"
+        f"machine: {len(devices)} x {devices[0]} with {_gib(available)}, {_gib(memory)} of memory,"
         f" {settings.preprocessing_num_workers or cores()} threads",
         *(f"weights: {note}" for note in trial.pretrained.notes),
         *(f"{name}: {count} rows of {num_images[name]} images" for name, count in settings.num_rows.items()),
         *(f"dropped among the first rows: {row['reason']}" for row in trial.dropped[:3]),
-        f"disk: {image_cache / 1e9:.1f} GB for images, {models / 1e9:.1f} GB for models, {states / 1e9:.1f} GB for"
-        " states",
-        f"step: {_gib(facts['step_bytes'])} GiB with one replica on each device,"
+        f"disk: {_size(image_cache)} for images, {_size(models)} for models, {_size(states)} for states",
+        f"step: {_gib(facts['step_bytes'])} with one replica on each device,"
         f" {facts['train_rows_per_second']:.0f} rows/s",
-        f"evaluation: {_gib(facts['evaluation_bytes'])} GiB with {facts['evaluation_rows_at_once']} at once,"
+        f"evaluation: {_gib(facts['evaluation_bytes'])} with {facts['evaluation_rows_at_once']} at once,"
         f" {facts['evaluation_rows_per_second']:.0f} {unit}/s",
         f"time: {_duration(sum(seconds.values()))} for {settings.num_steps} steps and {settings.num_evaluations}"
-        " evaluations ("
-        + ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
-        + "), before rows are dropped",
+        f" evaluations ({parts}), before rows are dropped",
         *(f"problem: {problem}" for problem in problems),
     ]
     return DryRun(problems, facts, "\n".join(lines))
@@ -253,8 +212,10 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
 
 def _prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.Device]) -> PreparedRun:
     """Prepare a run of the first rows with at most one replica for each device."""
-    replicas = min(settings.replicas, len(devices))
-    paths = validation.dataset["image_path"][:]
+    replicas, paths = min(settings.replicas, len(devices)), validation.dataset["image_path"][:]
+    # A global batch of evaluation, with room for rows that are dropped.
+    per_image = settings.rules.generate_per_image
+    rows = _rows_of(paths, settings.eval_batch) if per_image else min(2 * settings.eval_batch, len(paths))
     trial = replace(
         settings,
         num_replicas=replicas,
@@ -265,10 +226,7 @@ def _prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.D
         image_cache=False,
         overwrite_cache=False,
         max_train_samples=2 * (STEPS + WARM_UPS) * replicas * settings.per_device_train_batch_size,
-        # A global batch, with room for rows that are dropped.
-        max_eval_samples=_rows_of(paths, settings.eval_batch)
-        if settings.rules.generate_per_image
-        else min(2 * settings.eval_batch, len(paths)),
+        max_eval_samples=rows,
     )
     return prepare(trial, devices[:replicas], progress=False)
 
@@ -276,10 +234,9 @@ def _prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.D
 def _time_images(split: Rows, trial: PreparedRun) -> float:
     """Tell the seconds that an image takes, of the split's first ones."""
     some = list(number_images([split.dataset.select(range(min(TIMED_IMAGES, len(split.dataset))))]))
-    options: dict[str, Any] = {"cache_dir": None, "num_workers": trial.settings.preprocessing_num_workers}
-    processor = trial.pretrained.image_processor
-    _, seconds = timed(lambda: load_images(some, processor, convert_to_rgb=True, progress=False, **options))
-    return seconds / len(some)
+    load = partial(load_images, some, trial.pretrained.image_processor, convert_to_rgb=True, cache_dir=None)
+    workers = trial.settings.preprocessing_num_workers
+    return timed(lambda: load(num_workers=workers, progress=False))[1] / len(some)
 
 
 def _time_steps(trial: PreparedRun) -> dict[str, Any]:
@@ -302,13 +259,9 @@ def _time_steps(trial: PreparedRun) -> dict[str, Any]:
 def _time_evaluation(
     trial: PreparedRun, settings: Settings, devices: Sequence[jax.Device], *, held_bytes: int
 ) -> dict[str, Any]:
-    """Compile and take the first turn of an evaluation by the run's replicas on the run's devices.
+    """Compile and take the first turn of an evaluation on the run's devices, beside a state of `held_bytes` on each.
 
-    Args:
-        held_bytes: what the state takes on a device.
-
-    Returns:
-        Rows at once, bytes on one device, seconds, and rows or images a second, whichever the protocol evaluates.
+    Its speed is in rows or images, whichever the protocol evaluates.
     """
     data = trial.splits["validation"]
     own = replace(trial.settings, num_replicas=settings.replicas).with_rows({"validation": len(data)})
@@ -334,14 +287,13 @@ def _lacking_room(*sizes: tuple[Path, int]) -> Iterator[str]:
     """Say which file systems have fewer bytes free than their folders are to hold."""
     wanted: Counter[Path] = Counter()
     place_on: dict[int, Path] = {}
-    for folder, size in sizes:
-        there = _existing(folder)
+    for there, size in ((_existing(folder), size) for folder, size in sizes):
         wanted[place_on.setdefault(there.stat().st_dev, there)] += size
     for folder, size in wanted.items():
         free = shutil.disk_usage(folder).free
         if size > free:
             yield (
-                f"{folder}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; make room, name another"
+                f"{folder}: {_size(size)} are needed and {_size(free)} free; make room, name another"
                 " --output_dir or --cache_dir, or add --no_image_cache"
             )
 
@@ -350,19 +302,19 @@ def _lacking_memory(facts: dict[str, Any], available: int) -> Iterator[str]:
     """Say what of a trial takes more than the bytes that a device has."""
     if facts["step_bytes"] > available:
         yield (
-            f"one replica's step takes {_gib(facts['step_bytes'])} GiB and a device has {_gib(available)}; add"
+            f"one replica's step takes {_gib(facts['step_bytes'])} and a device has {_gib(available)}; add"
             " --gradient_checkpointing or --mesh fsdp=N"
         )
     evaluation = facts["evaluation_bytes"] + facts["state_bytes"]
     if evaluation > available:
         yield (
-            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {_gib(evaluation)} GiB and a"
+            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {_gib(evaluation)} and a"
             f" device has {_gib(available)}; lower --per_device_eval_batch_size or --num_beams, or add --mesh fsdp=N"
         )
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f}"
+    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def _duration(seconds: float) -> str:
@@ -374,22 +326,6 @@ def _rows_of(images: Sequence[str] | np.ndarray, number: int) -> int:
     """Count the rows that come before the first row of another image than the first `number`."""
     firsts = np.sort(np.unique(images, return_index=True)[1])
     return int([*firsts, len(images)][min(number, len(firsts))])
-
-
-def training_operations(pretrained: Pretrained, max_length: int) -> float:
-    """Count the arithmetic operations of one row's training step, optimizer left out, from the compiler's own count."""
-    captioner = pretrained.captioner
-    pixels = jax.ShapeDtypeStruct((1, *resize_of(pretrained.image_processor).shape), jnp.uint8)
-    tokens = jax.ShapeDtypeStruct((1, max_length), jnp.int32)
-
-    def loss(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        sums, _ = row_losses(captioner.logits(params, pixels, ids, mask), ids, mask)
-        return sums.sum()
-
-    params = jax.eval_shape(lambda: pretrained.params)
-    cost = jax.jit(jax.grad(loss)).lower(params, pixels, tokens, tokens).cost_analysis()
-    assert cost is not None, "every backend counts operations before it compiles"
-    return float(cost["flops"])
 
 
 def multiplication_rate(dtype: str) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -28,6 +27,7 @@ from repro.models.beam_search import check_beams
 from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.provenance import versions
+from repro.record.writer import log
 from repro.run.settings import DETERMINISTIC, Settings, is_deterministic, mesh_shape
 from repro.training.optimizer import count_parameters
 from repro.training.processes import decided_by_first
@@ -219,16 +219,17 @@ def _facts(prepared: PreparedRun, num_read: Mapping[str, int]) -> dict[str, Any]
     }
 
 
-def data_in_words(data: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
-    """Say what the splits of `run.json` hold, with the level of the log at which it is said."""
-    for name, counts in data.items():
-        read, kept, dropped, images = list(counts.values())[:4]
-        yield logging.INFO, f"{name}: {read} rows read, {kept} kept, {dropped} dropped, {images} images"
-        captions, cut = counts["captions"], counts["captions_cut"]
+def log_preparation(prepared: PreparedRun) -> None:
+    """Tell the log what the splits hold, what is cut or missing of their captions, and what is new in the model."""
+    for name, counts in prepared.facts["data"].items():
+        log.info("%s: %d rows read, %d kept, %d dropped, %d images", name, *list(counts.values())[:4])
+        kept, captions, cut, length = (counts[key] for key in ("kept", "captions", "captions_cut", "max_length"))
         if cut:
             use = "trained on" if name == "train" else "scored against"
-            longer = f"{cut} of {captions} captions are longer than {counts['max_length']} tokens"
-            yield logging.WARNING, f"{name}: {longer}; what is left of them is {use}"
+            longer = f"{cut} of {captions} captions are longer than {length} tokens"
+            log.warning("%s: %s; what is left of them is %s", name, longer, use)
         if captions < kept:
             what = f"loss and scores are of the other {captions}" if captions else "there are no loss and no scores"
-            yield logging.WARNING, f"{name}: {kept - captions} of {kept} rows have no caption; {what}"
+            log.warning("%s: %d of %d rows have no caption; %s", name, kept - captions, kept, what)
+    for note in prepared.pretrained.notes:
+        log.info("model: %s", note)

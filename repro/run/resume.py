@@ -14,10 +14,10 @@ from repro.config import TrainingArguments
 from repro.data.atomic import check_writable
 from repro.errors import InputError
 from repro.record.record import FACTS, ROWS, Recorded, read_clock, read_record
-from repro.record.writer import STATE, check_output_dir, holds_only_run_files, locked, models_in
+from repro.record.writer import STATE, check_output_dir, holds_only_run_files, locked, log, models_in
 from repro.run.prepare import PreparedRun
 from repro.run.settings import FLAGS, Settings
-from repro.training.checkpoint import RECORD, STEP, Found, find_newest, whole_states
+from repro.training.checkpoint import CORRUPT, RECORD, STEP, Found, find_newest, whole_states
 from repro.training.processes import decided_by_first
 
 
@@ -46,6 +46,13 @@ class Start:
     @property
     def num_replicas(self) -> int | None:
         return self.found.record["settings"]["num_replicas"] if self.found else None
+
+    def log(self) -> None:
+        """Say where the run goes on, in its own log."""
+        if self.found:
+            for step in self.found.corrupt:
+                log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
+            log.info("goes on after step %d of %s", self.step, self.found.folder)
 
     def clock(self, name: str) -> float:
         """Seconds that the state's record has under a name; 0 if there is no state, or an older version's."""

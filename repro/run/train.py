@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,21 +18,18 @@ import numpy as np
 from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
-from repro.json_files import PARTIAL
-from repro.models.pretrained import save_model
 from repro.record.hub import HubUploader
-from repro.record.model_card import Trained, write_card
 from repro.record.writer import NON_FINITE, STATE, RunWriter, log, prefixed
 from repro.run.build import Training, build_evaluator, build_training
-from repro.run.prepare import PreparedRun, data_in_words, prepare
+from repro.run.prepare import PreparedRun, log_preparation, prepare
 from repro.run.resume import Start, check_same, enter_folders, what_stays
-from repro.run.settings import FLAGS, Settings
+from repro.run.save import describe_model, how_to_go_on, save_state, save_whole_model
+from repro.run.settings import Settings
 from repro.run.step_log import NonFinite, StepLog
-from repro.training.checkpoint import CORRUPT, Checkpoints, set_aside
+from repro.training.checkpoint import Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
 from repro.training.processes import is_first, wait_for_all
 from repro.training.sharding import put, replicated
-from repro.training.steps import TrainState
 
 Score = Callable[[Evaluation], dict[str, float]]
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
@@ -43,17 +39,11 @@ PART = ("started", "devices", "mesh", "processes", "platform", "versions")  # wh
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind.
-
-    Attributes:
-        folder: the run's.
-        evaluations: the last evaluation, `eval`, and the prediction, `test`.
-        facts: the content of `run.json`.
-    """
+    """What a run leaves behind."""
 
     folder: Path
-    evaluations: dict[str, Evaluation]
-    facts: dict[str, Any]
+    evaluations: dict[str, Evaluation]  # the last evaluation, `eval`, and the prediction, `test`
+    facts: dict[str, Any]  # the content of `run.json`
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -103,8 +93,8 @@ def run(
             set_aside(settings.folder / STATE, start.found)
         # The other processes' files are thrown away: what a run writes is the same in all.
         own = settings.folder if is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        recorded = start.recorded if start.found else None
         clock = lambda: start.seconds + time.perf_counter() - began  # noqa: E731
+        recorded = start.recorded if start.found else None
         writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off, clock=clock))
         uploader = None
         if settings.push_to_hub and is_first():
@@ -112,13 +102,12 @@ def run(
             uploader = stack.enter_context(found)
         wait_for_all("folder")
         stack.enter_context(_writing_why_it_ends(writer, facts, prepared))
-        if training is not None:
-            facts |= training.facts
-        facts["shuffle"] = settings.shuffle
-        facts["startup_seconds"] = round(time.perf_counter() - began, 1)
+        facts |= {} if training is None else training.facts
+        facts |= {"shuffle": settings.shuffle, "startup_seconds": round(time.perf_counter() - began, 1)}
         facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
         writer.describe(facts, prepared.dropped)
-        _say_what_begins(prepared, start)
+        start.log()
+        log_preparation(prepared)
         if watch:
             watch(facts, writer.recorded.rows)
 
@@ -132,8 +121,7 @@ def run(
                 evaluations["eval"] = evaluate(params, "eval", step=0, folder=own)
         if settings.do_predict:
             evaluations["test"] = evaluate(params, "test", step=settings.num_steps, folder=own)
-        facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        facts["seconds"] = round(writer.seconds(), 1)
+        facts |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(writer.seconds(), 1)}
         facts["checksums"] = writer.checksums()
         writer.describe(facts, prepared.dropped)
         writer.close_tensorboard()
@@ -179,83 +167,43 @@ def _train(
                         state, metrics = training.step(state, batch)
                         steps.add(step, metrics, waited=waited)
                     if settings.saves_at(step):
-                        _save_state(states, state, step, steps, writer, prepared)
+                        save_state(states, state, step, steps, writer, prepared)
                     evaluates = settings.evaluates_at(step)
                     # The example saves its models when it evaluates, which may be never; here no training ends without.
                     if evaluates or (step == settings.num_steps and not recorded.evaluations("eval")):
                         steps.pause()
                         params = whole(state.params)
                         folder = writer.folder / f"ckpt_epoch_{settings.epoch_of(step)}_step_{step}"
-                        seconds = _save_model(prepared, params, folder, again=batch is not None)
+                        seconds = save_whole_model(prepared, params, folder, again=batch is not None)
                         evaluation = None
                         if evaluates:
                             evaluation = evaluate(params, "eval", step, folder, saving_seconds=seconds)
                             evaluations["eval"] = evaluation
-                        if is_first():
-                            write_card(folder, _trained(prepared, step, evaluation))
+                        describe_model(prepared, step, evaluation, folder)
                         if uploader:
                             uploader.push(f"epoch {settings.epoch_of(step)}, step {step}")
                         steps.resume()
                     if watch and steps.logs(step):
                         watch(facts, recorded.rows)
                     if signals.requested(step) and step < settings.num_steps:
-                        _save_state(states, state, step, steps, writer, prepared)
+                        save_state(states, state, step, steps, writer, prepared)
                         assert signals.received is not None
                         raise Interrupted(signals.received, "between two steps.")
         except NonFinite as error:
-            _write_non_finite(error, training, writer)
+            rows = training.rows_of(error.step).select_columns(["row", "image_path", "caption"])
+            found = {name: str(value) for name, value in error.metrics.items()}
+            writer.non_finite(step=error.step, metrics=found, rows=list(rows))
             states.wait()
             values = ", ".join(f"{name} {value:g}" for name, value in error.metrics.items())
             raise RunStopped(
                 f"step {error.step} is not finite ({values}). Its rows are in {settings.folder / NON_FINITE};"
-                f" {_how_to_go_on(states, settings)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
+                f" {how_to_go_on(states, settings)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
             ) from error
         except Interrupted as error:
             states.wait()
-            raise Interrupted(error.signum, _how_to_go_on(states, settings)) from error
+            raise Interrupted(error.signum, how_to_go_on(states, settings)) from error
         facts |= steps.close()
     return whole(state.params), evaluations
-
-
-def _save_state(
-    states: Checkpoints, state: TrainState, step: int, steps: StepLog, writer: RunWriter, prepared: PreparedRun
-) -> None:
-    """Save a state to go on from, once it is known to be finite and everything before it is written."""
-    settings = prepared.settings
-    if settings.save_steps == 0 or step in states.steps():
-        return
-    steps.flush()
-    writer.sync()
-    record = {
-        "step": step,
-        "epoch": settings.epoch_of(step),
-        "step_in_epoch": (step - 1) % settings.steps_per_epoch + 1,
-        "training_seconds": steps.training_seconds,
-        "waiting_for_input_seconds": steps.waited,
-        "seconds": round(writer.seconds(), 3),
-        "settings": what_stays(prepared),
-        "versions": prepared.facts["versions"],
-    }
-    states.save(state, step, record)
-
-
-def _save_model(prepared: PreparedRun, params: Any, folder: Path, *, again: bool) -> float:
-    """Write a model's folder whole or not at all; returns the seconds that this took.
-
-    Args:
-        again: also where it is there already.
-    """
-    if not is_first() or (folder.exists() and not again):
-        return 0.0
-    started = time.perf_counter()
-    partial_folder = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    save_model(prepared.pretrained, jax.device_get(params), partial_folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial_folder.rename(folder)
-    seconds = time.perf_counter() - started
-    log.info("%s: saved in %.1f s", folder.name, seconds)
-    return seconds
 
 
 def _evaluate(
@@ -285,46 +233,6 @@ def _evaluate(
     figures = (f"{prefix}_{name} {value:.4f}" for name, value in evaluation.metrics.items())
     log.info("step %d: %s", step, ", ".join(figures))
     return evaluation
-
-
-def _trained(prepared: PreparedRun, step: int, evaluation: Evaluation | None) -> Trained:
-    devices, flags = list(prepared.mesh.devices.flat), what_stays(prepared)["flags"]
-    return Trained(
-        epoch=prepared.settings.epoch_of(step),
-        step=step,
-        facts=prepared.facts,
-        flags={name: value for name, value in flags.items() if value != FLAGS[name].default},
-        device=f"{len(devices)} x {devices[0].device_kind}",
-        evaluation=evaluation,
-    )
-
-
-def _write_non_finite(error: NonFinite, training: Training, writer: RunWriter) -> None:
-    data = training.prepared.splits["train"]
-    epoch, index = divmod(error.step - 1, training.prepared.settings.steps_per_epoch)
-    rows = data.kept[training.row_order.epoch_rows(epoch, len(data))[index].reshape(-1)]
-    told = ("row", "image_path", "caption")
-    writer.non_finite(
-        step=error.step,
-        metrics={name: str(value) for name, value in error.metrics.items()},
-        rows=[{name: row[name] for name in told} for row in data.dataset.select(rows)],
-    )
-
-
-def _how_to_go_on(states: Checkpoints, settings: Settings) -> str:
-    how, steps = "the same command" if settings.resume == "auto" else "--resume auto", states.steps()
-    return f"the state of step {steps[-1]} is saved, {how} goes on from it." if steps else "no state is saved."
-
-
-def _say_what_begins(prepared: PreparedRun, start: Start) -> None:
-    if start.found:
-        for step in start.found.corrupt:
-            log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
-        log.info("goes on after step %d of %s", start.step, start.found.folder)
-    for level, line in data_in_words(prepared.facts["data"]):
-        log.log(level, line)
-    for note in prepared.pretrained.notes:
-        log.info("model: %s", note)
 
 
 @contextlib.contextmanager
