@@ -20,10 +20,9 @@ from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
 from repro.record.hub import HubUploader
 from repro.record.writer import NON_FINITE, STATE, RunWriter, log, prefixed
+from repro.run import resume
 from repro.run.build import Training, build_evaluator, build_training
 from repro.run.prepare import PreparedRun, log_preparation, prepare
-from repro.run.resume import Start, check_same, enter_folders, what_stays
-from repro.run.save import describe_model, how_to_go_on, save_state, save_whole_model
 from repro.run.settings import Settings
 from repro.run.step_log import NonFinite, StepLog
 from repro.training.checkpoint import Checkpoints, set_aside
@@ -80,12 +79,12 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
-        start = enter_folders(stack, settings)
+        start = resume.enter_folders(stack, settings)
         settings = dataclasses.replace(settings, num_replicas=settings.num_replicas or start.num_replicas)
         prepared = prepare(settings, devices, progress=progress and is_first())
         settings, facts = prepared.settings, dict(prepared.facts)
         if start.found:
-            check_same(start.found.record["settings"], what_stays(prepared))
+            resume.check_same(start.found.record["settings"], resume.what_stays(prepared))
         training = build_training(prepared) if settings.do_train else None
 
         stack.enter_context(stopping_on_full_disk("a file of the run"))
@@ -133,7 +132,7 @@ def run(
 def _train(
     training: Training,
     writer: RunWriter,
-    start: Start,
+    start: resume.Start,
     signals: StopSignals,
     facts: dict[str, Any],
     evaluate: Callable[..., Evaluation],
@@ -167,26 +166,26 @@ def _train(
                         state, metrics = training.step(state, batch)
                         steps.add(step, metrics, waited=waited)
                     if settings.saves_at(step):
-                        save_state(states, state, step, steps, writer, prepared)
+                        resume.save_state(states, state, step, steps, writer, prepared)
                     evaluates = settings.evaluates_at(step)
                     # The example saves its models when it evaluates, which may be never; here no training ends without.
                     if evaluates or (step == settings.num_steps and not recorded.evaluations("eval")):
                         steps.pause()
                         params = whole(state.params)
                         folder = writer.folder / f"ckpt_epoch_{settings.epoch_of(step)}_step_{step}"
-                        seconds = save_whole_model(prepared, params, folder, again=batch is not None)
+                        seconds = resume.save_whole_model(prepared, params, folder, again=batch is not None)
                         evaluation = None
                         if evaluates:
                             evaluation = evaluate(params, "eval", step, folder, saving_seconds=seconds)
                             evaluations["eval"] = evaluation
-                        describe_model(prepared, step, evaluation, folder)
+                        resume.describe_model(prepared, step, evaluation, folder)
                         if uploader:
                             uploader.push(f"epoch {settings.epoch_of(step)}, step {step}")
                         steps.resume()
                     if watch and steps.logs(step):
                         watch(facts, recorded.rows)
                     if signals.requested(step) and step < settings.num_steps:
-                        save_state(states, state, step, steps, writer, prepared)
+                        resume.save_state(states, state, step, steps, writer, prepared)
                         assert signals.received is not None
                         raise Interrupted(signals.received, "between two steps.")
         except NonFinite as error:
@@ -197,11 +196,12 @@ def _train(
             values = ", ".join(f"{name} {value:g}" for name, value in error.metrics.items())
             raise RunStopped(
                 f"step {error.step} is not finite ({values}). Its rows are in {settings.folder / NON_FINITE};"
-                f" {how_to_go_on(states, settings)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
+                f" {resume.how_to_go_on(states, settings)} Look at the rows, lower --learning_rate, or add"
+                " --max_grad_norm 1."
             ) from error
         except Interrupted as error:
             states.wait()
-            raise Interrupted(error.signum, how_to_go_on(states, settings)) from error
+            raise Interrupted(error.signum, resume.how_to_go_on(states, settings)) from error
         facts |= steps.close()
     return whole(state.params), evaluations
 
