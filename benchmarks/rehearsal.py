@@ -216,18 +216,18 @@ def prepare_twice(flags: list[str]) -> dict[str, float]:
 
     from repro.commands.terminal import start_logging
     from repro.config import parse_arguments
-    from repro.protocol import protocol_named
     from repro.recipes.verify import ARGUMENTS
     from repro.run.prepare import prepare
+    from repro.run.settings import Settings
 
     start_logging()
     parsed = parse_arguments(ARGUMENTS, flags, command="train")
-    protocol = protocol_named(parsed[-1].protocol)
+    settings = Settings.of(*parsed, num_devices=jax.device_count())
     seconds = []
-    with jax.threefry_partitionable(protocol.threefry_partitionable):
+    with jax.threefry_partitionable(settings.rules.threefry_partitionable):
         for _ in range(2):
             started = time.perf_counter()
-            prepare(*parsed, protocol, jax.devices(), progress=True)
+            prepare(settings, jax.devices(), progress=True)
             seconds.append(round(time.perf_counter() - started, 2))
     return {"cold_seconds": seconds[0], "warm_seconds": seconds[1]}
 

@@ -191,7 +191,7 @@ def measure_roofs() -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from repro.recipes.trial import multiplication_rate
+    from repro.recipes.preflight import multiplication_rate
 
     array = jnp.ones(COPIED, jnp.float32)
     # In place: a CPU writes into memory that was never touched at a sixth of the rate.

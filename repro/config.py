@@ -6,14 +6,14 @@ does not have, are marked as such.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from repro.errors import InputError
-from repro.limits import SETTINGS_BYTES, read_file
+from repro.json_files import read_json
+from repro.limits import SETTINGS_BYTES
 from repro.masking import learn_flags
 from repro.parser import Checked, Numbers, Parser, add_fields, sentence
 
@@ -287,7 +287,8 @@ def given_flags(
     for dataclass_type in classes:
         add_fields(parser, dataclass_type, GROUPS if len(classes) > 1 else {}, hidden=dataclass_type in hidden)
     if len(argv) == 1 and argv[0].endswith(".json") and not argv[0].startswith("-"):
-        argv = _read_flags(argv[0])
+        # Turned into the command line that says the same, so that both are checked alike.
+        argv = flags_of(read_json(Path(argv[0]), dict[str, Any], largest=SETTINGS_BYTES))
         learn_flags(argv)
     return vars(parser.parse_args(argv))
 
@@ -299,17 +300,6 @@ def make_arguments(classes: Sequence[type[Checked]], given: Mapping[str, Any]) -
         InputError: a number is not one that its flag takes.
     """
     return tuple(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in classes)  # type: ignore[arg-type]
-
-
-def _read_flags(path: str) -> list[str]:
-    """Turn a JSON object of flags into the command line that says the same, so that both are checked alike."""
-    try:
-        flags = json.loads(read_file(path, SETTINGS_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as a JSON file of flags: {error}") from error
-    if not isinstance(flags, dict):
-        raise InputError(f"{path}: expected one JSON object of flags and their values.")
-    return flags_of(flags)
 
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:

@@ -19,35 +19,22 @@ StopRule = Literal["2022", "current", "exact"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """One column of the table.
-
-    Attributes:
-        loss_reduction: `replica_means` averages sum(loss x mask) / sum(mask) over the replicas; `tokens` divides the
-            sum over all replicas by the number of all unmasked tokens.
-        decay_mask: `2022` decays all but biases and BART's LayerNorm names; `layer_norms` spares every LayerNorm.
-        threefry_partitionable: which of JAX's two random streams (`jax_threefry_partitionable`).
-        shuffle_without_blocks: whether `--block_size 0` shuffles; the example then trains in file order.
-        convert_to_rgb: convert training images of other modes, instead of dropping their rows.
-        convert_evaluated_to_rgb: likewise those that are evaluated and predicted.
-        keep_incomplete_batch: pad and mask the last evaluation batch, instead of dropping it.
-        token_eval_loss: the evaluation loss per token, instead of the unweighted mean of the batches' losses.
-        stop_rule: when beam search ends (`repro.models.beam_search`).
-        generate_per_image: generate once for each distinct image, instead of once for each row.
-        always_evaluate_at_end: evaluate and save at the end of training whatever `--eval_steps` says.
-    """
+    """One column of the table."""
 
     name: str
+    # `replica_means` averages sum(loss x mask) / sum(mask) over the replicas; `tokens` divides the sum over all of them
+    # by the number of all unmasked tokens.
     loss_reduction: LossReduction
-    decay_mask: DecayMask
-    threefry_partitionable: bool
-    shuffle_without_blocks: bool
-    convert_to_rgb: bool
-    convert_evaluated_to_rgb: bool
-    keep_incomplete_batch: bool
-    token_eval_loss: bool
-    stop_rule: StopRule
-    generate_per_image: bool
-    always_evaluate_at_end: bool
+    decay_mask: DecayMask  # `2022` decays all but biases and BART's LayerNorm names; else every LayerNorm is spared
+    threefry_partitionable: bool  # which of JAX's two random streams (`jax_threefry_partitionable`)
+    shuffle_without_blocks: bool  # whether `--block_size 0` shuffles; the example then trains in file order
+    convert_to_rgb: bool  # training images of other modes, instead of dropping their rows
+    convert_evaluated_to_rgb: bool  # likewise those that are evaluated and predicted
+    keep_incomplete_batch: bool  # pad and mask the last evaluation batch, instead of dropping it
+    token_eval_loss: bool  # the evaluation loss per token, instead of the unweighted mean of the batches' losses
+    stop_rule: StopRule  # when beam search ends (`repro.models.beam_search`)
+    generate_per_image: bool  # generate once for each distinct image, instead of once for each row
+    always_evaluate_at_end: bool  # evaluate and save at the end of training whatever `--eval_steps` says
 
 
 PUBLISHED = Protocol(
@@ -87,6 +74,14 @@ EXACT = replace(
 PROTOCOLS = {protocol.name: protocol for protocol in (PUBLISHED, CURRENT, EXACT)}
 
 
+# The values that a switch can be given, by how they are written.
+SWITCHES: dict[str, dict[str, Any]] = {
+    name: {str(value).lower(): value for value in get_args(kind) or (False, True)}
+    for name, kind in get_type_hints(Protocol).items()
+    if name != "name"
+}
+
+
 def protocol_named(text: str) -> Protocol:
     """Look a protocol up by the value of `--protocol`: a name, then switches that differ, `published,stop_rule=exact`.
 
@@ -96,16 +91,11 @@ def protocol_named(text: str) -> Protocol:
     name, *changes = text.split(",")
     if name not in PROTOCOLS:
         raise InputError(f"--protocol {name!r}: choose one of {', '.join(PROTOCOLS)}.")
-    changed = dict(_switch(change) for change in changes)
-    return replace(PROTOCOLS[name], **changed, name=text) if changed else PROTOCOLS[name]
-
-
-def _switch(change: str) -> tuple[str, Any]:
-    name, _, text = change.partition("=")
-    kinds = {field: kind for field, kind in get_type_hints(Protocol).items() if field != "name"}
-    if name not in kinds:
-        raise InputError(f"--protocol: unknown switch {name!r}; there are {', '.join(kinds)}.")
-    values = {str(value).lower(): value for value in get_args(kinds[name]) or (False, True)}
-    if text not in values:
-        raise InputError(f"--protocol: {name}={text}: choose one of {', '.join(values)}.")
-    return name, values[text]
+    changed = {}
+    for switch, _, value in (change.partition("=") for change in changes):
+        if switch not in SWITCHES:
+            raise InputError(f"--protocol: unknown switch {switch!r}; there are {', '.join(SWITCHES)}.")
+        if value not in SWITCHES[switch]:
+            raise InputError(f"--protocol: {switch}={value}: choose one of {', '.join(SWITCHES[switch])}.")
+        changed[switch] = SWITCHES[switch][value]
+    return replace(PROTOCOLS[name], **changed, name=text) if changes else PROTOCOLS[name]

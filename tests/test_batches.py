@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +17,7 @@ from repro.data.batches import CaptionedImages, RowOrder, number_images, prepare
 from repro.data.image_store import load_images
 from repro.data.sources import load_splits
 from repro.pocket.halves import render_pocket
-from repro.training.loop import take_steps
+from repro.run.build import training_batches
 from repro.training.sharding import create_mesh, train_batch_sharding
 
 BLOCK = 16
@@ -66,14 +65,8 @@ def split_of(coco: Path, tokenizer, image_processor, cache: Path | None, **optio
 def batches_of(data: CaptionedImages, num_devices: int = 1) -> Batches:
     mesh = create_mesh(jax.devices()[:num_devices], num_replicas=4, replica_batch=2)
     sharding = train_batch_sharding(mesh, num_replicas=4)
-    seen: Batches = []
-
-    def record(state, batch):
-        seen.append({name: np.asarray(array) for name, array in batch.items()})
-        return state, {}
-
-    list(take_steps(record, jnp.zeros(()), data, ROW_ORDER, sharding))
-    return seen
+    batches = training_batches(data, ROW_ORDER, sharding)
+    return [{name: np.asarray(array) for name, array in batch.items()} for _, batch, _ in batches]
 
 
 def assert_same(batches: Batches, expected: Batches) -> None:
@@ -183,15 +176,12 @@ def one_process(arguments: dict) -> None:
     mesh = create_mesh(jax.devices(), num_replicas=4, replica_batch=2)
     arrays: dict[str, np.ndarray] = {}
 
-    def record(state, batch):
+    sharding = train_batch_sharding(mesh, num_replicas=4)
+    for _, batch, _ in training_batches(Recorder(), ROW_ORDER, sharding):
         for name, array in batch.items():
             replicas = sorted(shard.index[0].start or 0 for shard in array.addressable_shards)
             parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
             arrays[f"{len(arrays) // 4}/{name}"] = np.concatenate([parts[replica] for replica in replicas])
-        return state, {}
-
-    sharding = train_batch_sharding(mesh, num_replicas=4)
-    list(take_steps(record, jnp.zeros(()), Recorder(), ROW_ORDER, sharding))
     np.savez(arguments["out"], asked=json.dumps(asked), **arrays)
 
 

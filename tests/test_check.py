@@ -15,7 +15,7 @@ from repro.data.captions import caption_lengths
 from repro.data.census import picture_sheet
 from repro.models.pretrained import load_model
 from repro.pocket.halves import render_pocket
-from repro.recipes.trial import training_operations
+from repro.run.build import training_operations
 
 
 @pytest.fixture

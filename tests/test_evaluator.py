@@ -14,16 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repro.evaluation.evaluator
-from repro.config import DataArguments, TrainingArguments
 from repro.data.batches import CaptionedImages
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, Programs, mean_of_batch_losses
 from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.models.beam_search import Captions
-from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED
+from repro.protocol import CURRENT, EXACT, PROTOCOLS, PUBLISHED, Protocol
 from repro.run.build import build_evaluator
-from repro.run.prepare import check_rows
+from repro.run.settings import Settings
 from repro.training.memory import SHARE, device_bytes
 from repro.training.sharding import create_mesh
 
@@ -158,13 +157,17 @@ def test_only_exact_evaluates_the_rows_of_the_incomplete_batch(tokenizer, protoc
     assert model.batch_sizes == {4}, "the last batch must have the shape of all others"
 
 
+def settings_of(protocol: Protocol, **flags) -> Settings:
+    return Settings(model_name_or_path="unused", do_eval=True, protocol=protocol.name, **flags)
+
+
 @pytest.mark.parametrize("protocol", [CURRENT, PUBLISHED], ids=["current", "published"])
 def test_fewer_rows_than_a_batch_are_refused_where_they_would_all_be_dropped(protocol):
-    args = TrainingArguments(per_device_eval_batch_size=4)
+    settings = settings_of(protocol, per_device_eval_batch_size=4)
     with pytest.raises(InputError, match=r"validation: 3 rows .* batch of 4.*--per_device_eval_batch_size"):
-        check_rows(args, protocol, {"validation": 3}, 1)
-    check_rows(args, protocol, {"validation": 4}, 1)
-    check_rows(args, EXACT, {"validation": 3}, 1)
+        settings.with_rows({"validation": 3})
+    settings.with_rows({"validation": 4})
+    replace(settings, protocol="exact").with_rows({"validation": 3})
 
 
 def test_exact_evaluates_fewer_rows_than_a_batch():
@@ -326,12 +329,16 @@ def build(data, *, devices=1, replicas=1, rows=2, protocol=EXACT, asked=None, to
     model = TracedModel()
     evaluator = build_evaluator(
         SimpleNamespace(
-            args=TrainingArguments(output_dir="unused", per_device_eval_batch_size=rows, replicas_at_once=asked),
-            data_args=DataArguments(predict_with_generate=True, max_target_length=LENGTH),
+            settings=settings_of(
+                protocol,
+                per_device_eval_batch_size=rows,
+                replicas_at_once=asked,
+                num_replicas=replicas,
+                predict_with_generate=True,
+                max_target_length=LENGTH,
+            ),
             pretrained=SimpleNamespace(captioner=model, tokenizer=tokenizer, params={"scale": np.float32(2)}),
             mesh=create_mesh(jax.devices()[:devices], num_replicas=replicas, replica_batch=rows),
-            num_replicas=replicas,
-            protocol=protocol,
             progress=False,
             evaluated=data,
         ),

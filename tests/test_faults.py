@@ -213,12 +213,6 @@ def test_rotation_by_exif_is_ignored_as_in_the_reference(folder: Folder) -> None
     assert images[0][:, :10].min() > images[0][:, -10:].max()
 
 
-def test_the_first_frame_of_an_animation_is_the_image(folder: Folder) -> None:
-    (folder.folder / "film.gif").write_bytes(animated())
-    split, _ = folder.read("film.gif")
-    np.testing.assert_allclose(pixels(split, 1)[0, 0], (200, 100, 50), atol=6)
-
-
 def test_a_caption_of_three_thousand_words_is_kept(folder: Folder) -> None:
     long = " ".join(["word"] * 3_000)
     for suffix, text in (

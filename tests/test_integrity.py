@@ -18,6 +18,7 @@ from test_verify import OWN, runs
 
 import repro.models.captioner
 import repro.recipes.integrity
+import repro.run.settings
 import repro.run.train
 import repro.training.steps
 from repro.__main__ import main
@@ -81,11 +82,6 @@ def with_score(steps: list[dict[str, Any]], **changed: Any) -> list[dict[str, An
     return [{**row, "eval": {**row["eval"], **changed}} if "eval" in row else row for row in steps]
 
 
-def changed_split(run: Path, split: str, **changed: Any) -> dict[str, Any]:
-    data = facts_of(run)["data"]
-    return {"data": {split: {**data[split], **changed}}}
-
-
 def drop_checksum(run: Path, part: str) -> None:
     sums = facts_of(run)["checksums"]
     (name,) = (name for name in sums if name.endswith(part))
@@ -118,84 +114,89 @@ FLAGS: dict[str, tuple[str, Any]] = {
 }
 
 
-def with_flag(flag: str, value: Any) -> tuple[Callable[[Path], Any], str]:
-    """A run that names another value of a flag, and what is to be said of it."""
-    return lambda run: change_facts(run, flags={flag: value}), f"--{flag} {value}, the recipe has"
+Spoil = Callable[[Path], Any]
 
 
-MANIPULATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a copy with its seed edited": (lambda run: change_facts(run, flags={"seed": 8}), "has the losses of seed 42"),
-    **{name: with_flag(*changed) for name, changed in FLAGS.items()},
-    "order of the file": (lambda run: change_facts(run, shuffle=False), "decides whether rows are shuffled"),
-    "rows dropped": (lambda run: change_facts(run, **changed_split(run, "train", kept=119)), "train_rows"),
-    "other training data": (
-        lambda run: change_facts(run, **changed_split(run, "train", fingerprint="0123456789abcdef")),
-        "train_fingerprint",
-    ),
-    "other validation data": (
-        lambda run: change_facts(run, **changed_split(run, "validation", fingerprint="0123456789abcdef")),
-        "validation_fingerprint",
-    ),
-    "five times the parameters": (lambda run: change_facts(run, model={"parameters": 5_000_000}), "parameters"),
-    "64 rows evaluated": (lambda run: change_rows(run, lambda rows: with_score(rows, rows=8)), "of 8 rows"),
-    "a step is missing": (lambda run: change_rows(run, lambda rows: rows[:8] + rows[9:]), "19 of 20 steps"),
-    "steps in another order": (lambda run: change_rows(run, lambda rows: [*rows[1::-1], *rows[2:]]), "not in order"),
-    "a step twice": (lambda run: change_rows(run, lambda rows: [rows[0], *rows]), "not in order"),
-    "the last steps are missing": (lambda run: change_rows(run, lambda rows: rows[:10] + rows[20:]), "10 of 20 steps"),
+def facts(**changed: Any) -> Spoil:
+    return lambda run: change_facts(run, **changed)
+
+
+def split(name: str, **changed: Any) -> Spoil:
+    return lambda run: change_facts(run, data={name: {**facts_of(run)["data"][name], **changed}})
+
+
+def rows(change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Spoil:
+    return lambda run: change_rows(run, change)
+
+
+def file(name: str, change: Callable[[Any], Any]) -> Spoil:
+    return lambda run: change_file(run, f"ckpt_*/eval_{name}.json", change)
+
+
+def both(*spoils: Spoil) -> Spoil:
+    return lambda run: [spoil(run) for spoil in spoils]
+
+
+def without_checksum(part: str) -> Spoil:
+    return lambda run: drop_checksum(run, part)
+
+
+def without_weights(run: Path) -> None:
+    (models_in(run)[-1] / "flax_model.msgpack").unlink()
+
+
+MANIPULATIONS: dict[str, tuple[Spoil, str]] = {
+    "a copy with its seed edited": (facts(flags={"seed": 8}), "has the losses of seed 42"),
+    **{
+        name: (facts(flags={flag: value}), f"--{flag} {value}, the recipe has") for name, (flag, value) in FLAGS.items()
+    },
+    "order of the file": (facts(shuffle=False), "decides whether rows are shuffled"),
+    "rows dropped": (split("train", kept=119), "train_rows"),
+    "other training data": (split("train", fingerprint="0123456789abcdef"), "train_fingerprint"),
+    "other validation data": (split("validation", fingerprint="0123456789abcdef"), "validation_fingerprint"),
+    "five times the parameters": (facts(model={"parameters": 5_000_000}), "parameters"),
+    "64 rows evaluated": (rows(lambda all_: with_score(all_, rows=8)), "of 8 rows"),
+    "a step is missing": (rows(lambda all_: all_[:8] + all_[9:]), "19 of 20 steps"),
+    "steps in another order": (rows(lambda all_: [*all_[1::-1], *all_[2:]]), "not in order"),
+    "a step twice": (rows(lambda all_: [all_[0], *all_]), "not in order"),
+    "the last steps are missing": (rows(lambda all_: all_[:10] + all_[20:]), "10 of 20 steps"),
     "NaN after the compared steps": (
-        lambda run: change_rows(run, lambda rows: with_row(rows, 15, loss=float("nan"))),
+        rows(lambda all_: with_row(all_, 15, loss=float("nan"))),
         "the loss of step 15 is not finite",
     ),
-    "another first loss": (lambda run: change_rows(run, lambda rows: with_row(rows, 1, loss=1.0)), "loss"),
-    "a better score in metrics.jsonl": (
-        lambda run: change_rows(run, lambda rows: with_score(rows, loss=5.9)),
-        "metrics.jsonl has 5.9",
-    ),
+    "another first loss": (rows(lambda all_: with_row(all_, 1, loss=1.0)), "loss"),
+    "a better score in metrics.jsonl": (rows(lambda all_: with_score(all_, loss=5.9)), "metrics.jsonl has 5.9"),
     "a better score in the results": (
-        lambda run: change_file(run, "ckpt_*/eval_results.json", lambda found: {**found, "eval_loss": 0.1}),
+        file("results", lambda found: {**found, "eval_loss": 0.1}),
         "eval_loss is 0.1",
     ),
     "a better ROUGE in both": (
-        lambda run: (
-            change_rows(run, lambda rows: with_score(rows, rouge2=99.0)),
-            change_file(run, "ckpt_*/eval_results.json", lambda found: {**found, "eval_rouge2": 99.0}),
+        both(
+            rows(lambda all_: with_score(all_, rouge2=99.0)),
+            file("results", lambda found: {**found, "eval_rouge2": 99.0}),
         ),
         "rouge2 of its captions",
     ),
     "other captions": (
-        lambda run: change_file(
-            run, "ckpt_*/eval_generation.json", lambda rows: [{**row, "pred": row["label"]} for row in rows]
-        ),
+        file("generation", lambda all_: [{**row, "pred": row["label"]} for row in all_]),
         "rouge1 of its captions is 100",
     ),
-    "captions that are none": (
-        lambda run: change_file(run, "ckpt_*/eval_generation.json", lambda rows: {"a": 1}),
-        "its results and captions cannot be read",
-    ),
-    "captions left out": (
-        lambda run: change_file(run, "ckpt_*/eval_generation.json", lambda rows: rows[:20]),
-        "20 captions, of 40 rows",
-    ),
-    "no evaluation": (lambda run: change_rows(run, lambda rows: rows[:-1]), "not measured"),
-    "results without their checksum": (lambda run: drop_checksum(run, "eval_results.json"), "no checksum of ckpt_"),
-    "captions without their checksum": (lambda run: drop_checksum(run, "generation.json"), "no checksum of ckpt_"),
-    "metrics without their checksum": (lambda run: drop_checksum(run, "metrics.jsonl"), "no checksum of metrics.jsonl"),
-    "weights without their checksum": (lambda run: drop_checksum(run, ".msgpack"), "no checksum of ckpt_"),
-    "no checksums": (lambda run: change_facts(run, checksums=None), "no checksums"),
+    "captions that are none": (file("generation", lambda _: {"a": 1}), "its results and captions cannot be read"),
+    "captions left out": (file("generation", lambda all_: all_[:20]), "20 captions, of 40 rows"),
+    "no evaluation": (rows(lambda all_: all_[:-1]), "not measured"),
+    "results without their checksum": (without_checksum("eval_results.json"), "no checksum of ckpt_"),
+    "captions without their checksum": (without_checksum("generation.json"), "no checksum of ckpt_"),
+    "metrics without their checksum": (without_checksum("metrics.jsonl"), "no checksum of metrics.jsonl"),
+    "weights without their checksum": (without_checksum(".msgpack"), "no checksum of ckpt_"),
+    "no checksums": (facts(checksums=None), "no checksums"),
     "facts edited by hand": (
         lambda run: (run / "run.json").write_text(json.dumps({**facts_of(run), "train_seconds": 1.0})),
         "run.json is not as the run left it",
     ),
     "a changed checkpoint": (swap_weights, "flax_model.msgpack is not as the run left it"),
-    "a checkpoint is gone": (
-        lambda run: (models_in(run)[-1] / "flax_model.msgpack").unlink(),
-        "flax_model.msgpack is not as the run left it",
-    ),
-    "a checkpoint is gone, and its checksum": (
-        lambda run: ((models_in(run)[-1] / "flax_model.msgpack").unlink(), sign(run)),
-        "no checksum of ckpt_",
-    ),
-    "not finished": (lambda run: change_facts(run, finished=None), "the run is not finished"),
+    "a checkpoint is gone": (without_weights, "flax_model.msgpack is not as the run left it"),
+    "a checkpoint is gone, and its checksum": (both(without_weights, sign), "no checksum of ckpt_"),
+    "not finished": (facts(finished=None), "the run is not finished"),
 }
 
 
@@ -258,7 +259,7 @@ def test_floors_and_counts_hold_for_new_runs_too(runs: Callable[..., Path], copi
         copied,
         *(Path(shutil.copytree(path, copied.parent.with_name(path.name))) / "run" for path in reference),
     ):
-        change_facts(run, **changed_split(run, "train", kept=119))
+        split("train", kept=119)(run)
     found = verify([copied.parent], reference=[copied.parent.with_name(path.name) for path in reference])
     assert {outcome.target.metric for outcome in found.outcomes if outcome.verdict == "FAIL"} == {"train_rows"}
 
@@ -297,7 +298,9 @@ def replaced(place: Any, name: str, change: Callable[..., Any]) -> Plant:
 
 
 def other_protocol(**changed: Any) -> Plant:
-    return replaced(repro.run.train, "protocol_named", lambda named, text: dataclasses.replace(named(text), **changed))
+    return replaced(
+        repro.run.settings, "protocol_named", lambda named, text: dataclasses.replace(named(text), **changed)
+    )
 
 
 def other_search(**changed: Any) -> Plant:

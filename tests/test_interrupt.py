@@ -11,7 +11,7 @@ import pytest
 
 from repro.commands.terminal import make_deterministic
 from repro.errors import Interrupted
-from repro.run.flags import DETERMINISTIC
+from repro.run.settings import DETERMINISTIC
 from repro.training.interrupt import StopSignals
 
 

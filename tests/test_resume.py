@@ -91,9 +91,9 @@ def at_step(number: int, action: Callable[[], Any]) -> Callable[..., None]:
     """StepLog.add, and an action after a step."""
     original = StepLog.add
 
-    def add(self: StepLog, result: Any) -> None:
-        original(self, result)
-        if result.step == number:
+    def add(self: StepLog, step: int, *arguments: Any, **more: Any) -> None:
+        original(self, step, *arguments, **more)
+        if step == number:
             action()
 
     return add
@@ -368,14 +368,6 @@ def test_save_steps_0_saves_no_state(tmp_path):
     assert load_file(folder / "ckpt_epoch_1_step_8" / "model.safetensors")
 
 
-def test_the_best_state_by_a_metric_is_kept(tmp_path):
-    folder = tmp_path / "run"
-    result = start(folder, *("--save_total_limit", "1", "--metric_for_best_model", "loss", "--learning_rate", "0"))
-    assert result.metrics
-    # Without learning all losses are the same, and the first of the best is kept.
-    assert sorted(int(path.name) for path in (folder / "state").iterdir()) == [8, 16]
-
-
 def test_the_state_of_the_best_evaluation_is_kept_and_not_the_last_one(tmp_path):
     parsed = parse_arguments(
         CLASSES,
@@ -465,21 +457,6 @@ def test_a_run_says_in_its_files_why_it_stopped_and_which_command_goes_on(tmp_pa
     assert "stopped" not in start(folder, "--resume", "auto").facts
 
 
-def test_the_bar_is_ended_before_anything_is_said(tmp_path, monkeypatch):
-    bars = []
-    original = StepLog.__init__
-
-    def opened(self: StepLog, *arguments: Any, **settings: Any) -> None:
-        original(self, *arguments, **settings)
-        bars.append((self.bar, close := [])) or setattr(self.bar, "close", lambda: close.append(1))
-
-    monkeypatch.setattr(StepLog, "__init__", opened)
-    monkeypatch.setattr(StepLog, "add", at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT)))
-    with pytest.raises(Interrupted):
-        start(tmp_path / "run")
-    assert [closed for _, closed in bars] == [[1]]
-
-
 def test_clocks_go_on_through_a_kill_and_count_what_was_lost(tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
@@ -491,10 +468,10 @@ def test_clocks_go_on_through_a_kill_and_count_what_was_lost(tmp_path, monkeypat
 
     slow = 0.4
 
-    def slower(self: StepLog, result: Any, original: Any = StepLog.add) -> None:
-        time.sleep(slow if result.step in (1, 5) else 0)
-        original(self, result)
-        if result.step == 5:
+    def slower(self: StepLog, step: int, *arguments: Any, original: Any = StepLog.add, **more: Any) -> None:
+        time.sleep(slow if step in (1, 5) else 0)
+        original(self, step, *arguments, **more)
+        if step == 5:
             die()
 
     with monkeypatch.context() as patched:
@@ -512,25 +489,3 @@ def test_clocks_go_on_through_a_kill_and_count_what_was_lost(tmp_path, monkeypat
     assert facts["waiting_for_input_seconds"] >= record["waiting_for_input_seconds"] > 0
     branch = start(tmp_path / "branch", "--resume", str(folder / "state" / "3")).facts
     assert record["seconds"] < branch["seconds"]
-
-
-def test_making_or_restoring_the_state_is_no_training(whole, tmp_path, monkeypatch):
-    events: list[str] = []
-    original, restore, clock = repro.run.train.build_training, repro.run.train.Checkpoints.restore, StepLog.__init__
-
-    def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments, **settings: [function(*arguments, **settings), events.append(name)][0]
-
-    def watched(prepared: Any) -> Any:
-        training = original(prepared)
-        return dataclasses.replace(training, create=told("made", training.create))
-
-    monkeypatch.setattr(repro.run.train, "build_training", watched)
-    monkeypatch.setattr(repro.run.train.Checkpoints, "restore", told("restored", restore))
-    monkeypatch.setattr(repro.run.train.jax, "block_until_ready", told("there", jax.block_until_ready))
-    monkeypatch.setattr(StepLog, "__init__", told("clock", clock))
-    start(tmp_path / "run", "--num_train_epochs", "1")
-    assert events[:3] == ["made", "there", "clock"]
-    events.clear()
-    start(copy_of(whole, tmp_path / "other", up_to=15), "--resume", "auto")
-    assert events[:3] == ["restored", "there", "clock"]

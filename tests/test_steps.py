@@ -18,7 +18,7 @@ from repro.data.batches import CaptionedImages, RowOrder, epoch_order
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.errors import InputError
 from repro.models.pretrained import load_model
-from repro.training.loop import take_steps
+from repro.run.build import training_batches
 from repro.training.memory import choices, compile_what_fits, device_bytes, step_bytes
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, replicated, rows_sharding, train_batch_sharding
@@ -362,18 +362,9 @@ def order_of(**settings) -> RowOrder:
 def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
     data, row_order = captioned(11), order_of(num_epochs=3)
     mesh = create_mesh(jax.devices()[:1], num_replicas=2, replica_batch=2)
-    seen = []
-
-    def record(state, batch):
-        seen.append({name: np.asarray(array) for name, array in batch.items()})
-        return state + 1, {"loss": jnp.zeros(())}
-
-    results = list(take_steps(record, jnp.zeros(()), data, row_order, train_batch_sharding(mesh, num_replicas=2)))
-
-    assert [result.step for result in results] == [1, 2, 3, 4, 5, 6]
-    assert [result.epoch for result in results] == [1, 1, 2, 2, 3, 3]
-    assert [result.is_epoch_end for result in results] == [False, True] * 3
-    assert [int(result.state) for result in results] == [1, 2, 3, 4, 5, 6]
+    batches = list(training_batches(data, row_order, train_batch_sharding(mesh, num_replicas=2)))
+    assert [step for step, _, _ in batches] == [1, 2, 3, 4, 5, 6]
+    seen = [{name: np.asarray(array) for name, array in batch.items()} for _, batch, _ in batches]
     expected = np.concatenate([epoch_order(5, epoch, 11)[:8].reshape(2, 2, 2) for epoch in range(3)])
     np.testing.assert_array_equal([batch["labels"][..., 0] for batch in seen], expected)
     np.testing.assert_array_equal([batch["pixels"][..., 0, 0, 0] for batch in seen], expected // 2)
@@ -388,9 +379,10 @@ def test_training_lowers_the_loss_of_what_it_sees():
     mesh = create_mesh(jax.devices(), num_replicas=2, replica_batch=2)
     state = put(create_train_state(make_params(), optimizer, seed=0, num_replicas=2), replicated(mesh))
     sharding = train_batch_sharding(mesh, num_replicas=2)
-    losses = [
-        float(result.metrics["loss"]) for result in take_steps(compile_fast(step), state, data, row_order, sharding)
-    ]
+    step, losses = compile_fast(step), []
+    for _, batch, _ in training_batches(data, row_order, sharding):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
     assert len(losses) == 30
     assert max(losses[-3:]) < 0.2 * min(losses[:3])
 

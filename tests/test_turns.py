@@ -18,6 +18,7 @@ from repro.protocol import PROTOCOLS
 from repro.recipes.preflight import dry_run
 from repro.run.build import build_evaluator
 from repro.run.prepare import PreparedRun, prepare
+from repro.run.settings import Settings
 from repro.run.train import run
 from repro.training.memory import SHARE
 from repro.training.sharding import put, replicated
@@ -33,17 +34,17 @@ def arguments(folder: Path, **flags: Any) -> tuple[ModelArguments, DataArguments
 
 
 def evaluate(prepared: PreparedRun, at_once: int) -> Evaluation:
-    args = dataclasses.replace(prepared.args, replicas_at_once=at_once)
-    evaluator = build_evaluator(dataclasses.replace(prepared, args=args))
-    assert evaluator.programs().num_rows == at_once * args.per_device_eval_batch_size
+    settings = dataclasses.replace(prepared.settings, replicas_at_once=at_once)
+    evaluator = build_evaluator(dataclasses.replace(prepared, settings=settings))
+    assert evaluator.programs().num_rows == at_once * settings.per_device_eval_batch_size
     return evaluator.evaluate(put(prepared.pretrained.params, replicated(prepared.mesh)), prepared.splits["validation"])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_captions_losses_and_metrics_do_not_depend_on_the_number_of_turns(protocol, tmp_path):
     flags = arguments(tmp_path / "run", protocol=protocol.name, do_train=False, do_predict=False)
-    prepared = prepare(*flags, protocol, jax.devices()[:1], progress=False)
-    assert prepared.num_replicas == 8
+    prepared = prepare(Settings.of(*flags, num_devices=1), jax.devices()[:1], progress=False)
+    assert prepared.settings.replicas == 8
     whole, *others = (evaluate(prepared, at_once) for at_once in (8, 4, 2, 1))
     for other in others:
         assert other.generations == whole.generations
@@ -57,7 +58,7 @@ def test_captions_losses_and_metrics_do_not_depend_on_the_number_of_turns(protoc
 def test_the_dry_run_measures_the_turns_that_the_run_takes(tmp_path, monkeypatch):
     flags = arguments(tmp_path / "run", num_replicas=16, per_device_eval_batch_size=1, per_device_train_batch_size=1)
     roomy = dry_run(*flags).facts
-    assert (roomy["evaluation_rows_at_once"], roomy["evaluated"]) == (16, "rows")
+    assert roomy["evaluation_rows_at_once"] == 16
     # Room for the state and half of that.
     room = roomy["state_bytes"] + roomy["evaluation_bytes"] - 1
     monkeypatch.setattr(repro.run.build, "device_bytes", lambda _: room / SHARE)

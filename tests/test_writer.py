@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import logging
@@ -23,7 +22,6 @@ from repro.evaluation.evaluator import Evaluation
 from repro.json_files import write_json
 from repro.record.writer import RunWriter, check_output_dir, locked, prefixed
 from repro.run.step_log import StepLog
-from repro.training.loop import StepResult
 
 # Control characters and lone surrogates ("Cs") included.
 any_text = st.text(st.characters(exclude_categories=()))
@@ -224,9 +222,8 @@ def test_log_goes_to_the_runs_file_while_it_is_open(tmp_path):
     assert logger.handlers == before
 
 
-def step_result(step: int) -> StepResult:
-    metrics = {"loss": jnp.asarray(0.5 * step), "learning_rate": jnp.asarray(0.25)}
-    return StepResult(state=None, step=step, epoch=1, is_epoch_end=False, metrics=metrics)
+def metrics_of(step: int) -> dict:
+    return {"loss": jnp.asarray(0.5 * step), "learning_rate": jnp.asarray(0.25)}
 
 
 @pytest.mark.parametrize(("logging_steps", "logged"), [(3, [3, 6]), (1, [1, 2, 3, 4, 5, 6, 7]), (0, []), (100, [])])
@@ -234,7 +231,7 @@ def test_every_step_is_in_the_metrics_and_every_logging_step_in_tensorboard(tmp_
     with RunWriter(tmp_path) as writer:
         steps = StepLog(writer, num_steps=7, batch_size=4, logging_steps=logging_steps, progress=False)
         for step in range(1, 8):
-            steps.add(step_result(step))
+            steps.add(step, metrics_of(step))
         times = steps.close()
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if line.pop("seconds", -1) >= 0] == logged
@@ -250,12 +247,12 @@ def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
     with RunWriter(tmp_path) as writer:
         steps = StepLog(writer, num_steps=2, batch_size=10, logging_steps=1, progress=False)
         now[0] += 2.0
-        steps.add(step_result(1))
+        steps.add(1, metrics_of(1))
         steps.pause()
         now[0] += 50.0
         steps.resume()
         now[0] += 3.0
-        steps.add(step_result(2))
+        steps.add(2, metrics_of(2))
         times = steps.close()
     assert times == {"train_seconds": 5.0, "train_rows_per_second": 4.0, "waiting_for_input_seconds": 0.0}
 
@@ -267,7 +264,7 @@ def test_the_log_tells_rate_and_time_left(tmp_path, monkeypatch, caplog):
     with RunWriter(tmp_path) as writer:
         steps = StepLog(writer, num_steps=200, batch_size=10, logging_steps=1, progress=False)
         now[0] += 2.0
-        steps.add(dataclasses.replace(step_result(1), waited=0.5))
+        steps.add(1, metrics_of(1), waited=0.5)
         times = steps.close()
     line = "step 1 of 200: loss 0.5000, learning rate 2.500e-01, 5 rows/s, 0:06:38 left"
     assert line in (tmp_path / "log").read_text()

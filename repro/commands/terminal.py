@@ -13,7 +13,7 @@ from repro.masking import MaskingFormatter
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
     """Set what XLA needs on a GPU to compute the same bits in every run; before JAX starts."""
-    from repro.run.flags import DETERMINISTIC
+    from repro.run.settings import DETERMINISTIC
 
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 

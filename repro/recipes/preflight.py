@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from datasets import concatenate_datasets
 
@@ -20,45 +25,34 @@ from repro.data.atomic import check_writable
 from repro.data.batches import number_images
 from repro.data.census import count_images, count_rows, look_at_images, picture_sheet
 from repro.data.image_cache import cores
+from repro.data.image_store import load_images
 from repro.data.images import resize_of
 from repro.data.rows import Rows, column
+from repro.json_files import write_json
 from repro.models.pretrained import Pretrained
-from repro.protocol import protocol_named
-from repro.recipes.trial import (
-    multiplication_rate,
-    prepare_trial,
-    time_evaluation,
-    time_images,
-    time_steps,
-    timed,
-    training_operations,
-)
-from repro.record.writer import write_json
-from repro.run.flags import check_values
-from repro.run.prepare import (
-    SPLIT_FLAGS,
-    cache_folder,
-    check_rows,
-    check_run,
-    converts_to_rgb,
-    load_or_create,
-    plan_of,
-    read_rows,
-    target_length,
-)
+from repro.record.sanitize import template
+from repro.run.build import build_evaluator, build_training, training_batches, training_operations
+from repro.run.prepare import PreparedRun, check_run, load_or_create, mesh_of, prepare, read_rows
+from repro.run.settings import Settings
 from repro.training.memory import device_bytes
 from repro.training.optimizer import count_parameters
+from repro.training.sharding import put, replicated
 
 # A model is kept in float32 for Flax and for PyTorch; a state holds each parameter with AdamW's two moments.
 BYTES_OF_WEIGHT, BYTES_OF_STATE = 2 * 4, 3 * 4
+STEPS, WARM_UPS = 3, 1
+TIMED_IMAGES = 500
+PROBE_SIDES, PROBE_TURNS, PROBE_SECONDS = (2048, 4096, 8192, 16384), 4, 0.01
+
+Result = TypeVar("Result")
 
 
 class DryRun(NamedTuple):
-    """What was found: what would end the run before its end, what was measured, and all of it in words."""
+    """What was found."""
 
-    problems: list[str]
-    facts: dict[str, Any]
-    text: str
+    problems: list[str]  # what would end the run before its end
+    facts: dict[str, Any]  # what was measured
+    text: str  # all of it in words
 
 
 def check_data(
@@ -74,47 +68,47 @@ def check_data(
     """
     if not (args.do_train or args.do_eval or args.do_predict):
         args = replace(args, do_train=True, do_eval=True)
-    check_values(model_args, data_args, args)
+    settings = Settings.of(model_args, data_args, args, num_devices=jax.device_count())
     folder = Path(check_args.report_dir)
     check_writable(folder, "--report_dir")
-    check_writable(cache_folder(model_args), "--cache_dir")
-    if args.output_dir is not None:
-        check_writable(Path(args.output_dir), "--output_dir")
-    protocol, num_workers = protocol_named(args.protocol), data_args.preprocessing_num_workers or cores()
-    # Whether the images of each split are converted.
-    splits = {split: converts_to_rgb(protocol, split) for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)}
-    rows, reading = timed(lambda: read_rows(model_args, data_args, list(splits)))
-    pretrained = load_or_create(model_args, seed=args.seed)
-    check_run(data_args, args, pretrained, jax.devices())
-    uses = {(path, splits[name]): None for name, split in rows.items() for path in column(split.dataset, "image_path")}
-    seen, decoding = timed(lambda: look_at_images(list(uses), resize_of(pretrained.image_processor), num_workers))
+    check_writable(settings.cache, "--cache_dir")
+    if settings.output_dir is not None:
+        check_writable(settings.folder, "--output_dir")
+    num_workers = settings.preprocessing_num_workers or cores()
+    rows, reading = timed(lambda: read_rows(settings))
+    pretrained = load_or_create(settings, seed=settings.seed)
+    check_run(settings, pretrained, jax.devices())
+    converts = {name: settings.converts_to_rgb(name) for name in rows}
+    uses = [(path, converts[name]) for name, split in rows.items() for path in column(split.dataset, "image_path")]
+    resize, count = resize_of(pretrained.image_processor), partial(count_rows, tokenizer=pretrained.tokenizer)
+    seen, decoding = timed(lambda: look_at_images(list(dict.fromkeys(uses)), resize, num_workers))
     counts, tokenizing = timed(
         lambda: {
-            name: count_rows(split, splits[name], seen, pretrained.tokenizer, target_length(data_args, name))
+            name: count(split, converts[name], seen, max_length=settings.max_length(name))
             for name, split in rows.items()
         }
     )
     images, disk = count_images(seen), _disk(pretrained)
-    usable = images["distinct"] - images["unusable"]
     needs: dict[str, Any] = {
         "seconds_reading_rows": round(reading, 1),
         "seconds_decoding_images": round(decoding, 1),
         "threads": num_workers,
         "seconds_tokenizing": round(tokenizing, 1),
-        "image_cache_bytes": usable * disk["image"] if data_args.image_cache else 0,
-        "cache_free_bytes": shutil.disk_usage(_existing(cache_folder(model_args))).free,
+        "image_cache_bytes": (images["distinct"] - images["unusable"]) * disk["image"] if settings.image_cache else 0,
+        "cache_free_bytes": shutil.disk_usage(_existing(settings.cache)).free,
         "checkpoint_bytes": disk["model"],
-        "output_free_bytes": shutil.disk_usage(_existing(Path(args.output_dir or "."))).free,
+        "output_free_bytes": shutil.disk_usage(_existing(Path(settings.output_dir or "."))).free,
     }
     kept = {name: found["rows_kept"] for name, found in counts.items()}
-    if "train" in kept:
-        plan = plan_of(args, protocol, kept["train"], jax.device_count())
-        operations = plan.steps * plan.train_batch * training_operations(pretrained, counts["train"]["max_length"])
-        rate = multiplication_rate(model_args.dtype) * jax.device_count()
+    if settings.do_train:
+        planned = replace(settings, num_rows=kept)
+        operations = training_operations(pretrained, settings.max_length("train"))
+        operations *= planned.num_steps * planned.train_batch
+        rate = multiplication_rate(settings.dtype) * jax.device_count()
         needs |= {
-            "global_batch": plan.train_batch,
-            "steps": plan.steps,
-            "checkpoints": max(plan.evaluations, 1),
+            "global_batch": planned.train_batch,
+            "steps": planned.num_steps,
+            "checkpoints": planned.num_models,
             "operations": operations,
             "operations_per_second": rate,
             "seconds_training_at_least": round(operations / rate, 1),
@@ -123,67 +117,30 @@ def check_data(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "data_check.json", report)
     broken = {path for (path, _), image in seen.items() if image.failure is not None}
-    if drawn := _random_rows(rows, broken, check_args.num_pictures, args.seed):
-        picture_sheet(drawn).save(folder / "data_check.png")
-    check_rows(args, protocol, kept, jax.device_count())
-    return report
-
-
-def _random_rows(rows: Mapping[str, Rows], broken: set[str], count: int, seed: int) -> list[tuple[str, str | None]]:
-    """Draw rows whose image can be used, from all splits."""
     whole = concatenate_datasets([split.dataset for split in rows.values()])
-    order = np.random.default_rng(seed).permutation(len(whole))[: 4 * count + 100]
+    order = np.random.default_rng(settings.seed).permutation(len(whole))[: 4 * check_args.num_pictures + 100]
     usable = ((row["image_path"], row["caption"]) for row in whole.select(order) if row["image_path"] not in broken)
-    return list(islice(usable, count))
+    if drawn := list(islice(usable, check_args.num_pictures)):
+        picture_sheet(drawn).save(folder / "data_check.png")
+    settings.with_rows(kept)
+    return report
 
 
 def _disk(pretrained: Pretrained) -> dict[str, int]:
     """Tell the bytes on disk of one decoded image, one model and one state."""
-    parameters = count_parameters(pretrained.params)
-    image = int(np.prod(resize_of(pretrained.image_processor).shape))
-    return {"image": image, "model": parameters * BYTES_OF_WEIGHT, "state": parameters * BYTES_OF_STATE}
+    parameters, image = count_parameters(pretrained.params), resize_of(pretrained.image_processor).shape
+    return {"image": math.prod(image), "model": parameters * BYTES_OF_WEIGHT, "state": parameters * BYTES_OF_STATE}
 
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def describe_data(report: dict[str, Any]) -> str:
     """Put what `check_data` returns into words."""
-    images, needs = report["images"], report["needs"]
-    lines = []
-    for name, split in report["splits"].items():
-        by_captions = ", ".join(f"{number} with {n}" for n, number in split["images_by_captions"].items())
-        lines += [
-            f"{name}: {split['rows']} rows, {split['rows_kept']} can be used;"
-            f" {split['rows_dropped_for_themselves']} dropped for themselves,"
-            f" {split['rows_dropped_for_their_image']} for their image",
-            f"  {split['images']} images, by captions: {by_captions}",
-            f"  tokens of a caption: {_range(split['tokens_of_a_caption'])}; {split['captions_cut']} of"
-            f" {split['captions']} are cut at {split['max_length']}",
-            *(f"  dropped: {reason}" for reason in split["reasons"]),
-        ]
-    modes = ", ".join(f"{count} {mode}" for mode, count in images["modes"].items())
-    lines += [
-        f"images: {images['distinct']} distinct, {images['unusable']} cannot be used; modes: {modes}",
-        f"  width {_range(images['width'])}; height {_range(images['height'])}",
-        *(f"  {count} times: {reason}" for reason, count in images["reasons"].items()),
-        *(f"  {path}: {reason}" for path, reason in images["failures"].items()),
-        "a run needs",
-        f"  once: {needs['seconds_reading_rows']} s to read the rows, {needs['seconds_decoding_images']} s to decode"
-        f" the images in {needs['threads']} threads, {needs['seconds_tokenizing']} s to tokenize",
-        f"  {_size(needs['image_cache_bytes'])} for the image cache ({_size(needs['cache_free_bytes'])} are free)",
-    ]
-    if "steps" in needs:
-        lines += [
-            f"  {needs['checkpoints']} checkpoints of {_size(needs['checkpoint_bytes'])}"
-            f" ({_size(needs['output_free_bytes'])} are free)",
-            f"  {needs['steps']} steps of {needs['global_batch']} rows: {needs['operations']:.3g} operations, at least"
-            f" {needs['seconds_training_at_least']:.0f} s at the {needs['operations_per_second'] / 1e12:.2f} TFLOP/s of"
-            " this machine's matrix products; evaluations not counted",
-        ]
-    return "\n".join(lines)
+    text = template("repro.recipes", "data_check.txt", autoescape=False, size=_size, range=_range)
+    return text.render(report).rstrip()
 
 
 def _size(num_bytes: int) -> str:
@@ -191,9 +148,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _range(values: dict[str, int]) -> str:
-    if not values:
-        return "none"
-    return f"{values['p0']} to {values['p100']}, median {values['p50']}, 99 % up to {values['p99']}"
+    return "{p0} to {p100}, median {p50}, 99 % up to {p99}".format(**values) if values else "none"
 
 
 def dry_run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> DryRun:
@@ -205,68 +160,140 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     Raises:
         InputError: a flag, the weights or the data cannot be used at all.
     """
-    check_values(model_args, data_args, args)
-    check_writable(cache_folder(model_args), "--cache_dir")
-    protocol, devices = protocol_named(args.protocol), jax.devices()
-    with jax.threefry_partitionable(protocol.threefry_partitionable):
-        rows, reading = timed(lambda: read_rows(model_args, data_args, ["train", "validation"]))
-        num_rows = {name: len(split.dataset) for name, split in rows.items()}
-        check_rows(args, protocol, num_rows, len(devices))
-        trial = prepare_trial(model_args, data_args, args, protocol, rows)
-        image_seconds = time_images(rows["train"], trial)
-        check_run(data_args, args, trial.pretrained, devices)
-        facts = time_steps(trial)
-        facts |= time_evaluation(trial, args.num_replicas or len(devices), held_bytes=facts["state_bytes"])
-    plan, disk = plan_of(args, protocol, num_rows["train"], len(devices)), _disk(trial.pretrained)
+    devices = jax.devices()
+    settings = Settings.of(model_args, data_args, args, num_devices=len(devices))
+    settings = replace(settings, do_train=True, do_eval=True, do_predict=False)
+    check_writable(settings.cache, "--cache_dir")
+    with jax.threefry_partitionable(settings.rules.threefry_partitionable):
+        rows, reading = timed(lambda: read_rows(settings))
+        settings = settings.with_rows({name: len(split.dataset) for name, split in rows.items()})
+        trial = _prepare_trial(settings, rows["validation"], devices)
+        image_seconds = _time_images(rows["train"], trial)
+        check_run(settings, trial.pretrained, devices)
+        facts = _time_steps(trial)
+        facts |= _time_evaluation(trial, settings, devices, held_bytes=facts["state_bytes"])
+    settings = replace(settings, do_eval=args.do_eval)
+    disk, available = _disk(trial.pretrained), device_bytes(devices[0])
     num_images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
-    unit, evaluated = ("images", num_images) if protocol.generate_per_image else ("rows", num_rows)
+    per_image = settings.rules.generate_per_image
+    unit, evaluated = ("images", num_images) if per_image else ("rows", settings.num_rows)
     seconds = {
         "rows": reading,
         "images": image_seconds * sum(num_images.values()),
         "compiling": facts["compile_seconds"] + facts["evaluation_compile_seconds"],
-        "training": plan.steps * plan.train_batch / facts["train_rows_per_second"],
-        "evaluations": plan.evaluations * evaluated["validation"] / facts["evaluation_rows_per_second"],
+        "training": settings.num_steps * settings.train_batch / facts["train_rows_per_second"],
+        "evaluations": settings.num_evaluations * evaluated["validation"] / facts["evaluation_rows_per_second"],
     }
-    image_cache = sum(num_images.values()) * disk["image"] if data_args.image_cache else 0
-    models = max(plan.evaluations, 1) * disk["model"]
-    states = 0 if args.save_steps == 0 else (args.save_total_limit + 1) * disk["state"]
+    image_cache = sum(num_images.values()) * disk["image"] if settings.image_cache else 0
+    models, states = settings.num_models * disk["model"], settings.num_states * disk["state"]
     problems = [
-        *_lacking_room((Path(args.output_dir or "."), models + states), (cache_folder(model_args), image_cache)),
-        *_lacking_memory(facts, device_bytes(devices[0])),
+        *_lacking_room((Path(settings.output_dir or "."), models + states), (settings.cache, image_cache)),
+        *_lacking_memory(facts, available),
     ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    parts = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     lines = [
-        f"machine: {len(devices)} x {devices[0]} with {_gib(device_bytes(devices[0]))} GiB,"
-        f" {_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} GiB of memory,"
-        f" {data_args.preprocessing_num_workers or cores()} threads",
+        f"machine: {len(devices)} x {devices[0]} with {_gib(available)}, {_gib(memory)} of memory,"
+        f" {settings.preprocessing_num_workers or cores()} threads",
         *(f"weights: {note}" for note in trial.pretrained.notes),
-        *(f"{name}: {count} rows of {num_images[name]} images" for name, count in num_rows.items()),
+        *(f"{name}: {count} rows of {num_images[name]} images" for name, count in settings.num_rows.items()),
         *(f"dropped among the first rows: {row['reason']}" for row in trial.dropped[:3]),
-        f"disk: {image_cache / 1e9:.1f} GB for images, {models / 1e9:.1f} GB for models, {states / 1e9:.1f} GB for"
-        " states",
-        f"step: {_gib(facts['step_bytes'])} GiB with one replica on each device,"
+        f"disk: {_size(image_cache)} for images, {_size(models)} for models, {_size(states)} for states",
+        f"step: {_gib(facts['step_bytes'])} with one replica on each device,"
         f" {facts['train_rows_per_second']:.0f} rows/s",
-        f"evaluation: {_gib(facts['evaluation_bytes'])} GiB with {facts['evaluation_rows_at_once']} at once,"
+        f"evaluation: {_gib(facts['evaluation_bytes'])} with {facts['evaluation_rows_at_once']} at once,"
         f" {facts['evaluation_rows_per_second']:.0f} {unit}/s",
-        f"time: {_duration(sum(seconds.values()))} for {plan.steps} steps and {plan.evaluations} evaluations ("
-        + ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
-        + "), before rows are dropped",
+        f"time: {_duration(sum(seconds.values()))} for {settings.num_steps} steps and {settings.num_evaluations}"
+        f" evaluations ({parts}), before rows are dropped",
         *(f"problem: {problem}" for problem in problems),
     ]
     return DryRun(problems, facts, "\n".join(lines))
+
+
+def _prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.Device]) -> PreparedRun:
+    """Prepare a run of the first rows with at most one replica for each device."""
+    replicas, paths = min(settings.replicas, len(devices)), validation.dataset["image_path"][:]
+    # A global batch of evaluation, with room for rows that are dropped.
+    per_image = settings.rules.generate_per_image
+    rows = _rows_of(paths, settings.eval_batch) if per_image else min(2 * settings.eval_batch, len(paths))
+    trial = replace(
+        settings,
+        num_replicas=replicas,
+        num_rows={},
+        block_size=0,
+        num_train_epochs=1,
+        metric_for_best_model=None,
+        image_cache=False,
+        overwrite_cache=False,
+        max_train_samples=2 * (STEPS + WARM_UPS) * replicas * settings.per_device_train_batch_size,
+        max_eval_samples=rows,
+    )
+    return prepare(trial, devices[:replicas], progress=False)
+
+
+def _time_images(split: Rows, trial: PreparedRun) -> float:
+    """Tell the seconds that an image takes, of the split's first ones."""
+    some = list(number_images([split.dataset.select(range(min(TIMED_IMAGES, len(split.dataset))))]))
+    load = partial(load_images, some, trial.pretrained.image_processor, convert_to_rgb=True, cache_dir=None)
+    workers = trial.settings.preprocessing_num_workers
+    return timed(lambda: load(num_workers=workers, progress=False))[1] / len(some)
+
+
+def _time_steps(trial: PreparedRun) -> dict[str, Any]:
+    """Compile and take a few steps; returns seconds, bytes on one device, and rows a second."""
+    training, compiling = timed(lambda: build_training(trial))
+    state, times = training.create(), list[float]()
+    data = trial.splits["train"]
+    with closing(training_batches(data, training.row_order, training.batch_sharding)) as batches:
+        for _, batch, _ in islice(batches, WARM_UPS + STEPS):
+            (state, _), seconds = timed(lambda: jax.block_until_ready(training.step(state, batch)))  # noqa: B023
+            times.append(seconds)
+    return {
+        "compile_seconds": round(compiling, 1),
+        "step_bytes": training.facts["step_bytes"],
+        "state_bytes": training.facts["state_bytes"],
+        "train_rows_per_second": round(trial.settings.train_batch / float(np.median(times[WARM_UPS:] or times)), 2),
+    }
+
+
+def _time_evaluation(
+    trial: PreparedRun, settings: Settings, devices: Sequence[jax.Device], *, held_bytes: int
+) -> dict[str, Any]:
+    """Compile and take the first turn of an evaluation on the run's devices, beside a state of `held_bytes` on each.
+
+    Its speed is in rows or images, whichever the protocol evaluates.
+    """
+    data = trial.splits["validation"]
+    own = replace(trial.settings, num_replicas=settings.replicas).with_rows({"validation": len(data)})
+    mesh = mesh_of(own, devices)
+    evaluator = build_evaluator(replace(trial, settings=own, mesh=mesh), held_bytes=held_bytes)
+    programs, compiling = timed(evaluator.programs)
+    per_image = own.rules.generate_per_image
+    size = _rows_of(data.image_index, programs.num_rows) if per_image else programs.num_rows
+    data = replace(data, kept=data.kept[:size], image_index=data.image_index[:size])
+    turn = replace(evaluator, num_replicas=programs.num_rows // own.per_device_eval_batch_size)
+    params = put(trial.pretrained.params, replicated(mesh))
+    evaluation, seconds = timed(lambda: turn.evaluate(params, data))
+    units = len(set(evaluation.image_paths)) if per_image else evaluation.details["rows"]
+    return {
+        "evaluation_rows_at_once": programs.num_rows,
+        "evaluation_bytes": programs.num_bytes,
+        "evaluation_compile_seconds": round(compiling, 1),
+        "evaluation_rows_per_second": round(units / seconds, 2),
+    }
 
 
 def _lacking_room(*sizes: tuple[Path, int]) -> Iterator[str]:
     """Say which file systems have fewer bytes free than their folders are to hold."""
     wanted: Counter[Path] = Counter()
     place_on: dict[int, Path] = {}
-    for folder, size in sizes:
-        there = _existing(folder)
+    for there, size in ((_existing(folder), size) for folder, size in sizes):
         wanted[place_on.setdefault(there.stat().st_dev, there)] += size
     for folder, size in wanted.items():
         free = shutil.disk_usage(folder).free
         if size > free:
             yield (
-                f"{folder}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; make room, name another"
+                f"{folder}: {_size(size)} are needed and {_size(free)} free; make room, name another"
                 " --output_dir or --cache_dir, or add --no_image_cache"
             )
 
@@ -275,21 +302,48 @@ def _lacking_memory(facts: dict[str, Any], available: int) -> Iterator[str]:
     """Say what of a trial takes more than the bytes that a device has."""
     if facts["step_bytes"] > available:
         yield (
-            f"one replica's step takes {_gib(facts['step_bytes'])} GiB and a device has {_gib(available)}; add"
+            f"one replica's step takes {_gib(facts['step_bytes'])} and a device has {_gib(available)}; add"
             " --gradient_checkpointing or --mesh fsdp=N"
         )
     evaluation = facts["evaluation_bytes"] + facts["state_bytes"]
     if evaluation > available:
         yield (
-            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {_gib(evaluation)} GiB and a"
+            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {_gib(evaluation)} and a"
             f" device has {_gib(available)}; lower --per_device_eval_batch_size or --num_beams, or add --mesh fsdp=N"
         )
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f}"
+    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _rows_of(images: Sequence[str] | np.ndarray, number: int) -> int:
+    """Count the rows that come before the first row of another image than the first `number`."""
+    firsts = np.sort(np.unique(images, return_index=True)[1])
+    return int([*firsts, len(images)][min(number, len(firsts))])
+
+
+def multiplication_rate(dtype: str) -> float:
+    """Measure how many operations a second the first device does in a large matrix product: what nothing exceeds."""
+    multiply, rate = jax.jit(jnp.matmul), 0.0
+    for side in PROBE_SIDES:
+        matrix = jnp.ones((side, side), dtype)
+        product = partial(lambda matrix: multiply(matrix, matrix).block_until_ready(), matrix)
+        product()  # compiles
+        seconds = min(timed(product)[1] for _ in range(PROBE_TURNS))
+        rate = max(rate, 2 * side**3 / seconds)
+        if seconds > PROBE_SECONDS:  # an accelerator spends longer on the start of a small product than on it
+            break
+    return rate
+
+
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Return what a call returns, and the seconds that it took."""
+    started = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - started

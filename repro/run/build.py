@@ -1,28 +1,35 @@
-"""The compiled parts of a run, put together from its flags: training from a state on, and the evaluator."""
+"""The compiled parts of a run, put together: training from a state on, and the evaluator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from datasets import Dataset
+from jax.sharding import Mesh, NamedSharding
 
-from repro.data.batches import RowOrder
+from repro.data.batches import CaptionedImages, RowOrder, prefetch
+from repro.data.images import resize_of
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
+from repro.models.pretrained import Pretrained
 from repro.record.writer import log
-from repro.run.prepare import PreparedRun
+from repro.run.prepare import PreparedRun, num_beams
+from repro.run.settings import Settings
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
-from repro.training.loop import StepResult, after_step, take_steps
+from repro.training.losses import row_losses
 from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes, tree_bytes
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
-from repro.training.sharding import put, state_sharding, train_batch_sharding
-from repro.training.steps import TrainState, TrainStep, create_train_state, make_eval_step, make_train_step
+from repro.training.sharding import put, put_rows, state_sharding, train_batch_sharding
+from repro.training.steps import Batch, TrainState, TrainStep, create_train_state, make_eval_step, make_train_step
 
 SHRINKS_FROM = 32  # rows of an evaluation batch from which on captions that have ended leave it
 GIBIBYTE = 2**30
@@ -40,30 +47,60 @@ class Training:
     batch_sharding: NamedSharding  # of a batch [R,b,...]
     facts: dict[str, Any]  # how it was compiled, for `run.json`
 
-    def from_state(self, state: TrainState, step: int) -> Iterator[StepResult]:
-        """Give the step that the state comes from, if it comes from one, and then take the others."""
-        if step:
-            yield after_step(state, step, self.prepared.steps_per_epoch, {})
+    def batches(self, first_step: int) -> Iterator[tuple[int, Batch | None, float]]:
+        """Give the batches of the steps after `first_step` (`training_batches`); first, of a step taken already, none.
+
+        What was due after that step may not have been done before the run was ended.
+        """
+        if first_step:
+            yield first_step, None, 0.0
         data = self.prepared.splits["train"]
-        yield from take_steps(self.step, state, data, self.row_order, self.batch_sharding, first_step=step)
+        yield from training_batches(data, self.row_order, self.batch_sharding, first_step=first_step)
+
+    def rows_of(self, step: int) -> Dataset:
+        """The rows that a step takes."""
+        data = self.prepared.splits["train"]
+        epoch, index = divmod(step - 1, self.row_order.steps_per_epoch(len(data)))
+        return data.dataset.select(data.kept[self.row_order.epoch_rows(epoch, len(data))[index].reshape(-1)])
+
+
+def training_batches(
+    data: CaptionedImages, row_order: RowOrder, sharding: NamedSharding, *, first_step: int = 0
+) -> Generator[tuple[int, Batch, float]]:
+    """Load the batches of all steps after `first_step` ahead of them.
+
+    Returns:
+        The step, counted from 1 over the whole run; its batch, on the device; the seconds until that was there.
+    """
+    steps_per_epoch = row_order.steps_per_epoch(len(data))
+    load = partial(put_rows, data.batch, sharding)
+    for epoch in range(first_step // steps_per_epoch, row_order.num_epochs):
+        # Drawn in this thread: which random stream JAX uses is thread-local.
+        rows = row_order.epoch_rows(epoch, len(data))
+        taken = max(first_step - epoch * steps_per_epoch, 0)
+        with closing(prefetch(map(load, rows[taken:]))) as batches:
+            for step in range(epoch * steps_per_epoch + taken + 1, (epoch + 1) * steps_per_epoch + 1):
+                asked = time.perf_counter()
+                batch = next(batches)
+                yield step, batch, time.perf_counter() - asked
 
 
 def build_training(prepared: PreparedRun) -> Training:
-    """Compile the training step for as many replicas at once as the flags say or the memory holds."""
-    args, mesh, num_replicas = prepared.args, prepared.mesh, prepared.num_replicas
+    """Compile the training step for as many replicas at once as are asked for, or as the memory holds."""
+    settings, mesh = prepared.settings, prepared.mesh
     learning_rate = create_learning_rate_fn(
-        args.learning_rate, num_steps=prepared.num_steps, warmup_steps=args.warmup_steps
+        settings.learning_rate, num_steps=settings.num_steps, warmup_steps=settings.warmup_steps
     )
     optimizer = create_optimizer(
         learning_rate,
-        rule=prepared.protocol.decay_mask,
-        weight_decay=args.weight_decay,
-        beta1=args.adam_beta1,
-        beta2=args.adam_beta2,
-        epsilon=args.adam_epsilon,
-        max_grad_norm=args.max_grad_norm,
+        rule=settings.rules.decay_mask,
+        weight_decay=settings.weight_decay,
+        beta1=settings.adam_beta1,
+        beta2=settings.adam_beta2,
+        epsilon=settings.adam_epsilon,
+        max_grad_norm=settings.max_grad_norm,
     )
-    create = partial(create_train_state, optimizer=optimizer, seed=args.seed, num_replicas=num_replicas)
+    create = partial(create_train_state, optimizer=optimizer, seed=settings.seed, num_replicas=settings.replicas)
     shapes = jax.eval_shape(create, prepared.pretrained.params)
     shardings = state_sharding(mesh, shapes)
     like = abstract(shapes, shardings)
@@ -73,42 +110,42 @@ def build_training(prepared: PreparedRun) -> Training:
         prepared.pretrained.captioner.logits,
         optimizer,
         learning_rate,
-        reduction=prepared.protocol.loss_reduction,
-        label_smoothing=args.label_smoothing_factor,
+        reduction=settings.rules.loss_reduction,
+        label_smoothing=settings.label_smoothing_factor,
     )
-    sizes = {"num_replicas": num_replicas, "replica_batch": args.per_device_train_batch_size}
+    sizes = {"num_replicas": settings.replicas, "replica_batch": settings.per_device_train_batch_size}
     at_once, step = compile_what_fits(
         lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
-        _at_once(prepared),
+        _at_once(settings, mesh),
         limit=SHARE * device_bytes(mesh.local_devices[0]),
         bytes_of=step_bytes,
     )
     facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step), "state_bytes": tree_bytes(like)}
-    if at_once < num_replicas:
+    if at_once < settings.replicas:
         size = facts["step_bytes"] / GIBIBYTE
-        log.info("%d of %d replicas at once: a step takes %.1f GiB", at_once, num_replicas, size)
+        log.info("%d of %d replicas at once: a step takes %.1f GiB", at_once, settings.replicas, size)
 
     def start() -> TrainState:
         params = put(prepared.pretrained.params, shardings.params)
         return jax.jit(create, out_shardings=shardings)(params)
 
-    row_order = RowOrder(seed=args.seed, num_epochs=prepared.num_epochs, shuffle=prepared.shuffle, **sizes)
-    batch_sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=at_once)
+    row_order = RowOrder(seed=settings.seed, num_epochs=settings.num_epochs, shuffle=settings.shuffle, **sizes)
+    batch_sharding = train_batch_sharding(mesh, num_replicas=settings.replicas, replicas_at_once=at_once)
     return Training(prepared, step, start, like, row_order, batch_sharding, facts)
 
 
-def _at_once(prepared: PreparedRun) -> list[int]:
-    args = prepared.args
-    num_replicas, replica_batch = prepared.num_replicas, args.per_device_train_batch_size
-    possible = choices(prepared.mesh, num_replicas=num_replicas, replica_batch=replica_batch)
-    if args.replicas_at_once is None:
+def _at_once(settings: Settings, mesh: Mesh) -> list[int]:
+    """How many replicas may be computed at once, most first."""
+    replica_batch = settings.per_device_train_batch_size
+    possible = choices(mesh, num_replicas=settings.replicas, replica_batch=replica_batch)
+    if settings.replicas_at_once is None:
         return possible
-    if args.replicas_at_once not in possible:
+    if settings.replicas_at_once not in possible:
         raise InputError(
-            f"--replicas_at_once {args.replicas_at_once}: with {num_replicas} replicas of {replica_batch} rows on"
-            f" {prepared.mesh.size} devices it can be {', '.join(map(str, possible))}."
+            f"--replicas_at_once {settings.replicas_at_once}: with {settings.replicas} replicas of {replica_batch}"
+            f" rows on {mesh.size} devices it can be {', '.join(map(str, possible))}."
         )
-    return [args.replicas_at_once]
+    return [settings.replicas_at_once]
 
 
 def build_evaluator(
@@ -120,10 +157,10 @@ def build_evaluator(
         held_bytes: what else is on a device: the state, where it is evaluated in the middle of training.
         limit: bytes that a device has to give; None to ask it.
     """
-    args, data_args, captioner, mesh = prepared.args, prepared.data_args, prepared.pretrained.captioner, prepared.mesh
-    num_replicas, replica_batch = prepared.num_replicas, args.per_device_eval_batch_size
+    settings, captioner, mesh = prepared.settings, prepared.pretrained.captioner, prepared.mesh
+    num_replicas, replica_batch = settings.replicas, settings.per_device_eval_batch_size
     possible = choices(mesh, num_replicas=num_replicas, replica_batch=replica_batch) or [num_replicas]
-    asked = [number for number in possible if number <= (args.replicas_at_once or num_replicas)]
+    asked = [number for number in possible if number <= (settings.replicas_at_once or num_replicas)]
     if limit is None:
         limit = SHARE * device_bytes(mesh.local_devices[0]) - held_bytes
 
@@ -131,9 +168,9 @@ def build_evaluator(
         return captioner.generate(
             params,
             memory,
-            max_length=data_args.val_max_target_length or data_args.max_target_length,
-            num_beams=data_args.num_beams or captioner.generation_config.num_beams or 1,
-            stop_rule=prepared.protocol.stop_rule,
+            max_length=settings.max_length("validation"),
+            num_beams=num_beams(settings, prepared.pretrained),
+            stop_rule=settings.rules.stop_rule,
             group_size=replica_batch,
             # On one device down to a quarter: the pocket model's captions take 10 to 40 % less time on a CPU. A small
             # batch does not repay compiling the search for each size; over several devices rows would have to move.
@@ -144,8 +181,8 @@ def build_evaluator(
         num_rows = number * replica_batch
         return compile_programs(
             captioner.encode,
-            make_eval_step(captioner.decode, label_smoothing=args.label_smoothing_factor),
-            partial(generate, num_rows=num_rows) if data_args.predict_with_generate else None,
+            make_eval_step(captioner.decode, label_smoothing=settings.label_smoothing_factor),
+            partial(generate, num_rows=num_rows) if settings.predict_with_generate else None,
             prepared.pretrained.params,
             prepared.evaluated.batch(np.zeros(1, np.int64)),
             mesh,
@@ -171,9 +208,25 @@ def build_evaluator(
     return Evaluator(
         programs=programs,
         tokenizer=prepared.pretrained.tokenizer,
-        protocol=prepared.protocol,
+        protocol=settings.rules,
         num_replicas=num_replicas,
         replica_batch=replica_batch,
-        caption_metrics=data_args.caption_metrics,
+        caption_metrics=settings.caption_metrics,
         progress=prepared.progress,
     )
+
+
+def training_operations(pretrained: Pretrained, max_length: int) -> float:
+    """Count the arithmetic operations of one row's training step, optimizer left out, from the compiler's own count."""
+    captioner = pretrained.captioner
+    pixels = jax.ShapeDtypeStruct((1, *resize_of(pretrained.image_processor).shape), jnp.uint8)
+    tokens = jax.ShapeDtypeStruct((1, max_length), jnp.int32)
+
+    def loss(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        sums, _ = row_losses(captioner.logits(params, pixels, ids, mask), ids, mask)
+        return sums.sum()
+
+    params = jax.eval_shape(lambda: pretrained.params)
+    cost = jax.jit(jax.grad(loss)).lower(params, pixels, tokens, tokens).cost_analysis()
+    assert cost is not None, "every backend counts operations before it compiles"
+    return float(cost["flops"])

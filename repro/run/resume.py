@@ -1,22 +1,34 @@
-"""Where a run starts: anew, or after the last state of itself or of another run, if that computed the same."""
+"""What a run saves while it trains, and where it starts: anew, or after a state of itself or of another run."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from repro.config import ModelArguments, TrainingArguments
+import jax
+
+from repro.config import TrainingArguments
 from repro.data.atomic import check_writable
 from repro.errors import InputError
+from repro.evaluation.evaluator import Evaluation
+from repro.json_files import PARTIAL
+from repro.models.pretrained import save_model
+from repro.record.model_card import Trained, write_card
 from repro.record.record import FACTS, ROWS, Recorded, read_clock, read_record
-from repro.record.writer import STATE, check_output_dir, holds_only_run_files, locked, models_in
+from repro.record.writer import STATE, RunWriter, check_output_dir, holds_only_run_files, locked, log, models_in
 from repro.run.prepare import PreparedRun
-from repro.training.checkpoint import RECORD, STEP, Found, find_newest, whole_states
-from repro.training.processes import decided_by_first
+from repro.run.settings import FLAGS, Settings
+from repro.run.step_log import StepLog
+from repro.training.checkpoint import CORRUPT, RECORD, STEP, Checkpoints, Found, find_newest, whole_states
+from repro.training.processes import decided_by_first, is_first
+from repro.training.steps import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +57,13 @@ class Start:
     def num_replicas(self) -> int | None:
         return self.found.record["settings"]["num_replicas"] if self.found else None
 
+    def log(self) -> None:
+        """Say where the run goes on, in its own log."""
+        if self.found:
+            for step in self.found.corrupt:
+                log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
+            log.info("goes on after step %d of %s", self.step, self.found.folder)
+
     def clock(self, name: str) -> float:
         """Seconds that the state's record has under a name; 0 if there is no state, or an older version's."""
         return self.found.record.get(name, 0.0) if self.found else 0.0
@@ -53,20 +72,22 @@ class Start:
 ANEW = Start(None, Recorded([]))
 
 
-def enter_folders(stack: ExitStack, args: TrainingArguments, folder: Path, cache: Path) -> Start:
+def enter_folders(stack: ExitStack, settings: Settings) -> Start:
     """Lock a run's folder until the stack ends, and that of another that it goes on from; decide where it starts.
 
     Raises:
         InputError: in all processes; a folder cannot be written or is in use, or see `choose_start`.
     """
 
+    folder = settings.folder
+
     def enter() -> dict[str, Any]:
         stack.enter_context(locked(folder))
-        check_writable(cache, "--cache_dir")
-        source = other_run(args.resume, folder)
+        check_writable(settings.cache, "--cache_dir")
+        source = other_run(settings.resume, folder)
         if source is not None and os.access(source, os.W_OK):  # else nobody of this run's rights can change it
             stack.enter_context(locked(source, "--resume"))
-        return dataclasses.asdict(choose_start(args, folder))
+        return dataclasses.asdict(choose_start(settings, folder))
 
     chosen = decided_by_first(enter)
     found = Found(**chosen["found"]) if chosen["found"] else None
@@ -151,26 +172,22 @@ def _after(found: Found, source: Path, folder: Path) -> Start:
     return Start(found, recorded, record.facts.get("parts", []), branches_off, seconds)
 
 
-def settings(prepared: PreparedRun, model_args: ModelArguments) -> dict[str, Any]:
-    """Collect what the numbers of a run depend on: what may not change when it is resumed."""
-    flags = {
-        field.name: getattr(arguments, field.name)
-        for arguments in (model_args, prepared.data_args, prepared.args)
-        for field in dataclasses.fields(arguments)
-        if not field.metadata.get("may_change")
-    }
-    return {
-        "flags": flags,
-        "protocol": dataclasses.asdict(prepared.protocol),
-        "num_replicas": prepared.num_replicas,
-        "num_steps": prepared.facts["num_steps"],
-        "shuffle": prepared.shuffle,
+def what_stays(prepared: PreparedRun) -> dict[str, Any]:
+    """Collect what the numbers of a run depend on: what may not change when it is resumed; as JSON has it."""
+    settings = prepared.settings
+    stays = {
+        "flags": {name: value for name, value in settings.flags.items() if not FLAGS[name].metadata.get("may_change")},
+        "protocol": dataclasses.asdict(settings.rules),
+        "num_replicas": settings.replicas,
+        "num_steps": settings.num_steps,
+        "shuffle": settings.shuffle,
         "model": prepared.facts["model"]["fingerprint"],
         "data": {
             split: {name: counts[name] for name in ("kept", "fingerprint")}
             for split, counts in prepared.facts["data"].items()
         },
     }
+    return json.loads(json.dumps(stays))
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -195,3 +212,66 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             yield from _differences(before, after, f"--{name[:0]}" if name == "flags" else f"{prefix}{name} ")
         elif before != after and not (prefix == "data " and "absent" in (before, after)):
             yield f"{prefix}{name}: {before} then, {after} now"
+
+
+def save_state(
+    states: Checkpoints, state: TrainState, step: int, steps: StepLog, writer: RunWriter, prepared: PreparedRun
+) -> None:
+    """Save a state to go on from, once it is known to be finite and everything before it is written."""
+    settings = prepared.settings
+    if settings.save_steps == 0 or step in states.steps():
+        return
+    steps.flush()
+    writer.sync()
+    record = {
+        "step": step,
+        "epoch": settings.epoch_of(step),
+        "step_in_epoch": (step - 1) % settings.steps_per_epoch + 1,
+        "training_seconds": steps.training_seconds,
+        "waiting_for_input_seconds": steps.waited,
+        "seconds": round(writer.seconds(), 3),
+        "settings": what_stays(prepared),
+        "versions": prepared.facts["versions"],
+    }
+    states.save(state, step, record)
+
+
+def how_to_go_on(states: Checkpoints, settings: Settings) -> str:
+    """Say which state is saved, and which command goes on from it."""
+    how, steps = "the same command" if settings.resume == "auto" else "--resume auto", states.steps()
+    return f"the state of step {steps[-1]} is saved, {how} goes on from it." if steps else "no state is saved."
+
+
+def save_whole_model(prepared: PreparedRun, params: Any, folder: Path, *, again: bool) -> float:
+    """Write a model's folder whole or not at all; returns the seconds that this took.
+
+    Args:
+        again: also where it is there already.
+    """
+    if not is_first() or (folder.exists() and not again):
+        return 0.0
+    started = time.perf_counter()
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(prepared.pretrained, jax.device_get(params), partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    seconds = time.perf_counter() - started
+    log.info("%s: saved in %.1f s", folder.name, seconds)
+    return seconds
+
+
+def describe_model(prepared: PreparedRun, step: int, evaluation: Evaluation | None, folder: Path) -> None:
+    """Write a saved model's card."""
+    if not is_first():
+        return
+    devices, flags = list(prepared.mesh.devices.flat), what_stays(prepared)["flags"]
+    trained = Trained(
+        epoch=prepared.settings.epoch_of(step),
+        step=step,
+        facts=prepared.facts,
+        flags={name: value for name, value in flags.items() if value != FLAGS[name].default},
+        device=f"{len(devices)} x {devices[0].device_kind}",
+        evaluation=evaluation,
+    )
+    write_card(folder, trained)

@@ -12,7 +12,6 @@ import jax
 
 from repro.progress import progress_bar
 from repro.record.writer import RunWriter, log
-from repro.training.loop import StepResult
 
 REFRESH_SECONDS = 1.0
 # Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile.
@@ -70,11 +69,15 @@ class StepLog:
             unit="step",
         )
 
-    def add(self, result: StepResult) -> None:
-        """Take a step's metrics over; reads them when it is time to log or to refresh the bar."""
-        self._pending.append((result.step, result.metrics))
-        self.waited += result.waited
-        if self.logs(result.step):
+    def add(self, step: int, metrics: dict[str, jax.Array], *, waited: float = 0.0) -> None:
+        """Take a step's metrics over; reads them when it is time to log or to refresh the bar.
+
+        Args:
+            waited: seconds until the step's batch was there.
+        """
+        self._pending.append((step, metrics))
+        self.waited += waited
+        if self.logs(step):
             self.flush()
         elif time.perf_counter() - self._refreshed > REFRESH_SECONDS:
             self._write(self._pending[:-IN_FLIGHT])

@@ -1,61 +1,54 @@
-"""One run from its flags to its files: training, evaluation, prediction; from the start, or from where it was ended."""
+"""One run, read downwards: load, prepare, compile; step, log, save, evaluate; predict; close."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from repro.config import ARGUMENTS, DataArguments, ModelArguments, TrainingArguments, make_arguments
+from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
-from repro.json_files import PARTIAL
-from repro.models.pretrained import save_model
-from repro.protocol import protocol_named
 from repro.record.hub import HubUploader
-from repro.record.model_card import Trained, write_card
 from repro.record.writer import NON_FINITE, STATE, RunWriter, log, prefixed
+from repro.run import resume
 from repro.run.build import Training, build_evaluator, build_training
-from repro.run.flags import check_flags
-from repro.run.prepare import PreparedRun, cache_folder, data_in_words, evaluates_at, prepare
-from repro.run.resume import Start, check_same, enter_folders, settings
+from repro.run.prepare import PreparedRun, log_preparation, prepare
+from repro.run.settings import Settings
 from repro.run.step_log import NonFinite, StepLog
-from repro.training.checkpoint import CORRUPT, Checkpoints, set_aside
+from repro.training.checkpoint import Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
-from repro.training.loop import StepResult
 from repro.training.processes import is_first, wait_for_all
 from repro.training.sharding import put, replicated
 
-DEFAULTS = {name: value for part in make_arguments(ARGUMENTS, {}) for name, value in vars(part).items()}  # of all flags
 Score = Callable[[Evaluation], dict[str, float]]
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
+SPLIT_OF = {"eval": "validation", "test": "test"}
+PART = ("started", "devices", "mesh", "processes", "platform", "versions")  # what may differ after resuming
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind.
-
-    Attributes:
-        folder: the run's.
-        metrics: the last evaluation's and the prediction's, named and rounded as in the result files.
-        evaluations: the last evaluation, `eval`, and the prediction, `test`.
-        facts: the content of `run.json`.
-    """
+    """What a run leaves behind."""
 
     folder: Path
-    metrics: dict[str, float]
-    evaluations: dict[str, Evaluation]
-    facts: dict[str, Any]
+    evaluations: dict[str, Evaluation]  # the last evaluation, `eval`, and the prediction, `test`
+    facts: dict[str, Any]  # the content of `run.json`
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The evaluations' metrics, named and rounded as in the result files."""
+        found = (prefixed(prefix, evaluation.metrics) for prefix, evaluation in self.evaluations.items())
+        return {name: value for metrics in found for name, value in metrics.items()}
 
 
 def run(
@@ -81,250 +74,175 @@ def run(
         RunStopped: a loss or gradient is not finite, or the disk is full.
         Interrupted: by SIGTERM or SIGINT; once training has begun, its state is saved.
     """
-    began, protocol = time.perf_counter(), protocol_named(args.protocol)
+    began, devices = time.perf_counter(), devices or jax.devices()
+    settings = Settings.of(model_args, data_args, args, num_devices=len(devices))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.threefry_partitionable(protocol.threefry_partitionable))
+        stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
-        folder = check_flags(model_args, data_args, args)
-        start = enter_folders(stack, args, folder, cache_folder(model_args))
-        args = dataclasses.replace(args, num_replicas=args.num_replicas or start.num_replicas)
-        prepared = prepare(model_args, data_args, args, protocol, devices or jax.devices(), progress and is_first())
-        same = json.loads(json.dumps(settings(prepared, model_args)))
+        start = resume.enter_folders(stack, settings)
+        settings = dataclasses.replace(settings, num_replicas=settings.num_replicas or start.num_replicas)
+        prepared = prepare(settings, devices, progress=progress and is_first())
+        settings, facts = prepared.settings, dict(prepared.facts)
         if start.found:
-            check_same(start.found.record["settings"], same)
-        training = build_training(prepared) if args.do_train else None
+            resume.check_same(start.found.record["settings"], resume.what_stays(prepared))
+        training = build_training(prepared) if settings.do_train else None
+
         stack.enter_context(stopping_on_full_disk("a file of the run"))
         if start.found and is_first() and not start.branches_off:
-            set_aside(folder / STATE, start.found)
+            set_aside(settings.folder / STATE, start.found)
         # The other processes' files are thrown away: what a run writes is the same in all.
-        own = folder if is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        recorded = start.recorded if start.found else None
+        own = settings.folder if is_first() else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         clock = lambda: start.seconds + time.perf_counter() - began  # noqa: E731
+        recorded = start.recorded if start.found else None
         writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off, clock=clock))
         uploader = None
-        if args.push_to_hub and is_first():
-            uploader = stack.enter_context(HubUploader(folder, repository=args.hub_model_id, token=args.hub_token))
+        if settings.push_to_hub and is_first():
+            found = HubUploader(settings.folder, repository=settings.hub_model_id, token=settings.hub_token)
+            uploader = stack.enter_context(found)
         wait_for_all("folder")
-        watch = watch or (lambda facts, rows: None)
-        return _Run(prepared, training, writer, uploader, folder, start, same, signals, score, watch, began).execute()
+        stack.enter_context(_writing_why_it_ends(writer, facts, prepared))
+        facts |= {} if training is None else training.facts
+        facts |= {"shuffle": settings.shuffle, "startup_seconds": round(time.perf_counter() - began, 1)}
+        facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
+        writer.describe(facts, prepared.dropped)
+        start.log()
+        log_preparation(prepared)
+        if watch:
+            watch(facts, writer.recorded.rows)
+
+        evaluator = build_evaluator(prepared, signals, held_bytes=facts.get("state_bytes", 0))
+        evaluate = partial(_evaluate, prepared, evaluator, writer, score)
+        if training is not None:
+            params, evaluations = _train(training, writer, start, signals, facts, evaluate, watch, uploader)
+        else:
+            params, evaluations = put(prepared.pretrained.params, replicated(prepared.mesh)), {}
+            if settings.do_eval:
+                evaluations["eval"] = evaluate(params, "eval", step=0, folder=own)
+        if settings.do_predict:
+            evaluations["test"] = evaluate(params, "test", step=settings.num_steps, folder=own)
+        facts |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(writer.seconds(), 1)}
+        facts["checksums"] = writer.checksums()
+        writer.describe(facts, prepared.dropped)
+        writer.close_tensorboard()
+        if uploader:
+            uploader.finish("end of the run", stopped=lambda: signals.received is not None)
+        return RunResult(settings.folder, evaluations, facts)
 
 
-@dataclass
-class _Run:
-    """A run at work: where it is, and what it has written."""
-
-    prepared: PreparedRun
-    training: Training | None
-    writer: RunWriter
-    uploader: HubUploader | None
-    folder: Path
-    start: Start
-    settings: dict[str, Any]
-    signals: StopSignals
-    score: Score | None
-    watch: Watch
-    began: float
-    step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-
-    def execute(self) -> RunResult:
-        """Do what is to be done; where it ends before its end, log and `run.json` say why."""
-        facts = dict(self.prepared.facts)
+def _train(
+    training: Training,
+    writer: RunWriter,
+    start: resume.Start,
+    signals: StopSignals,
+    facts: dict[str, Any],
+    evaluate: Callable[..., Evaluation],
+    watch: Watch | None,
+    uploader: HubUploader | None,
+) -> tuple[Any, dict[str, Evaluation]]:
+    """Train to the end; returns the parameters, whole on every device, and the last evaluation if there was one."""
+    prepared, settings, recorded = training.prepared, training.prepared.settings, writer.recorded
+    metric, evaluations = settings.metric_for_best_model, dict[str, Evaluation]()
+    best = lambda: recorded.best_step(metric) if metric else None  # noqa: E731
+    whole = jax.jit(lambda params: params, out_shardings=replicated(prepared.mesh))
+    with contextlib.closing(Checkpoints(settings.folder / STATE, keep=settings.save_total_limit, best=best)) as states:
+        state = states.restore(start.found, training.like) if start.found else training.create()
+        jax.block_until_ready(state)  # making it is no training
+        signals.defer()
+        steps = StepLog(
+            writer,
+            num_steps=settings.num_steps,
+            batch_size=settings.train_batch,
+            logging_steps=settings.logging_steps,
+            progress=prepared.progress,
+            first_step=start.step,
+            seconds_before=start.clock("training_seconds"),
+            waited_before=start.clock("waiting_for_input_seconds"),
+            log_grad_norm=settings.log_grad_norm,
+        )
         try:
-            return self._execute(facts)
-        except BaseException as error:
-            facts["stopped"] = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # the disk may be full
-                self.writer.end(facts["stopped"])
-                self.writer.describe(facts, self.prepared.dropped)
-            raise
-
-    def _execute(self, facts: dict[str, Any]) -> RunResult:
-        """Train, evaluate and predict as far as that is not done already."""
-        prepared, args = self.prepared, self.prepared.args
-        if self.training is not None:
-            facts |= self.training.facts
-        part = {name: facts[name] for name in ("started", "devices", "mesh", "processes", "platform", "versions")}
-        facts["shuffle"] = prepared.shuffle
-        facts["startup_seconds"] = round(time.perf_counter() - self.began, 1)
-        facts["parts"] = [*self.start.parts, {"first_step": self.start.step + 1, **part}]
-        if self.start.found:
-            for step in self.start.found.corrupt:
-                log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
-            log.info("goes on after step %d of %s", self.start.step, self.start.found.folder)
-        self.writer.describe(facts, prepared.dropped)
-        for level, line in data_in_words(facts["data"]):
-            log.log(level, line)
-        for note in prepared.pretrained.notes:
-            log.info("model: %s", note)
-        evaluator = build_evaluator(prepared, self.signals, held_bytes=facts.get("state_bytes", 0))
-        self.watch(facts, self.writer.recorded.rows)
-        if self.training is not None:
-            params = self._train(self.training, evaluator, facts)
-        else:
-            params = put(prepared.pretrained.params, replicated(prepared.mesh))
-            if args.do_eval:
-                self._evaluate(evaluator, params, "validation", "eval", self.writer.folder)
-        if args.do_predict:
-            self._evaluate(evaluator, params, "test", "test", self.writer.folder)
-        facts["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        facts["seconds"] = round(self.writer.seconds(), 1)
-        facts["checksums"] = self.writer.checksums()
-        self.writer.describe(facts, prepared.dropped)
-        self.writer.close_tensorboard()
-        if self.uploader:
-            self.uploader.finish("end of the run", stopped=lambda: self.signals.received is not None)
-        return RunResult(self.folder, self.metrics, self.evaluations, facts)
-
-    def _train(self, training: Training, evaluator: Evaluator, facts: dict[str, Any]) -> Any:
-        """Train to the end; returns the parameters, whole on every device."""
-        args, recorded, metric = self.prepared.args, self.writer.recorded, self.prepared.args.metric_for_best_model
-        best = lambda: recorded.best_step(metric) if metric else None  # noqa: E731
-        with contextlib.closing(Checkpoints(self.folder / STATE, keep=args.save_total_limit, best=best)) as states:
-            state = states.restore(self.start.found, training.like) if self.start.found else training.create()
-            jax.block_until_ready(state)
-            self.signals.defer()
-            steps = StepLog(
-                self.writer,
-                num_steps=self.prepared.num_steps,
-                batch_size=self.prepared.train_batch,
-                logging_steps=args.logging_steps,
-                progress=self.prepared.progress,
-                first_step=self.start.step,
-                seconds_before=self.start.clock("training_seconds"),
-                waited_before=self.start.clock("waiting_for_input_seconds"),
-                log_grad_norm=args.log_grad_norm,
-            )
-            try:
-                with steps.bar:  # closed, so that what is said next has a line of its own
-                    for result in training.from_state(state, self.start.step):
-                        state, self.step = result.state, result.step
-                        if result.metrics:
-                            steps.add(result)
-                        self._after(result, steps, states, evaluator)
-                        if steps.logs(result.step):
-                            self.watch(facts, self.writer.recorded.rows)
-                        if self.signals.requested(self.step) and self.step < self.prepared.num_steps:
-                            self._save_state(result, steps, states)
-                            assert self.signals.received is not None
-                            raise Interrupted(self.signals.received, "between two steps.")
-            except NonFinite as error:
-                raise RunStopped(self._describe_non_finite(error, training, states)) from error
-            except Interrupted as error:
-                states.wait()
-                raise Interrupted(error.signum, self._how_to_go_on(states)) from error
-            facts |= steps.close()
-        return self._whole(state.params)
-
-    def _after(self, result: StepResult, steps: StepLog, states: Checkpoints, evaluator: Evaluator) -> None:
-        """Save and evaluate what is due after a step and was not done before the run was resumed."""
-        prepared = self.prepared
-        evaluates = evaluates_at(prepared.args, prepared.protocol, result.step, prepared.steps_per_epoch)
-        every = prepared.args.save_steps
-        if evaluates or result.is_epoch_end or (every and result.step % every == 0):
-            self._save_state(result, steps, states)
-        # The example saves its models when it evaluates, which may be never; no training ends without one here.
-        at_end = result.step == prepared.num_steps
-        if not evaluates and (not at_end or self.writer.recorded.evaluations("eval")):
-            return
-        steps.pause()
-        params = self._whole(result.state.params)
-        folder = self.writer.folder / f"ckpt_epoch_{result.epoch}_step_{result.step}"
-        saving = 0.0
-        if is_first() and (result.metrics or not folder.exists()):
-            saving = save_whole_model(prepared, params, folder)
-            log.info("step %d: model saved in %.1f s", result.step, saving)
-        if evaluates:
-            self._evaluate(evaluator, params, "validation", "eval", folder, saving_seconds=saving)
-        if is_first():
-            write_card(folder, self._trained(result, evaluated=evaluates))
-        if self.uploader:
-            self.uploader.push(f"epoch {result.epoch}, step {result.step}")
-        steps.resume()
-
-    def _trained(self, result: StepResult, *, evaluated: bool) -> Trained:
-        devices = list(self.prepared.mesh.devices.flat)
-        return Trained(
-            epoch=result.epoch,
-            step=result.step,
-            facts=self.prepared.facts,
-            flags={name: value for name, value in self.settings["flags"].items() if value != DEFAULTS[name]},
-            device=f"{len(devices)} x {devices[0].device_kind}",
-            evaluation=self.evaluations["eval"] if evaluated else None,
-        )
-
-    def _save_state(self, result: StepResult, steps: StepLog, states: Checkpoints) -> None:
-        """Save a state to go on from, once it is known to be finite and everything before it is written."""
-        if self.prepared.args.save_steps == 0 or result.step in states.steps():
-            return
-        steps.flush()
-        self.writer.sync()
-        record = {
-            "step": result.step,
-            "epoch": result.epoch,
-            "step_in_epoch": result.step - (result.epoch - 1) * self.prepared.steps_per_epoch,
-            "training_seconds": steps.training_seconds,
-            "waiting_for_input_seconds": steps.waited,
-            "seconds": round(self.writer.seconds(), 3),
-            "settings": self.settings,
-            "versions": self.prepared.facts["versions"],
-        }
-        states.save(result.state, result.step, record)
-
-    def _whole(self, params: Any) -> Any:
-        return jax.jit(lambda params: params, out_shardings=replicated(self.prepared.mesh))(params)
-
-    def _evaluate(
-        self, evaluator: Evaluator, params: Any, split: str, prefix: str, folder: Path, **more: float
-    ) -> None:
-        """Evaluate, or read back what was; the writer is told `more` too."""
-        data = self.prepared.splits[split]
-        rows = np.arange(len(data))
-        paths, ids = data.image_paths(rows), data.image_ids(rows)
-        self.writer.images(prefix, paths, ids)
-        if self.step in self.writer.recorded.evaluations(prefix):
-            evaluation = self.writer.read_evaluation(prefix, self.step, folder, image_paths=paths, image_ids=ids)
-        else:
-            started = time.perf_counter()
-            evaluation = evaluator.evaluate(params, data, name=prefix)
-            if self.score is not None and prefix == "eval":
-                evaluation = dataclasses.replace(evaluation, metrics={**evaluation.metrics, **self.score(evaluation)})
-            seconds = time.perf_counter() - started
-            self.writer.evaluation(prefix, evaluation, step=self.step, folder=folder, seconds=seconds, **more)
-            figures = (f"{prefix}_{name} {value:.4f}" for name, value in evaluation.metrics.items())
-            log.info("step %d: %s", self.step, ", ".join(figures))
-        self.metrics.update(prefixed(prefix, evaluation.metrics))
-        self.evaluations[prefix] = evaluation
-
-    def _describe_non_finite(self, error: NonFinite, training: Training, states: Checkpoints) -> str:
-        data = self.prepared.splits["train"]
-        epoch, index = divmod(error.step - 1, self.prepared.steps_per_epoch)
-        rows = data.kept[training.row_order.epoch_rows(epoch, len(data))[index].reshape(-1)]
-        told = ("row", "image_path", "caption")
-        self.writer.non_finite(
-            step=error.step,
-            metrics={name: str(value) for name, value in error.metrics.items()},
-            rows=[{name: row[name] for name in told} for row in data.dataset.select(rows)],
-        )
-        values = ", ".join(f"{name} {value:g}" for name, value in error.metrics.items())
-        states.wait()
-        return (
-            f"step {error.step} is not finite ({values}). Its rows are in {self.folder / NON_FINITE};"
-            f" {self._how_to_go_on(states)} Look at the rows, lower --learning_rate, or add --max_grad_norm 1."
-        )
-
-    def _how_to_go_on(self, states: Checkpoints) -> str:
-        how, steps = "the same command" if self.prepared.args.resume == "auto" else "--resume auto", states.steps()
-        return f"the state of step {steps[-1]} is saved, {how} goes on from it." if steps else "no state is saved."
+            with steps.bar:  # closed, so that what is said next has a line of its own
+                for step, batch, waited in training.batches(start.step):
+                    if batch is not None:
+                        state, metrics = training.step(state, batch)
+                        steps.add(step, metrics, waited=waited)
+                    if settings.saves_at(step):
+                        resume.save_state(states, state, step, steps, writer, prepared)
+                    evaluates = settings.evaluates_at(step)
+                    # The example saves its models when it evaluates, which may be never; here no training ends without.
+                    if evaluates or (step == settings.num_steps and not recorded.evaluations("eval")):
+                        steps.pause()
+                        params = whole(state.params)
+                        folder = writer.folder / f"ckpt_epoch_{settings.epoch_of(step)}_step_{step}"
+                        seconds = resume.save_whole_model(prepared, params, folder, again=batch is not None)
+                        evaluation = None
+                        if evaluates:
+                            evaluation = evaluate(params, "eval", step, folder, saving_seconds=seconds)
+                            evaluations["eval"] = evaluation
+                        resume.describe_model(prepared, step, evaluation, folder)
+                        if uploader:
+                            uploader.push(f"epoch {settings.epoch_of(step)}, step {step}")
+                        steps.resume()
+                    if watch and steps.logs(step):
+                        watch(facts, recorded.rows)
+                    if signals.requested(step) and step < settings.num_steps:
+                        resume.save_state(states, state, step, steps, writer, prepared)
+                        assert signals.received is not None
+                        raise Interrupted(signals.received, "between two steps.")
+        except NonFinite as error:
+            rows = training.rows_of(error.step).select_columns(["row", "image_path", "caption"])
+            found = {name: str(value) for name, value in error.metrics.items()}
+            writer.non_finite(step=error.step, metrics=found, rows=list(rows))
+            states.wait()
+            values = ", ".join(f"{name} {value:g}" for name, value in error.metrics.items())
+            raise RunStopped(
+                f"step {error.step} is not finite ({values}). Its rows are in {settings.folder / NON_FINITE};"
+                f" {resume.how_to_go_on(states, settings)} Look at the rows, lower --learning_rate, or add"
+                " --max_grad_norm 1."
+            ) from error
+        except Interrupted as error:
+            states.wait()
+            raise Interrupted(error.signum, resume.how_to_go_on(states, settings)) from error
+        facts |= steps.close()
+    return whole(state.params), evaluations
 
 
-def save_whole_model(prepared: PreparedRun, params: Any, folder: Path) -> float:
-    """Write a model's folder whole or not at all; returns the seconds that this took."""
+def _evaluate(
+    prepared: PreparedRun,
+    evaluator: Evaluator,
+    writer: RunWriter,
+    score: Score | None,
+    params: Any,
+    prefix: str,
+    step: int,
+    folder: Path,
+    **more: float,
+) -> Evaluation:
+    """Evaluate the rows of `eval` or `test`, or read back what was recorded; the writer is told `more` too."""
+    data = prepared.splits[SPLIT_OF[prefix]]
+    rows = np.arange(len(data))
+    paths, ids = data.image_paths(rows), data.image_ids(rows)
+    writer.images(prefix, paths, ids)
+    if step in writer.recorded.evaluations(prefix):
+        return writer.read_evaluation(prefix, step, folder, image_paths=paths, image_ids=ids)
     started = time.perf_counter()
-    partial = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(prepared.pretrained, jax.device_get(params), partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return time.perf_counter() - started
+    evaluation = evaluator.evaluate(params, data, name=prefix)
+    if score is not None and prefix == "eval":
+        evaluation = dataclasses.replace(evaluation, metrics={**evaluation.metrics, **score(evaluation)})
+    seconds = time.perf_counter() - started
+    writer.evaluation(prefix, evaluation, step=step, folder=folder, seconds=seconds, **more)
+    figures = (f"{prefix}_{name} {value:.4f}" for name, value in evaluation.metrics.items())
+    log.info("step %d: %s", step, ", ".join(figures))
+    return evaluation
+
+
+@contextlib.contextmanager
+def _writing_why_it_ends(writer: RunWriter, facts: dict[str, Any], prepared: PreparedRun) -> Iterator[None]:
+    """Where a run ends before its end, have its log and `run.json` say why."""
+    try:
+        yield
+    except BaseException as error:
+        facts["stopped"] = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # the disk may be full
+            writer.end(facts["stopped"])
+            writer.describe(facts, prepared.dropped)
+        raise
