@@ -65,12 +65,8 @@ class CreateModelArguments(Checked):
 
     encoder_model_name_or_path: str | None = flag(None, "Folder or Hub id of the vision encoder's weights.")
     decoder_model_name_or_path: str | None = flag(None, "Folder or Hub id of the text decoder's weights and tokenizer.")
-    encoder_config_name: str | None = flag(
-        None, "Folder or Hub id of the encoder's configuration; alone, its weights are random."
-    )
-    decoder_config_name: str | None = flag(
-        None, "Folder or Hub id of the decoder's configuration; alone, its weights are random."
-    )
+    encoder_config_name: str | None = flag(None, "The encoder's configuration; alone, its weights are random.")
+    decoder_config_name: str | None = flag(None, "The decoder's configuration; alone, its weights are random.")
     seed: int = flag(42, "Seed of the weights that are not loaded.", SEED)
     output_dir: str | None = flag(None, "Folder to write the new model to.")
 
@@ -87,19 +83,13 @@ class ExportArguments(Checked):
 class ModelArguments(Checked):
     """The model and how it computes."""
 
-    model_name_or_path: str | None = _free(
-        None, "Folder or Hub id of a vision-encoder-text-decoder model with tokenizer."
-    )
-    encoder_model_name_or_path: str | None = _free(
-        None, "Instead of a whole model: the vision encoder (see create-model)."
-    )
-    decoder_model_name_or_path: str | None = _free(
-        None, "Instead of a whole model: the text decoder (see create-model)."
-    )
+    model_name_or_path: str | None = _free(None, "Folder or Hub id of a whole model with its tokenizer.")
+    encoder_model_name_or_path: str | None = _free(None, "Instead of a whole model: the encoder (see create-model).")
+    decoder_model_name_or_path: str | None = _free(None, "Instead of a whole model: the decoder (see create-model).")
     encoder_config_name: str | None = _free(None, "Configuration of the encoder, if not its own.")
     decoder_config_name: str | None = _free(None, "Configuration of the decoder, if not its own.")
     cache_dir: str | None = _free(
-        None, "Where downloads, rows, tokens and decoded images are kept (default: the Hugging Face cache)."
+        None, "Where downloads, rows, tokens and images are kept (default: Hugging Face's cache)."
     )
     use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
     token: str | None = _free(None, "Hub token, for private models and data sets.", secret=True)
@@ -111,9 +101,7 @@ class ModelArguments(Checked):
         " GPT-2).",
         choices=IMPLEMENTATIONS,
     )
-    gradient_checkpointing: bool = _free(
-        False, "Further: compute activations again in the backward pass, for less memory (native)."
-    )
+    gradient_checkpointing: bool = _free(False, "Further: recompute activations backward, for less memory (native).")
 
 
 @dataclass(frozen=True)
@@ -138,16 +126,12 @@ class DataArguments(Checked):
     test_file: str | None = _free(None, "Test rows, likewise.")
     max_target_length: int = flag(128, "Tokens per training caption, padded and truncated.", LENGTH)
     val_max_target_length: int | None = flag(
-        None,
-        "Tokens per evaluation caption and per generated one, start token included (default: max_target_length).",
-        LENGTH,
+        None, "Tokens per evaluated or generated caption, with the start token (default: max_target_length).", LENGTH
     )
     max_train_samples: int | None = _free(None, "Use only the first rows for training.", COUNT)
     max_eval_samples: int | None = _free(None, "Use only the first rows for evaluation.", COUNT)
     max_predict_samples: int | None = _free(None, "Use only the first rows for prediction.", COUNT)
-    preprocessing_num_workers: int | None = _free(
-        None, "Threads that decode images (default: one for each core).", COUNT
-    )
+    preprocessing_num_workers: int | None = _free(None, "Threads that decode images (default: one a core).", COUNT)
     overwrite_cache: bool = _free(False, "Read the rows and decode the images again.")
     image_cache: bool = _free(
         True, "Further: keep decoded images on disk; --no_image_cache keeps --block_size of them in memory (0: all)."
@@ -181,9 +165,7 @@ class TrainingArguments(Checked):
     num_train_epochs: float = flag(3.0, "Times to go over the training rows (a whole number).", Numbers(1, whole=True))
     warmup_steps: int = flag(0, "Steps of linear warm-up from 0.", NATURAL)
     logging_steps: int = _free(500, "Steps between two lines in the log and in TensorBoard.", NATURAL)
-    eval_steps: int | None = _free(
-        None, "Steps between two evaluations and checkpoints (default: the end of each epoch).", NATURAL
-    )
+    eval_steps: int | None = _free(None, "Steps between two evaluations and checkpoints (default: an epoch).", NATURAL)
     seed: int = flag(42, "Seed of the rows' order and of dropout.", SEED)
     push_to_hub: bool = _free(False, "Upload the checkpoints to the Hugging Face Hub.")
     hub_model_id: str | None = _free(None, "Repository there (default: output_dir's name).")
@@ -193,9 +175,7 @@ class TrainingArguments(Checked):
         "Further: whose numeric choices to follow: published, current or exact; with some changed:"
         " published,stop_rule=exact.",
     )
-    num_replicas: int | None = _free(
-        None, "Further: replicas the run is made of, whatever computes them (default: devices).", COUNT
-    )
+    num_replicas: int | None = _free(None, "Further: replicas, whatever computes them (default: devices).", COUNT)
     max_grad_norm: float | None = flag(None, "Further: scale gradients of a larger norm down to it.", POSITIVE)
     log_grad_norm: bool = _free(False, "Further: write the norm of each step's gradient to metrics.jsonl.")
     deterministic: bool = _free(
@@ -204,9 +184,7 @@ class TrainingArguments(Checked):
         " (CPUs and TPUs need nothing).",
     )
     replicas_at_once: int | None = _free(
-        None,
-        "Further: how many replicas are computed at once, the others after them (default: as many as fit the memory).",
-        COUNT,
+        None, "Further: replicas computed at once, the others after them (default: as many as fit the memory).", COUNT
     )
     mesh: str | None = _free(
         None,
@@ -220,9 +198,7 @@ class TrainingArguments(Checked):
         NATURAL,
     )
     save_total_limit: int = _free(2, "Further: how many of the last states are kept.", COUNT)
-    metric_for_best_model: str | None = _free(
-        None, "Further: keep the state with the best value of a metric too.", metavar="METRIC"
-    )
+    metric_for_best_model: str | None = _free(None, "Further: keep the state of the best METRIC too.", metavar="METRIC")
     resume: str = _free(
         "never",
         "Further: auto goes on after the last state in output_dir, if there is one; or the folder of a run or of one"

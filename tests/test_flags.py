@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import repro.commands.caption
 import repro.commands.data
@@ -22,6 +24,7 @@ from repro.parser import Checked, Numbers
 from repro.recipes import read_recipe
 from repro.record.record import Recorded
 from repro.record.writer import locked
+from repro.run.settings import Settings
 
 CLASSES = Checked.__subclasses__()
 FIELDS = [(kind, field) for kind in CLASSES for field in dataclasses.fields(kind)]
@@ -203,6 +206,33 @@ def test_a_second_reproduction_and_a_dry_run_leave_a_started_one_alone(tmp_path,
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     with locked(folder):
         pass
+
+
+# How long a run is.
+
+
+@given(
+    rows=st.integers(4, 60),
+    epochs=st.integers(1, 4),
+    every=st.none() | st.integers(1, 40),
+    saves=st.none() | st.integers(0, 9),
+    protocol=st.sampled_from(["published", "exact"]),
+)
+def test_as_many_evaluations_are_planned_as_there_are_steps_that_evaluate_and_each_has_a_state(
+    rows: int, epochs: int, every: int | None, saves: int | None, protocol: str
+) -> None:
+    flags = {"eval_steps": every, "save_steps": saves, "num_train_epochs": epochs, "protocol": protocol}
+    settings = Settings(
+        model_name_or_path="m", do_train=True, do_eval=True, per_device_train_batch_size=2, num_devices=2, **flags
+    ).with_rows({"train": rows})
+    steps = range(1, settings.num_steps + 1)
+    assert settings.num_steps == rows // 4 * epochs
+    assert [settings.epoch_of(step) for step in steps] == [1 + (step - 1) // (rows // 4) for step in steps]
+    evaluated = [step for step in steps if settings.evaluates_at(step)]
+    assert settings.num_evaluations == len(evaluated)
+    assert settings.num_models == max(len(evaluated), 1)
+    saved = [step for step in steps if settings.saves_at(step)]
+    assert saved == [] if saves == 0 else {*evaluated, settings.num_steps} <= {*saved}
 
 
 # Folders that cannot be written.

@@ -193,15 +193,15 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     parts = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     lines = [
-        f"machine: {len(devices)} x {devices[0]} with {_gib(available)}, {_gib(memory)} of memory,"
+        f"machine: {len(devices)} x {devices[0]} with {_gib(available)} GiB, {_gib(memory)} GiB of memory,"
         f" {settings.preprocessing_num_workers or cores()} threads",
         *(f"weights: {note}" for note in trial.pretrained.notes),
         *(f"{name}: {count} rows of {num_images[name]} images" for name, count in settings.num_rows.items()),
         *(f"dropped among the first rows: {row['reason']}" for row in trial.dropped[:3]),
         f"disk: {_size(image_cache)} for images, {_size(models)} for models, {_size(states)} for states",
-        f"step: {_gib(facts['step_bytes'])} with one replica on each device,"
+        f"step: {_gib(facts['step_bytes'])} GiB with one replica on each device,"
         f" {facts['train_rows_per_second']:.0f} rows/s",
-        f"evaluation: {_gib(facts['evaluation_bytes'])} with {facts['evaluation_rows_at_once']} at once,"
+        f"evaluation: {_gib(facts['evaluation_bytes'])} GiB with {facts['evaluation_rows_at_once']} at once,"
         f" {facts['evaluation_rows_per_second']:.0f} {unit}/s",
         f"time: {_duration(sum(seconds.values()))} for {settings.num_steps} steps and {settings.num_evaluations}"
         f" evaluations ({parts}), before rows are dropped",
@@ -302,19 +302,19 @@ def _lacking_memory(facts: dict[str, Any], available: int) -> Iterator[str]:
     """Say what of a trial takes more than the bytes that a device has."""
     if facts["step_bytes"] > available:
         yield (
-            f"one replica's step takes {_gib(facts['step_bytes'])} and a device has {_gib(available)}; add"
+            f"one replica's step takes {_gib(facts['step_bytes'])} GiB and a device has {_gib(available)}; add"
             " --gradient_checkpointing or --mesh fsdp=N"
         )
     evaluation = facts["evaluation_bytes"] + facts["state_bytes"]
     if evaluation > available:
         yield (
-            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {_gib(evaluation)} and a"
+            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {_gib(evaluation)} GiB and a"
             f" device has {_gib(available)}; lower --per_device_eval_batch_size or --num_beams, or add --mesh fsdp=N"
         )
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
+    return f"{num_bytes / 2**30:.1f}"
 
 
 def _duration(seconds: float) -> str:

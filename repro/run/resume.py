@@ -57,7 +57,7 @@ class Start:
     def num_replicas(self) -> int | None:
         return self.found.record["settings"]["num_replicas"] if self.found else None
 
-    def log(self) -> None:
+    def announce(self) -> None:
         """Say where the run goes on, in its own log."""
         if self.found:
             for step in self.found.corrupt:

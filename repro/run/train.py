@@ -105,7 +105,7 @@ def run(
         facts |= {"shuffle": settings.shuffle, "startup_seconds": round(time.perf_counter() - began, 1)}
         facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
         writer.describe(facts, prepared.dropped)
-        start.log()
+        start.announce()
         log_preparation(prepared)
         if watch:
             watch(facts, writer.recorded.rows)
