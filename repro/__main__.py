@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -82,11 +83,17 @@ def _is_unread(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def _is_upload(thread: threading.Thread) -> bool:
+    """Tell whether a thread uploads to the Hub; it has been given up, since all of the run is done."""
+    return thread.name == "hub"
+
+
 def program() -> None:
     """Run a command and end the process.
 
-    Where a signal stopped it, this is done at once: threads of XLA or Arrow that are still at work crash an interpreter
-    that is taken down around them, and the status would be SIGSEGV's. All that is to be kept is on disk by then.
+    Where a signal stopped it, or an upload hangs, this is done at once: threads that are still at work in XLA, Arrow or
+    the network crash an interpreter that is taken down around them, and the status would be SIGSEGV's, or hold it up.
+    All that is to be kept is on disk by then.
     """
     # transformers 5 says at every start that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -103,8 +110,9 @@ def program() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds
         status = UNREAD
     jax = sys.modules.get("jax")
+    ends_now = status in (INTERRUPTED, SIGNALLED + signal.SIGTERM) or any(map(_is_upload, threading.enumerate()))
     # The other processes of a run wait for a proper end.
-    if status in (INTERRUPTED, SIGNALLED + signal.SIGTERM) and not (jax and jax.distributed.is_initialized()):
+    if ends_now and not (jax and jax.distributed.is_initialized()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

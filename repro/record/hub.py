@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import constants, get_token
+import huggingface_hub
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.utils import disable_progress_bars, get_session
+from huggingface_hub.utils.logging import set_verbosity_error
 
 from repro.json_files import PARTIAL
 from repro.masking import learn, masked
-from repro.record import upload
 from repro.record.writer import LOCK, NON_FINITE, REPORT, STATE, log, models_in
 
 # What stays here of a run's folder: states, where the images are, and the report with small copies of them.
@@ -28,6 +27,9 @@ LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json",
 # Folder in the run's, with copies of files that grow while they are being uploaded.
 SNAPSHOTS = f"upload{PARTIAL}"
 CARD = "README.md"
+THREAD = "hub"
+AGAIN = (408, 429)  # of the answers 400 to 499, those that may be different next time
+LONGEST_TEXT = 400
 REMEDIES = {
     400: "Give the repository's name as --hub_model_id OWNER/NAME; a README.md of your own needs valid metadata.",
     401: "The token is not valid: make one with write permission at huggingface.co/settings/tokens, and log in with"
@@ -58,15 +60,28 @@ class Patience:
 
 
 PATIENCE = Patience()
-# An upload: its message, and the folder with what there is to upload.
-Job = dict[str, str | None]
+
+
+class Job(NamedTuple):
+    """An upload: its message, and the folder with what there is to upload; None to make the repository alone."""
+
+    message: str
+    folder: Path | None
+
+
+class Outcome(NamedTuple):
+    """What became of an upload: the repository's address, or the last error and the Hub's status, if it answered."""
+
+    address: str = ""
+    error: str = ""
+    status: int | None = None
 
 
 class HubUploader:
     """Uploads a run's folder; a failure is a warning, and the next upload has what the last one lacked.
 
-    A process of its own does one upload at a time. Of those that come up meanwhile only the newest is kept. Leaving the
-    context ends what is under way.
+    A thread does one upload at a time. Of those that come up meanwhile only the newest is kept. Leaving the context
+    gives up what is under way; a thread that hangs in the network then ends with the process.
     """
 
     def __init__(self, folder: Path, *, repository: str | None, token: str | None) -> None:
@@ -81,30 +96,28 @@ class HubUploader:
         learn(token)
         self._changed = threading.Condition(threading.RLock())
         self._current: Job | None = None
-        self._next: Job | None = None
-        self._process: subprocess.Popen[str] | None = None
+        self._next: Job | None = Job("", None)
         self._closed = False
         if constants.HF_HUB_OFFLINE:
             self._give_up("the Hub cannot be reached: HF_HUB_OFFLINE is set.")
         elif token is None:
             self._give_up("there is no token: log in with `hf auth login`, or give one as --hub_token.")
         else:
-            limits = {name: value for name, value in asdict(self._patience).items() if name != "at_end"}
-            self._start({"repository": self._repository, "token": token, **limits})
-            self._submit({"message": "", "folder": None})
+            disable_progress_bars()
+            set_verbosity_error()
+            limit_silence(self._patience.silence)
+            self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+            threading.Thread(target=self._work, name=THREAD, daemon=True).start()
 
     def __enter__(self) -> HubUploader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._closed and self._current is not None:
-            self._give_up("the upload under way is ended.")
-        self._closed = True
-        if self._process is not None:
-            self._process.kill()
-            self._listener.join()
-            with suppress(OSError), self._process:  # closes what is left of the pipes
-                pass
+        with self._changed:
+            if not self._closed and self._current is not None:
+                self._give_up("the upload under way is ended.")
+            self._closed = True
+            self._changed.notify_all()
         shutil.rmtree(self._folder / SNAPSHOTS, ignore_errors=True)
 
     def push(self, message: str) -> None:
@@ -116,9 +129,11 @@ class HubUploader:
         try:
             take_snapshot(self._folder, snapshot)
         except OSError as error:
-            self._warn(f"the files cannot be copied: {error}")
-        else:
-            self._submit({"message": message, "folder": str(snapshot.absolute())})
+            return self._warn(f"the files cannot be copied: {error}")
+        with self._changed:
+            _remove(self._next)
+            self._next = Job(message, snapshot)
+            self._changed.notify_all()
 
     def finish(self, message: str, *, stopped: Callable[[], bool]) -> None:
         """Upload the folder as it is now, and wait for it as long as `Patience` says.
@@ -132,64 +147,44 @@ class HubUploader:
         deadline = time.monotonic() + self._patience.at_end
         log.info("--push_to_hub: waits for the upload, %g seconds at most", self._patience.at_end)
         with self._changed:
-            while self._current is not None and not self._closed:
+            while (self._current or self._next) and not self._closed:
                 if stopped() or time.monotonic() > deadline:
                     reason = "when a signal came." if stopped() else "in time."
                     return self._give_up(f"the upload was not finished {reason}")
                 self._changed.wait(0.2)
 
-    def _start(self, shared: dict[str, Any]) -> None:
-        """Start the process, which this one's end, a signal or `__exit__` ends too."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", upload.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
-            start_new_session=True,  # Ctrl-C is for the run, which then decides
-        )
-        self._tell(shared)
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), name="hub", daemon=True)
-        self._listener.start()
-
-    def _tell(self, what: dict[str, Any]) -> None:
-        assert self._process is not None
-        with suppress(OSError):  # of a process that died, which the listener notices
-            print(json.dumps(what), file=self._process.stdin, flush=True)
-
-    def _submit(self, job: Job) -> None:
-        with self._changed:
-            if self._current is None:
-                self._current = job
-                self._tell(job)
-            else:
-                _remove(self._next)
-                self._next = job
-
-    def _listen(self, answers: Iterable[str]) -> None:
-        """Say what became of each upload, and have the next one done."""
-        for line in answers:
+    def _work(self) -> None:
+        """Do the uploads that come up, and say what became of each."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next or self._closed)
+                if self._closed or self._next is None:
+                    return
+                job = self._current = self._next
+                self._next = None
+            outcome = tried(partial(self._upload, job), attempts=self._patience.attempts, pause=self._patience.pause)
             with self._changed:
                 if not self._closed:
-                    self._conclude(json.loads(line))
-                _remove(self._current)
-                self._current, following, self._next = None, self._next, None
-                if following is not None and not self._closed:
-                    self._submit(following)
+                    self._conclude(job, outcome)
+                _remove(job)
+                self._current = None
                 self._changed.notify_all()
-        if not self._closed:
-            self._give_up("the uploading process died.")
 
-    def _conclude(self, answer: dict[str, Any]) -> None:
-        assert self._current is not None
-        if "error" not in answer:
-            if self._current["folder"]:
-                log.info("--push_to_hub: %s is at %s", self._current["message"], answer["url"])
-        elif answer["status"] in REMEDIES:
-            self._give_up(f"the Hub refuses ({answer['error']}). {REMEDIES[answer['status']]}")
+    def _upload(self, job: Job) -> str:
+        """Commit what has changed in a folder to the repository, made if there is none; returns its address."""
+        found = self._api.create_repo(self._repository, exist_ok=True).repo_id
+        if job.folder is not None:
+            self._api.upload_folder(repo_id=found, folder_path=job.folder, commit_message=job.message)
+        return f"{self._api.endpoint}/{found}"
+
+    def _conclude(self, job: Job, outcome: Outcome) -> None:
+        if not outcome.error:
+            if job.folder:
+                log.info("--push_to_hub: %s is at %s", job.message, outcome.address)
+        elif outcome.status in REMEDIES:
+            self._give_up(f"the Hub refuses ({outcome.error}). {REMEDIES[outcome.status]}")
         else:
-            self._warn(f"{self._repository}: the upload failed ({answer['error']}).")
+            self._warn(f"{self._repository}: the upload failed ({outcome.error}).")
 
     def _warn(self, text: str) -> None:
         log.warning(
@@ -203,9 +198,50 @@ class HubUploader:
         self._warn(text)
 
 
+def tried(attempt: Callable[[], str], *, attempts: int, pause: float) -> Outcome:
+    """Tell what becomes of an attempt, or of the last one; what is refused is not tried again.
+
+    Args:
+        pause: seconds before the second attempt, and twice as long before each further one.
+    """
+    while True:
+        try:
+            return Outcome(attempt())
+        except Exception as error:
+            attempts, status = attempts - 1, status_of(error)
+            if not attempts or (status is not None and 400 <= status < 500 and status not in AGAIN):
+                return Outcome("", " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_TEXT], status)
+        time.sleep(pause)
+        pause *= 2
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """Find the HTTP status that an error comes from: 400 for a name that cannot be one, None without any answer."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None or type(error).__name__ == "HFValidationError":
+            return int(status or 400)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def limit_silence(seconds: float) -> None:
+    """Give every request to the Hub a timeout: huggingface_hub's uploads have none."""
+    client: Any = type(get_session())
+    if hasattr(huggingface_hub, "set_client_factory"):  # from 1.0 on, of httpx; from 2.0 on of httpx2
+        huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, timeout=seconds))
+    else:
+
+        class Session(client):
+            def request(self, *arguments: Any, **settings: Any) -> Any:
+                return super().request(*arguments, **{**settings, "timeout": settings.get("timeout") or seconds})
+
+        huggingface_hub.configure_http_backend(Session)
+
+
 def _remove(job: Job | None) -> None:
-    if job is not None and job["folder"]:
-        shutil.rmtree(job["folder"], ignore_errors=True)
+    if job is not None and job.folder:
+        shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def take_snapshot(folder: Path, snapshot: Path) -> None:
