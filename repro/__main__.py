@@ -13,7 +13,7 @@ from typing import TextIO
 
 from repro import __doc__ as PURPOSE
 from repro.commands import COMMANDS, ELSEWHERE, INPUT_ERROR, SIGNALLED
-from repro.commands.terminal import printable
+from repro.commands.terminal import coloured, printable
 from repro.errors import InputError, Interrupted, RunStopped
 from repro.masking import learn, learn_flags, masked, print_exception
 from repro.provenance import versions
@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: str) -> None:
     """Print on standard error; names in a message may hold anything."""
-    print("\n".join(printable(line, sys.stderr) for line in masked(message).split("\n")), file=sys.stderr)
+    text = "\n".join(printable(line, sys.stderr) for line in masked(message).split("\n"))
+    print(coloured(text, sys.stderr), file=sys.stderr)
 
 
 def _help() -> str:

@@ -113,8 +113,8 @@ def test_one_run_passes_by_the_band_of_the_recipes_seeds(runs, capsys):
     assert main(["verify", str(runs(OWN))]) == 0
     printed = capsys.readouterr().out
     assert "PASS: 1 run of pocket" in printed
-    assert "eval_loss at 20" in printed
-    assert "band of 4 seeds" in printed
+    assert "validation loss at step 20" in printed
+    assert "consistent with 4 reference runs" in printed
 
 
 def test_a_runs_minutes_are_all_that_it_was_at_work(runs):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from repro.commands import COMMANDS, INPUT_ERROR
-from repro.commands.terminal import make_deterministic, print_metrics, start_logging
+from repro.commands.terminal import figures, make_deterministic, print_end, start_logging
 from repro.commands.verify import conclude
 from repro.config import ARGUMENTS, flag, given_flags
 from repro.parser import Checked, sentence
@@ -38,13 +39,12 @@ def main(argv: list[str]) -> int:
     own = ReproduceArguments(**{f.name: given.pop(f.name) for f in fields(ReproduceArguments) if f.name in given})
     if given.get("deterministic"):
         make_deterministic(os.environ)
-    start_logging()
+    folder = Path(own.output_dir or f"repro-{recipe}")
+    start_logging(f"recipe {recipe} in {folder}: starting JAX and transformers")
     from repro.recipes import read_recipe
     from repro.recipes.reproduce import leaving_nothing, reproduce, started
-    from repro.recipes.verify import table
     from repro.report.write import report_at_end
 
-    folder = Path(own.output_dir or f"repro-{recipe}")
     if own.dry_run:
         from repro.recipes.preflight import dry_run
 
@@ -58,6 +58,11 @@ def main(argv: list[str]) -> int:
     for sample in done.samples:
         print(f"  {Path(sample.image_path).name}  {sample.caption}")
         if sample.truth:
-            print(f"{'shows:':>18}  {sample.truth}")
-    print_metrics(done.result.metrics, done.result.facts)
-    return conclude(done.verification, table(done.verification.outcomes), f"written to {folder}")
+            print(f"{'shows:':>18}  {textwrap.shorten(sample.truth, 58, placeholder=' …')}")
+    evaluation = done.result.evaluations.get("eval")
+    if evaluation and not done.verification.outcomes:
+        print("\nvalidation", *figures(evaluation.metrics), sep="\n")
+    print()
+    status = conclude(done.verification)
+    print_end(folder, done.result.facts, done.result.folder)
+    return status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from repro.commands import COMMANDS
-from repro.commands.terminal import make_deterministic, print_metrics, start_logging
+from repro.commands.terminal import figures, make_deterministic, print_end, start_logging
 from repro.config import ARGUMENTS, SEVERAL, parse_arguments
 
 ABOUT = f"{COMMANDS['train']}; what the example does not have is marked `Further:`"
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     args = parsed[-1]
     if args.deterministic:
         make_deterministic(os.environ)
-    start_logging(quiet=bool(args.process_id))
+    start_logging(f"run in {args.output_dir}: starting JAX and transformers", quiet=bool(args.process_id))
     from repro.training.processes import is_first, start_processes
 
     start_processes(**{name: getattr(args, name) for name in SEVERAL})
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     from repro.report.write import report_at_end
 
     report_at_end(result.folder)
-    print_metrics(result.metrics, result.facts)
-    print(f"written to {result.folder}")
+    for prefix, evaluation in result.evaluations.items():
+        print(f"\n{'validation' if prefix == 'eval' else prefix}", *figures(evaluation.metrics), sep="\n")
+    print_end(result.folder, result.facts, result.folder)
     return 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from repro.commands import COMMANDS
-from repro.commands.terminal import start_logging
+from repro.commands.terminal import coloured, start_logging
 from repro.parser import Parser, sentence
 
 STATUS_OF_VERDICT = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     start_logging()
     from repro.data.atomic import check_file_writable
     from repro.json_files import write_json
-    from repro.recipes.verify import as_json, as_junit, table, verify
+    from repro.recipes.verify import as_json, as_junit, verify
 
     for flag in ("json", "junit"):
         if getattr(args, flag):
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         write_json(args.json, as_json(done))
     if args.junit:
         args.junit.write_bytes(as_junit(done))
-    return conclude(done, table(done.outcomes), f"{len(done.runs)} run{'s' * (len(done.runs) > 1)} of {done.recipe}")
+    return conclude(done)
 
 
 def report(argv: list[str]) -> int:
@@ -71,14 +72,18 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-def conclude(verification: Any, table: str, end: str) -> int:
+def conclude(verification: Any) -> int:
     """Print a verdict and what led to it, and give its exit status."""
+    from repro.recipes.verify import table
+
     for note in [*(f"{run.folder}: {note}" for run in verification.runs for note in run.notes), *verification.notes]:
         print(f"note: {note}")
     for problem in verification.problems:
         print(f"cannot tell: {problem}")
     if verification.outcomes:
-        print(table)
+        print(coloured(table(verification.outcomes), sys.stdout))
     claim = f", {verification.claim}" if verification.claim else ""
-    print(f"\n{verification.verdict}: {end}{claim}")
+    number = len(verification.runs)
+    end = f"{number} run{'s' * (number > 1)} of {verification.recipe}{claim}"
+    print(coloured(f"\n{verification.verdict}: {end}", sys.stdout))
     return STATUS_OF_VERDICT[verification.verdict]

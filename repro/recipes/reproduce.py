@@ -23,7 +23,7 @@ from repro.pocket.attributes import attribute_accuracy
 from repro.pocket.halves import read_scenes, render_pocket
 from repro.recipes import read_recipe
 from repro.recipes.verify import MARKER, MARKER_FORM, RUN, Verification, Watcher, as_json, verify
-from repro.record.writer import entries, locked
+from repro.record.writer import entries, locked, log
 from repro.run.train import RunResult, run
 
 END_OF_TEXT = "<|endoftext|>"
@@ -93,6 +93,9 @@ def started(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -
         _check_is_of(marker, recipe["name"])  # another may have been quicker
         write_json(marker, {"name": recipe["name"]})
         if "data" in recipe:
+            if not (folder / "data").exists():
+                number = recipe["data"]["num_train"] + recipe["data"]["num_val"]
+                log.info("rendering %d images", number)
             render_pocket(folder / "data", **recipe["data"])
             make_halves(recipe["model"], folder / "data", folder / "model")
         yield arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from repro.recipes.integrity import (
     other_versions,
 )
 from repro.recipes.targets import Measured, Outcome, Target, against, judge_all, overall, read_targets
+from repro.record.metrics import METRICS
 from repro.record.record import FACTS, Recorded, read_record
 
 MARKER, MARKER_FORM = "recipe.json", keys(name=str)
@@ -45,6 +47,17 @@ LOOKS = (
 # Of a run's facts; whatever else may be missing has a meaning.
 NEEDED = ("flags", "data", "model", "num_steps", "num_replicas")
 OUTCOME = ("wanted", "measured", "difference", "interval", "verdict", "reason")  # what `--json` writes of an outcome
+WIDTH = 78  # columns of the table of verdicts
+LABELS = {
+    "train_dropped": "training rows left out",
+    "train_fingerprint": "training rows' fingerprint",
+    "validation_fingerprint": "validation rows' fingerprint",
+    "num_steps": "steps",
+    "loss": "training losses",
+    "learning_rate": "learning rates",
+    "eval_rows": "validation rows",
+    "eval_loss": "validation loss",
+}
 EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)  # what is known before the run is over
 
 
@@ -264,7 +277,7 @@ def _in_words(outcome: Outcome) -> tuple[str, str, str, str]:
     """What was measured, its difference, that one's interval, and the reason; empty where there is none."""
     low, high = outcome.interval or (0.0, 0.0)
     return (
-        "" if outcome.measured is None else f"{outcome.measured:.6g}",
+        "" if outcome.measured is None else f"{outcome.measured:.{6 if outcome.measured % 1 else 12}g}",
         "" if outcome.difference is None else f"{outcome.difference:+.4g}",
         "" if outcome.interval is None else f"{low:+.4g} to {high:+.4g}",
         f" ({outcome.reason})" if outcome.reason else "",
@@ -272,15 +285,30 @@ def _in_words(outcome: Outcome) -> tuple[str, str, str, str]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Lay outcomes out as text."""
-    lines = [f"{'target':30} {'wanted':>22} {'measured':>11} {'difference':>11}  {'its interval':>22}  verdict"]
+    """Lay outcomes out as text of at most `WIDTH` columns; `describe` and `as_json` have all figures."""
+    lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"]
     for outcome in outcomes:
         measured, difference, interval, reason = _in_words(outcome)
-        lines.append(
-            f"{outcome.target.name:30} {outcome.wanted:>22} {measured:>11} {difference:>11}  {interval:>22}"
-            f"  {outcome.verdict}{reason}"
-        )
+        wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
+        shown = measured or (f"{difference} off" if difference else "")
+        lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
+        more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
+        if outcome.verdict is not Verdict.PASS:
+            more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
+        lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def label(target: Target) -> str:
+    """What people call a target."""
+    split, _, name = target.metric.partition("_")
+    if target.metric in LABELS:
+        text = LABELS[target.metric]
+    elif split == "eval":
+        text = METRICS[name].label if name in METRICS else name.replace("_", " ")
+    else:
+        text = target.metric.replace("train_", "training ").replace("_", " ")
+    return text if target.step is None else f"{text} at step {target.step}"
 
 
 def as_json(verification: Verification) -> dict[str, Any]:

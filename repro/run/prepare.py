@@ -146,12 +146,16 @@ def prepare(
     Raises:
         InputError: a run with these flags and data is not possible.
     """
+    say = logging.getLogger("repro").info if progress else lambda _: None
+    say("reading the rows")
     rows = read_rows(model_args, data_args, [split for split, flag in SPLIT_FLAGS.items() if getattr(args, flag)])
+    say("reading the model")
     pretrained = load_or_create(model_args, seed=args.seed)
     mesh = check_run(data_args, args, pretrained, devices)
     # Now, and again when it is known how many rows are left.
     check_rows(args, protocol, {name: len(split.dataset) for name, split in rows.items()}, len(devices))
     folder, rebuild = cache_folder(model_args), _rebuilding(data_args)
+    say("decoding the images")
     splits: dict[str, CaptionedImages] = {}
     dropped: list[dict[str, Any]] = []
     converted = {name: converts_to_rgb(protocol, name) for name in rows}

@@ -29,7 +29,7 @@ from repro.run.build import Training, build_evaluator, build_training
 from repro.run.flags import check_flags
 from repro.run.prepare import PreparedRun, cache_folder, data_in_words, evaluates_at, prepare
 from repro.run.resume import Start, check_same, enter_folders, settings
-from repro.run.step_log import NonFinite, StepLog
+from repro.run.step_log import NonFinite, StepLog, header, in_short
 from repro.training.checkpoint import CORRUPT, Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
 from repro.training.loop import StepResult
@@ -156,7 +156,9 @@ class _Run:
         self.writer.describe(facts, prepared.dropped)
         for level, line in data_in_words(facts["data"]):
             log.log(level, line)
-        for note in prepared.pretrained.notes:
+        for line in header(prepared, self.folder, self.start.step):
+            log.info(line)
+        for note in () if self.start.found else prepared.pretrained.notes:  # a state's weights are none of these
             log.info("model: %s", note)
         evaluator = build_evaluator(prepared, self.signals, held_bytes=facts.get("state_bytes", 0))
         self.watch(facts, self.writer.recorded.rows)
@@ -292,8 +294,7 @@ class _Run:
                 evaluation = dataclasses.replace(evaluation, metrics={**evaluation.metrics, **self.score(evaluation)})
             seconds = time.perf_counter() - started
             self.writer.evaluation(prefix, evaluation, step=self.step, folder=folder, seconds=seconds, **more)
-            figures = (f"{prefix}_{name} {value:.4f}" for name, value in evaluation.metrics.items())
-            log.info("step %d: %s", self.step, ", ".join(figures))
+            log.info("step %d, %s: %s", self.step, split, in_short(evaluation.metrics))
         self.metrics.update(prefixed(prefix, evaluation.metrics))
         self.evaluations[prefix] = evaluation
 
