@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -20,10 +21,12 @@ from repro.parser import Checked, Numbers, Parser, add_fields, sentence
 DTYPES = ("float32", "float16", "bfloat16")
 IMPLEMENTATIONS = ("native", "transformers")
 
-USAGE = "%(prog)s FLAGS\n       %(prog)s FILE.json"
+USAGE = "%(prog)s FLAGS\n       %(prog)s FILE [FLAGS]"
 HOW_FLAGS_ARE_WRITTEN = (
-    " FILE.json holds one JSON object of flags and their values. A flag with [BOOL] may stand alone, which means true."
+    " FILE (.json, .yaml, .yml or .toml) holds flags and their values; flags that follow it win. A flag with [BOOL] may"
+    " stand alone, which means true."
 )
+FILES_OF_FLAGS = (".json", ".yaml", ".yml", ".toml")
 # The parts of the help, each by its first flag.
 GROUPS = {
     "model_name_or_path": "model",
@@ -271,7 +274,7 @@ def given_flags(
     hidden: Sequence[type[Checked]] = (),
     **help_texts: str,
 ) -> dict[str, Any]:
-    """Parse `argv`, or the one `.json` file that it names; returns the values of the flags that are given, by name.
+    """Parse `argv`, whose first word may be a file of flags; returns the values of the flags that are given, by name.
 
     A flag may be written with dashes for its underscores. One that is true or false may stand alone, or have a value.
 
@@ -286,8 +289,8 @@ def given_flags(
     parser = Parser(prog=f"repro {command}", **help_texts)
     for dataclass_type in classes:
         add_fields(parser, dataclass_type, GROUPS if len(classes) > 1 else {}, hidden=dataclass_type in hidden)
-    if len(argv) == 1 and argv[0].endswith(".json") and not argv[0].startswith("-"):
-        argv = _read_flags(argv[0])
+    if argv and argv[0].endswith(FILES_OF_FLAGS) and not argv[0].startswith("-"):
+        argv = [*_read_flags(argv[0]), *argv[1:]]
         learn_flags(argv)
     return vars(parser.parse_args(argv))
 
@@ -302,13 +305,20 @@ def make_arguments(classes: Sequence[type[Checked]], given: Mapping[str, Any]) -
 
 
 def _read_flags(path: str) -> list[str]:
-    """Turn a JSON object of flags into the command line that says the same, so that both are checked alike."""
+    """Turn a file of flags into the command line that says the same, so that both are checked alike."""
+    import yaml
+
+    kind = path.rpartition(".")[2]
+    load = {"json": json.loads, "toml": lambda text: tomllib.loads(text.decode())}.get(kind, yaml.safe_load)
     try:
-        flags = json.loads(read_file(path, SETTINGS_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as a JSON file of flags: {error}") from error
-    if not isinstance(flags, dict):
-        raise InputError(f"{path}: expected one JSON object of flags and their values.")
+        flags = load(read_file(path, SETTINGS_BYTES))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as a {kind.upper()} file of flags: {error}") from error
+    if not isinstance(flags, dict) or not all(isinstance(name, str) for name in flags):
+        raise InputError(f"{path}: expected one {kind.upper()} object of flags and their values.")
+    for name, value in flags.items():  # of YAML, anything may come, and be larger in print than in the file
+        if not isinstance(value, str | int | float | None):
+            raise InputError(f"{path}: {name} has a {type(value).__name__} and takes one value.")
     return flags_of(flags)
 
 

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     found = [item for name in args.images for item in _find(name, skipped, null=args.null)]
     if not found:
         raise InputError("standard input names no image; give one path a line, or with --null one before each NUL.")
-    start_logging()
+    start_logging(models=[args.model])
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about images that it can read all the same
     for folder, number in skipped.items():
         _tell(f"{folder}: {number} other file{'s' * (number > 1)} left out")

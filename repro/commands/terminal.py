@@ -6,10 +6,13 @@ import logging
 import os
 import re
 import shlex
+import socket
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from repro.masking import MaskingFormatter
 
@@ -24,12 +27,27 @@ def make_deterministic(environment: MutableMapping[str, str]) -> None:
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 
 
-def start_logging(first: str = "", *, quiet: bool = False) -> None:
+def stay_offline_without_hub(*names: str | None) -> None:
+    """Spare a user the libraries' retries where a model is no folder and the Hub cannot be reached: use the cache.
+
+    Before transformers is imported, which looks at the environment then.
+    """
+    if "HF_HUB_OFFLINE" in os.environ or getproxies() or all(name is None or Path(name).exists() for name in names):
+        return
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=1).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def start_logging(first: str = "", *, quiet: bool = False, models: Iterable[str | None] = ()) -> None:
     """Log to the terminal around the progress bars, and quieten what the libraries say about their own future.
 
     Args:
         first: is said at once, before what takes seconds to import.
         quiet: do not log to the terminal.
+        models: that are to be read.
     """
     # transformers would import PyTorch where it is installed, for seconds and nothing.
     os.environ.setdefault("USE_TORCH", "0")
@@ -51,6 +69,7 @@ def start_logging(first: str = "", *, quiet: bool = False) -> None:
         logger.addHandler(terminal)
     if first:
         logger.info(first)
+    stay_offline_without_hub(*models)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

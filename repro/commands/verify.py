@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repro.commands import COMMANDS
 from repro.commands.terminal import coloured, start_logging
 from repro.parser import Parser, sentence
 
+if TYPE_CHECKING:
+    from repro.recipes.targets import Outcome, Target
+
 STATUS_OF_VERDICT = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
+WIDTH = 78  # columns of the table of verdicts
+LABELS = {
+    "train_dropped": "training rows left out",
+    "train_fingerprint": "training rows' fingerprint",
+    "validation_fingerprint": "validation rows' fingerprint",
+    "num_steps": "steps",
+    "loss": "training losses",
+    "learning_rate": "learning rates",
+    "eval_rows": "validation rows",
+    "eval_loss": "validation loss",
+}
 EPILOG = "The exit status is 0 for PASS, 1 for FAIL and 2 for CANNOT TELL."
 
 
@@ -74,8 +90,6 @@ def report(argv: list[str]) -> int:
 
 def conclude(verification: Any) -> int:
     """Print a verdict and what led to it, and give its exit status."""
-    from repro.recipes.verify import table
-
     for note in [*(f"{run.folder}: {note}" for run in verification.runs for note in run.notes), *verification.notes]:
         print(f"note: {note}")
     for problem in verification.problems:
@@ -87,3 +101,34 @@ def conclude(verification: Any) -> int:
     end = f"{number} run{'s' * (number > 1)} of {verification.recipe}{claim}"
     print(coloured(f"\n{verification.verdict}: {end}", sys.stdout))
     return STATUS_OF_VERDICT[verification.verdict]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Lay outcomes out as text of at most `WIDTH` columns; `--json` has all figures."""
+    from repro.recipes.verify import in_words
+
+    lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"]
+    for outcome in outcomes:
+        measured, difference, interval, reason = in_words(outcome)
+        wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
+        shown = measured or (f"{difference} off" if difference else "")
+        lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
+        more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
+        if outcome.verdict != "PASS":
+            more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
+        lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def label(target: Target) -> str:
+    """What people call a target."""
+    from repro.record.metrics import METRICS
+
+    split, _, name = target.metric.partition("_")
+    if target.metric in LABELS:
+        text = LABELS[target.metric]
+    elif split == "eval":
+        text = METRICS[name].label if name in METRICS else name.replace("_", " ")
+    else:
+        text = target.metric.replace("train_", "training ").replace("_", " ")
+    return text if target.step is None else f"{text} at step {target.step}"

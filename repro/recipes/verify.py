@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ from repro.recipes.integrity import (
     other_versions,
 )
 from repro.recipes.targets import Measured, Outcome, Target, against, judge_all, overall, read_targets
-from repro.record.metrics import METRICS
 from repro.record.record import FACTS, Recorded, read_record
 
 MARKER, MARKER_FORM = "recipe.json", keys(name=str)
@@ -47,17 +45,6 @@ LOOKS = (
 # Of a run's facts; whatever else may be missing has a meaning.
 NEEDED = ("flags", "data", "model", "num_steps", "num_replicas")
 OUTCOME = ("wanted", "measured", "difference", "interval", "verdict", "reason")  # what `--json` writes of an outcome
-WIDTH = 78  # columns of the table of verdicts
-LABELS = {
-    "train_dropped": "training rows left out",
-    "train_fingerprint": "training rows' fingerprint",
-    "validation_fingerprint": "validation rows' fingerprint",
-    "num_steps": "steps",
-    "loss": "training losses",
-    "learning_rate": "learning rates",
-    "eval_rows": "validation rows",
-    "eval_loss": "validation loss",
-}
 EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)  # what is known before the run is over
 
 
@@ -267,13 +254,13 @@ def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> t
 
 def describe(outcome: Outcome) -> str:
     """Put an outcome on one line."""
-    *figures, reason = _in_words(outcome)
+    *figures, reason = in_words(outcome)
     named = zip(("measured", "difference", "interval"), figures, strict=True)
     parts = [f"{name} {figure}" for name, figure in named if figure]
     return ", ".join([f"{outcome.target.name}: wanted {outcome.wanted}", *parts]) + reason
 
 
-def _in_words(outcome: Outcome) -> tuple[str, str, str, str]:
+def in_words(outcome: Outcome) -> tuple[str, str, str, str]:
     """What was measured, its difference, that one's interval, and the reason; empty where there is none."""
     low, high = outcome.interval or (0.0, 0.0)
     return (
@@ -282,33 +269,6 @@ def _in_words(outcome: Outcome) -> tuple[str, str, str, str]:
         "" if outcome.interval is None else f"{low:+.4g} to {high:+.4g}",
         f" ({outcome.reason})" if outcome.reason else "",
     )
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Lay outcomes out as text of at most `WIDTH` columns; `describe` and `as_json` have all figures."""
-    lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"]
-    for outcome in outcomes:
-        measured, difference, interval, reason = _in_words(outcome)
-        wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
-        shown = measured or (f"{difference} off" if difference else "")
-        lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
-        more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
-        if outcome.verdict is not Verdict.PASS:
-            more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
-        lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)
-
-
-def label(target: Target) -> str:
-    """What people call a target."""
-    split, _, name = target.metric.partition("_")
-    if target.metric in LABELS:
-        text = LABELS[target.metric]
-    elif split == "eval":
-        text = METRICS[name].label if name in METRICS else name.replace("_", " ")
-    else:
-        text = target.metric.replace("train_", "training ").replace("_", " ")
-    return text if target.step is None else f"{text} at step {target.step}"
 
 
 def as_json(verification: Verification) -> dict[str, Any]:
