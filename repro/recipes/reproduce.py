@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +72,19 @@ def reproduce(name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_go
         verification = verify([folder], recipe=name, recompute=False)
         write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
     return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
+
+
+def reproduce_seeds(
+    name: str, folder: Path, seeds: Sequence[int], given: Mapping[str, Any] = {}, *, keep_going: bool = False
+) -> tuple[list[Reproduction], Verification]:
+    """Run a recipe with several seeds, each as `reproduce` does in `folder/seed-N`, and judge all runs together."""
+    runs = []
+    for place, seed in enumerate(seeds, start=1):
+        log.info("seed %d, run %d of %d, in %s", seed, place, len(seeds), folder / f"seed-{seed}")
+        runs.append(reproduce(name, folder / f"seed-{seed}", {**given, "seed": seed}, keep_going=keep_going))
+    together = verify([run.folder for run in runs], recipe=name, seeds=len(seeds), recompute=False)
+    write_json(folder / "result.json", as_json(together))
+    return runs, together
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import shutil
@@ -20,14 +21,15 @@ from repro.config import ARGUMENTS, DataArguments, ModelArguments, TrainingArgum
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator
 from repro.json_files import PARTIAL
-from repro.models.pretrained import save_model
+from repro.models.captioner import NativeCaptioner
+from repro.models.pretrained import Pretrained, save_model
 from repro.protocol import protocol_named
 from repro.record.hub import HubUploader
 from repro.record.model_card import Trained, write_card
 from repro.record.writer import NON_FINITE, STATE, RunWriter, log, prefixed
 from repro.run.build import Training, build_evaluator, build_training
 from repro.run.flags import check_flags
-from repro.run.prepare import PreparedRun, cache_folder, data_in_words, evaluates_at, prepare
+from repro.run.prepare import PreparedRun, cache_folder, data_in_words, evaluates_at, prepare, target_length
 from repro.run.resume import Start, check_same, enter_folders, settings
 from repro.run.step_log import NonFinite, StepLog, header, in_short
 from repro.training.checkpoint import CORRUPT, Checkpoints, set_aside
@@ -325,7 +327,20 @@ def save_whole_model(prepared: PreparedRun, params: Any, folder: Path) -> float:
     started = time.perf_counter()
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(prepared.pretrained, jax.device_get(params), partial)
+    save_model(_as_evaluated(prepared), jax.device_get(params), partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return time.perf_counter() - started
+
+
+def _as_evaluated(prepared: PreparedRun) -> Pretrained:
+    """Have a model's generation configuration name the beams and the length that it is evaluated with."""
+    pretrained, data_args = prepared.pretrained, prepared.data_args
+    if not (data_args.predict_with_generate and isinstance(pretrained.captioner, NativeCaptioner)):
+        return pretrained
+    config = copy.deepcopy(pretrained.captioner.generation_config)
+    config.num_beams = data_args.num_beams or config.num_beams or 1
+    # Besides the start token; a `max_length` of 20 would be taken for transformers' default.
+    config.max_new_tokens = target_length(data_args, "validation") - 1
+    captioner = dataclasses.replace(pretrained.captioner, generation_config=config)
+    return dataclasses.replace(pretrained, captioner=captioner)
