@@ -99,6 +99,6 @@ def _seeds(text: str, given: Mapping[str, Any]) -> list[int]:
         seeds += range(int(first), min(int(last or first), int(first) + MOST_SEEDS) + 1)
     if not 1 < len(set(seeds)) == len(seeds) <= MOST_SEEDS:
         raise InputError(f"--seeds {text}: must be 2 to {MOST_SEEDS} seeds, each once.")
-    for name in {"seed", "resume"} & given.keys():
-        raise InputError(f"--{name}: is not for several seeds; drop it, or --seeds.")
+    if given.keys() & {"seed", "resume"}:
+        raise InputError("--seeds: takes the place of --seed and --resume; drop these.")
     return seeds
