@@ -57,6 +57,7 @@ def make_generation(peer: str, settings: dict[str, Any]) -> Run:
     their_generate = jax.jit(
         lambda params, pixels: captioner.model.generate(
             jnp.moveaxis(normalize(pixels, captioner.pixel_table, captioner.model.dtype), -1, 1),
+            generation_config=captioner.generation_config,  # which is not read from the configuration again, then
             params=params, max_length=length, num_beams=beams, eos_token_id=NEVER, pad_token_id=END,
         ).sequences
     )  # fmt: skip

@@ -38,6 +38,8 @@ if hasattr(transformers, "FlaxVisionEncoderDecoderModel"):
 if importlib.util.find_spec("torch"):
     PEERS.append("torch")
 
+pytestmark = pytest.mark.usefixtures("flax_classes_promote_ranks")
+
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_every_peer_captions_a_batch(peer):

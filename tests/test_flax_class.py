@@ -45,6 +45,8 @@ from repro.models.transformers_flax import FlaxClassCaptioner
 from repro.models.weights import FLAX_FILE, FLAX_INDEX, SAFETENSORS_FILE
 from repro.training.losses import row_losses
 
+pytestmark = pytest.mark.usefixtures("flax_classes_promote_ranks")
+
 VOCABULARY, LENGTH, ROWS = 41, 7, 3
 TABLE = np.tile(np.linspace(-1, 1, 256, dtype=np.float32)[:, None], (1, 3))
 
