@@ -186,7 +186,10 @@ def header(prepared: PreparedRun, folder: Path, after: int) -> Iterator[str]:
     if prepared.args.do_train:
         epochs = f"{prepared.num_epochs} epoch{'s' * (prepared.num_epochs > 1)}"
         batch = f"{prepared.train_batch} rows ({prepared.num_replicas} x {prepared.args.per_device_train_batch_size})"
-        yield f"training: steps {after + 1} to {prepared.num_steps} of {batch}, {epochs}"
+        left = (
+            f"steps {after + 1} to {prepared.num_steps}" if after < prepared.num_steps else f"all {after} steps done,"
+        )
+        yield f"training: {left} of {batch}, {epochs}"
     yield f"folder: {folder}, all metrics in its {ROWS}"
 
 
