@@ -1,14 +1,24 @@
 """Fine-tune an image captioner in JAX/Flax, and show that it reproduces what was published."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from repro.interface import Judgement, Result, report, reproduce, train, verify
+    from repro.models.captioning import Caption, Captioner
 
 __version__ = "0.1.0"
+__all__ = ["Caption", "Captioner", "Judgement", "Result", "report", "reproduce", "train", "verify"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import `Captioner` when it is asked for: it needs JAX and transformers, and `repro --help` does not."""
-    if name == "Captioner":
-        from importlib import import_module
+def __getattr__(name: str) -> object:
+    """Import what is asked for then: it needs JAX and transformers, and `repro --help` does not."""
+    from importlib import import_module
 
-        return import_module("repro.models.captioning").Captioner
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = "models.captioning" if name.startswith("Caption") else "interface"
+    return getattr(import_module(f"repro.{place}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,18 +12,24 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from repro.errors import InputError
 from repro.json_files import read_json
-from repro.limits import SETTINGS_BYTES
+from repro.limits import SETTINGS_BYTES, read_file
 from repro.masking import learn_flags
 from repro.parser import Checked, Numbers, Parser, add_fields, sentence
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMPLEMENTATIONS = ("native", "transformers")
 
-USAGE = "%(prog)s FLAGS\n       %(prog)s FILE.json"
+USAGE = "%(prog)s FLAGS\n       %(prog)s FILE [FLAGS]"
 HOW_FLAGS_ARE_WRITTEN = (
-    " FILE.json holds one JSON object of flags and their values. A flag with [BOOL] may stand alone, which means true."
+    " FILE (.json, .yaml, .yml or .toml) holds flags and their values; flags that follow it win. A flag with [BOOL] may"
+    " stand alone, which means true."
 )
+FLAGS = dict[str, str | float | None]  # bool and int are among float
+FILES_OF_FLAGS = (".json", ".yaml", ".yml", ".toml")
 # The parts of the help, each by its first flag.
 GROUPS = {
     "model_name_or_path": "model",
@@ -247,7 +253,7 @@ def given_flags(
     hidden: Sequence[type[Checked]] = (),
     **help_texts: str,
 ) -> dict[str, Any]:
-    """Parse `argv`, or the one `.json` file that it names; returns the values of the flags that are given, by name.
+    """Parse `argv`, whose first word may be a file of flags; returns the values of the flags that are given, by name.
 
     A flag may be written with dashes for its underscores. One that is true or false may stand alone, or have a value.
 
@@ -262,9 +268,8 @@ def given_flags(
     parser = Parser(prog=f"repro {command}", **help_texts)
     for dataclass_type in classes:
         add_fields(parser, dataclass_type, GROUPS if len(classes) > 1 else {}, hidden=dataclass_type in hidden)
-    if len(argv) == 1 and argv[0].endswith(".json") and not argv[0].startswith("-"):
-        # Turned into the command line that says the same, so that both are checked alike.
-        argv = flags_of(read_json(Path(argv[0]), dict[str, Any], largest=SETTINGS_BYTES))
+    if argv and argv[0].endswith(FILES_OF_FLAGS) and not argv[0].startswith("-"):
+        argv = [*_read_flags(argv[0]), *argv[1:]]
         learn_flags(argv)
     return vars(parser.parse_args(argv))
 
@@ -276,6 +281,19 @@ def make_arguments(classes: Sequence[type[Checked]], given: Mapping[str, Any]) -
         InputError: a number is not one that its flag takes.
     """
     return tuple(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in classes)  # type: ignore[arg-type]
+
+
+def _read_flags(path: str) -> list[str]:
+    """Turn a file of flags into the command line that says the same, so that both are checked alike."""
+    if path.endswith(".json"):
+        flags = read_json(Path(path), FLAGS, largest=SETTINGS_BYTES)
+    else:
+        decode = msgspec.toml.decode if path.endswith(".toml") else msgspec.yaml.decode
+        try:
+            flags = decode(read_file(path, SETTINGS_BYTES), type=FLAGS)
+        except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
+            raise InputError(f"{path}: cannot be read as flags and their values: {error}") from error
+    return flags_of(flags)
 
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
-LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {remaining} left"
+LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left"
 
 
 class ProgressLines(tqdm):
@@ -43,7 +43,10 @@ def progress_bar(iterable: Any = None, *, progress: bool, lines: bool = True, **
     Args:
         progress: False for none.
         lines: also where there is no terminal.
+        settings: tqdm's; `unit` is one, such as "image", or "B".
     """
+    if settings.get("unit", "B") != "B":
+        settings["unit"] = f" {settings['unit']}s"
     if sys.stderr.isatty() or not progress:
         return tqdm(iterable, disable=not progress, **settings)
     return ProgressLines(iterable, disable=not lines, **settings)

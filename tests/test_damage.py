@@ -16,7 +16,7 @@ from damage import mutations
 from test_resume import CLASSES, flags, start
 
 import repro.recipes.verify
-import repro.report.write
+import repro.reports.write
 import repro.run.train
 from repro.__main__ import main
 from repro.config import parse_arguments
@@ -59,7 +59,7 @@ def recipe(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"metric": "eval_loss", "high": 100.0, "source": "anything that learns"},
     ]
     made = {"name": "this", "flags": wanted, "targets": targets}
-    for module in (repro.recipes.verify, repro.report.write):
+    for module in (repro.recipes.verify, repro.reports.write):
         monkeypatch.setattr(module, "read_recipe", lambda name: made)
 
 

@@ -16,12 +16,12 @@ import repro.commands
 PACKAGE = Path(repro.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each room imports from itself and from those before it; the modules at the top, but for two, are the foundation.
-ROOMS = ("data", "pocket", "models", "training", "evaluation", "record", "run", "recipes", "report", "commands")
+ROOMS = ("data", "pocket", "models", "training", "evaluation", "record", "run", "recipes", "reports", "commands")
 FOUNDATION = {
     *("errors", "json_files", "limits", "masking", "parser", "progress", "protocol", "provenance"),
     *("__init__", "__version__", "__doc__"),
 }
-SEE_FLAGS = ("config", "run", "recipes", "report", "commands")
+SEE_FLAGS = ("config", "run", "recipes", "reports", "commands")
 TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "README.md"}
 # This number is to fall. It stood at 12,850 when files began to be read by typed doors within limits, runs to be held
 # against their own captions and weights, and the golden cases to be run by the installed program: 2,100 lines, for
@@ -65,7 +65,7 @@ def name_of(path: Path) -> str:
 def test_imports_go_one_way(path: Path) -> None:
     place = path.relative_to(PACKAGE)
     own = place.with_suffix("").parts[0]
-    if own == "__main__":  # which may import everything
+    if own in ("__main__", "__init__", "interface"):  # which may import everything
         return
     allowed = {*FOUNDATION, *(ROOMS[: ROOMS.index(own) + 1] if own in ROOMS else ())}
     allowed |= {"config"} if own in SEE_FLAGS else set()

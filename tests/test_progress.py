@@ -40,7 +40,7 @@ def test_long_work_without_a_terminal_writes_a_line_now_and_then(capsys, monkeyp
     written = capsys.readouterr().err
     lines = written.splitlines()
     assert 2 <= len(lines) <= 100 / module.SECONDS_BETWEEN_LINES + 1
-    assert all(line.startswith("images: ") and line.endswith(" left") and " of 100 image, " in line for line in lines)
+    assert all(line.startswith("images: ") and line.endswith(" left") and " of 100 images, " in line for line in lines)
     assert "\r" not in written
 
 

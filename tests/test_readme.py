@@ -36,7 +36,7 @@ import repro.data.download
 import repro.recipes
 import repro.recipes.reproduce
 import repro.recipes.verify
-import repro.report.write
+import repro.reports.write
 from repro.__main__ import main
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.data.atomic import sha256_of
@@ -217,7 +217,7 @@ def small_coco2017(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = read_recipe("coco2017")
     recipe["flags"] |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     recipe["targets"] = [{"metric": "eval_loss", "low": 1.0, "high": 50.0, "source": "any loss"}]
-    for module in (repro.recipes, repro.report.write, repro.recipes.reproduce, repro.recipes.verify):
+    for module in (repro.recipes, repro.reports.write, repro.recipes.reproduce, repro.recipes.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: {"coco2017": recipe}[name])
 
 
@@ -360,7 +360,7 @@ def small_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe["targets"] = [
         {"metric": "eval_loss", "value": 6.0, "standard_deviation": 1.0, "runs": 5, "margin": 0.5, "source": "any"}
     ]
-    for module in (repro.recipes, repro.report.write, repro.recipes.reproduce, repro.recipes.verify):
+    for module in (repro.recipes, repro.reports.write, repro.recipes.reproduce, repro.recipes.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: {"pocket": recipe}[name])
 
 

@@ -18,7 +18,7 @@ from repro.errors import InputError
 from repro.recipes import recipe_names
 from repro.record.record import read_record
 from repro.record.writer import RunWriter, holds_only_run_files, models_in
-from repro.report.write import write_report
+from repro.reports.write import write_report
 from repro.run.resume import choose_start
 
 OLD = Path(__file__).parent / "old_run"

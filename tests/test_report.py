@@ -18,11 +18,10 @@ from synthetic_run import read_data, write_run
 from repro.__main__ import main
 from repro.errors import InputError
 from repro.record.sanitize import visible
-from repro.report.charts import nice_ticks, thinned
-from repro.report.page import SHOWN, chosen_items, ranked_items
-from repro.report.run_folder import Generated
-from repro.report.statistics import text_statistics
-from repro.report.write import write_report
+from repro.reports.charts import nice_ticks, thinned
+from repro.reports.page import SHOWN, chosen_items, ranked_items, text_statistics
+from repro.reports.run_folder import Generated
+from repro.reports.write import write_report
 
 HOSTILE = [
     "</script><script>window.hit = 1</script>",
@@ -216,11 +215,7 @@ def test_ticks_are_few_and_within(low, width):
 
 
 def test_texts_are_counted():
-    found = text_statistics(["A dog runs.", "a dog", "a dog"])
-    assert (found.captions, found.mean_words, found.median_words, found.vocabulary) == (3, 7 / 3, 2, 3)
-    assert found.lengths.tolist()[2:4] == [2, 1]
-    assert found.unique == pytest.approx(1 / 3)
-    assert found.phrases[2]["a", "dog"] == 3
+    assert list(text_statistics(["A dog runs.", "a dog", "a dog"]).values()) == ["3", "2.33", "2", "3", "33.3 %"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from synthetic_run import write_run
 from test_report import HOSTILE
 
 from repro.recipes.selftest import GOLDEN
-from repro.report.write import write_report
+from repro.reports.write import write_report
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 SCHEMES = ("light", "dark")

@@ -21,7 +21,9 @@ import repro.recipes.preflight
 import repro.recipes.reproduce
 import repro.recipes.verify
 from repro.__main__ import main
+from repro.commands.reproduce import _seeds
 from repro.config import flags_of, parse_arguments
+from repro.errors import InputError
 from repro.recipes import read_recipe, recipe_names
 from repro.recipes.targets import Target, read_targets
 from repro.recipes.verify import ARGUMENTS
@@ -179,3 +181,31 @@ def test_the_documented_runs_own_numbers_are_its_targets() -> None:
     published = targets["loss"].values
     assert published is not None
     assert len(published) == 12
+
+
+def test_several_seeds_are_one_command_that_goes_on_and_one_verdict(
+    small_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["reproduce", "--output_dir", str(tmp_path / "pocket"), "--seeds", "3-4"]
+    assert main(command) == 0
+    assert "PASS: 2 runs of pocket" in capsys.readouterr().out
+    runs = [tmp_path / "pocket" / f"seed-{seed}" / "run" for seed in (3, 4)]
+    assert [json.loads((run / "run.json").read_text())["flags"]["seed"] for run in runs] == [3, 4]
+    assert (tmp_path / "pocket" / "report.html").is_file()
+    (last,) = runs[1].glob("ckpt_*")
+    generation = json.loads((last / "generation_config.json").read_text())
+    assert (generation["num_beams"], generation["max_new_tokens"]) == (4, 19), "as the recipe evaluates"
+    rows = [(run / "metrics.jsonl").read_bytes() for run in runs]
+    assert main(command) == 0, "given again, it goes on from the end of each"
+    assert [(run / "metrics.jsonl").read_bytes() for run in runs] == rows
+    picture = next((tmp_path / "pocket").rglob("val2017/*.jpg"))
+    assert main(["caption", str(runs[1].parent), str(picture)]) == 0
+    assert "the newest of 1 checkpoint" in capsys.readouterr().err
+    assert main(["export", "--model_name_or_path", str(last), "--output_dir", str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "README.md").read_bytes() == (last / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("seeds", ["", "x", "1", "1-", "3-1", "1,1", "1-100000000"])
+def test_seeds_are_named_once_each(seeds: str) -> None:
+    with pytest.raises(InputError, match="--seeds"):
+        _seeds(seeds, {})

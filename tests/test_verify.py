@@ -18,7 +18,7 @@ from filelock import FileLock
 import repro.data.batches
 import repro.recipes.reproduce
 import repro.recipes.verify
-import repro.report.write
+import repro.reports.write
 import repro.run.build
 import repro.training.steps
 from repro.__main__ import main
@@ -89,7 +89,7 @@ def runs(shared_folder: Path) -> Iterator[Callable[..., Path]]:
     root, recipe = shared_folder / "seeds", small_recipe()
     root.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (repro.recipes.reproduce, repro.report.write, repro.recipes.verify):
+        for module in (repro.recipes.reproduce, repro.reports.write, repro.recipes.verify):
             patch.setattr(module, "read_recipe", lambda name: recipe)
 
         def folder(seed: int, name: str = "", *flags: str) -> Path:
@@ -113,8 +113,8 @@ def test_one_run_passes_by_the_band_of_the_recipes_seeds(runs, capsys):
     assert main(["verify", str(runs(OWN))]) == 0
     printed = capsys.readouterr().out
     assert "PASS: 1 run of pocket" in printed
-    assert "eval_loss at 20" in printed
-    assert "band of 4 seeds" in printed
+    assert "validation loss at step 20" in printed
+    assert "consistent with 4 reference runs" in printed
 
 
 def test_a_runs_minutes_are_all_that_it_was_at_work(runs):

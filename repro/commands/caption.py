@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
     found = [item for name in args.images for item in _find(name, skipped, null=args.null)]
     if not found:
         raise InputError("standard input names no image; give one path a line, or with --null one before each NUL.")
-    start_logging()
+    start_logging(models=[args.model])
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about images that it can read all the same
     for folder, number in skipped.items():
         _tell(f"{folder}: {number} other file{'s' * (number > 1)} left out")
@@ -71,9 +72,10 @@ def main(argv: list[str]) -> int:
     if images:
         from repro.models.captioning import Captioner
 
+        model = _checkpoint_of(args.model)
         settings = dict(vars(how))
         of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation")}
-        results = Captioner.from_pretrained(args.model, **of_model).stream(
+        results = Captioner.from_pretrained(model, **of_model).stream(
             images, allow_image_urls=args.allow_image_urls, **settings
         )
     outcomes = ((name, problem or next(results)[1]) for name, problem in found)
@@ -92,7 +94,7 @@ def _parser() -> Parser:
         " Scores are the tokens' log-probabilities, summed and divided by their number: 0 at most.",
         epilog="An image whose name begins with a dash is named after `--`, or as ./-NAME.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id, such as a checkpoint of `repro train`")
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id; of a run, its best or else newest checkpoint")
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="file, folder, pattern, or - for paths on standard input, one a line"
     )
@@ -102,6 +104,24 @@ def _parser() -> Parser:
     # No value may follow it: an image would be taken for one.
     parser.add_argument("--allow_image_urls", action="store_true", help="fetch images named by http or https addresses")
     return parser
+
+
+def _checkpoint_of(model: str) -> str:
+    """Take the place of a run's or a reproduction's folder: its best checkpoint, or its newest if it kept no best."""
+    from repro.record.record import read_record
+    from repro.record.writer import models_in, step_of_model
+
+    run = Path(model, "run") if Path(model, "run").is_dir() else Path(model)
+    models = models_in(run)
+    if not models or Path(model, "config.json").exists():
+        return model
+    record = read_record(run)
+    metric = record.facts.get("flags", {}).get("metric_for_best_model")
+    best = record.recorded.best_step(metric) if metric else None
+    chosen = next((path for path in models if step_of_model(path) == best), models[-1])
+    which = f"best by {metric}" if metric and step_of_model(chosen) == best else "newest"
+    _tell(f"{chosen}: the {which} of {len(models)} checkpoint{'s' * (len(models) > 1)}")
+    return str(chosen)
 
 
 def _find(name: str, skipped: dict[str, int], *, null: bool) -> Iterator[Found]:

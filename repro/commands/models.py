@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,9 +34,15 @@ def export(argv: list[str]) -> int:
             raise InputError(f"--{name} is missing. `repro export --help` lists the flags.")
     start_logging()
     from repro.models.pretrained import Options, load_model
+    from repro.record.model_card import CARD
 
     native = Options(implementation="native")
-    return _write(lambda: load_model(args.model_name_or_path, native), Path(args.output_dir))
+    folder = Path(args.output_dir)
+    status = _write(lambda: load_model(args.model_name_or_path, native), folder)
+    card = Path(args.model_name_or_path, CARD)
+    if card.is_file():
+        shutil.copyfile(card, folder / CARD)
+    return status
 
 
 def _write(make: Callable[[], Pretrained], output_dir: Path) -> int:

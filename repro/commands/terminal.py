@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
+import socket
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from repro.masking import MaskingFormatter
+
+GREEN, RED, YELLOW = "32", "31", "33"
+COLOURS = {"PASS": GREEN, "FAIL": RED, "CANNOT TELL": YELLOW, "error:": RED, "stopped:": RED}
 
 
 def make_deterministic(environment: MutableMapping[str, str]) -> None:
@@ -18,15 +27,38 @@ def make_deterministic(environment: MutableMapping[str, str]) -> None:
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 
 
-def start_logging(*, quiet: bool = False) -> None:
-    """Log to the terminal around the progress bars, and quieten what the libraries say about their own future."""
+def stay_offline_without_hub(*names: str | None) -> None:
+    """Spare a user the libraries' retries where a model is no folder and the Hub cannot be reached: use the cache.
+
+    Before transformers is imported, which looks at the environment then.
+    """
+    if "HF_HUB_OFFLINE" in os.environ or getproxies() or all(name is None or Path(name).exists() for name in names):
+        return
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=1).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def start_logging(first: str = "", *, quiet: bool = False, models: Iterable[str | None] = ()) -> None:
+    """Log to the terminal around the progress bars, and quieten what the libraries say about their own future.
+
+    Args:
+        first: is said at once, before what takes seconds to import.
+        quiet: do not log to the terminal.
+        models: that are to be read.
+    """
     # transformers would import PyTorch where it is installed, for seconds and nothing.
     os.environ.setdefault("USE_TORCH", "0")
     from tqdm import tqdm
 
     class Terminal(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stderr)
+            # Around the bars of a terminal; elsewhere tqdm would write each bar once more with every message.
+            write = tqdm.write if sys.stderr.isatty() else print
+            write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
 
     logger = logging.getLogger("repro")
     logger.setLevel(logging.INFO)
@@ -35,6 +67,9 @@ def start_logging(*, quiet: bool = False) -> None:
         terminal = Terminal()
         terminal.setFormatter(MaskingFormatter())
         logger.addHandler(terminal)
+    if first:
+        logger.info(first)
+    stay_offline_without_hub(*models)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -47,10 +82,37 @@ def printable(text: str, stream: TextIO) -> str:
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def print_metrics(metrics: Mapping[str, float], facts: Mapping[str, Any]) -> None:
-    """Print a run's metrics and, of its facts, how long training took, as far as it trained."""
-    speed = {name: facts[name] for name in ("train_seconds", "train_rows_per_second") if name in facts}
-    print("\nmetric")
-    for name, value in {**metrics, **speed}.items():
-        print(f"  {name:28} {value:>12.4f}")
-    print()
+def coloured(text: str, stream: TextIO) -> str:
+    """Colour verdicts and errors on a terminal, unless `NO_COLOR` is set (https://no-color.org)."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    words = r"\b(?:PASS|FAIL|CANNOT TELL)\b|^(?:error|stopped):"
+    return re.sub(words, lambda found: f"\033[{COLOURS[found[0]]}m{found[0]}\033[0m", text, flags=re.M)
+
+
+def figures(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Lay an evaluation's metrics out, a line each: counts whole, and what no caption has mentioned as such."""
+    from repro.record.metrics import METRICS
+
+    for name, value in metrics.items():
+        label = METRICS[name].label if name in METRICS else name.replace("_", " ")
+        unmentioned = metrics.get(f"{name.removesuffix('_accuracy')}_mentions") == 0 and name.endswith("_accuracy")
+        yield f"  {label:28} {'n/a' if unmentioned else f'{value}' if isinstance(value, int) else f'{value:.4f}':>11}"
+
+
+def print_end(folder: Path, facts: Mapping[str, Any], run: Path) -> None:
+    """Print how long a finished run took, where its report and its last model are, and what to do next.
+
+    Args:
+        folder: as the user knows it; `run` is its run's.
+        facts: the content of `run.json`.
+    """
+    from repro.record.writer import REPORT, models_in
+
+    took = [f"{facts['seconds'] / 60:.1f} minutes"] if "seconds" in facts else []
+    took += [f"{facts['train_rows_per_second']:.0f} rows/s in training"] if "train_rows_per_second" in facts else []
+    print(f"\n{', '.join(took)}; written to {folder}")
+    if (folder / REPORT).exists():
+        print(f"report: {folder / REPORT}")
+    if models := models_in(run):
+        print(f"model:  {models[-1]}\nnext:   repro caption {shlex.quote(str(models[-1]))} PHOTO")

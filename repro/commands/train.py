@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 
 from repro.commands import COMMANDS
-from repro.commands.terminal import make_deterministic, print_metrics, start_logging
-from repro.config import ARGUMENTS, SEVERAL, parse_arguments
+from repro.commands.terminal import figures, make_deterministic, print_end, start_logging
+from repro.config import ARGUMENTS, HALVES, SEVERAL, parse_arguments
 
-ABOUT = f"{COMMANDS['train']}; what the example does not have is marked `Further:`"
+ABOUT = (
+    f"{COMMANDS['train']}; what the example does not have is marked `Further:`. Ten flags do for a start:"
+    " --model_name_or_path, --train_file, --validation_file, --output_dir, --do_train, --do_eval,"
+    " --predict_with_generate, --max_target_length, --num_train_epochs and --per_device_train_batch_size"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +20,10 @@ def main(argv: list[str]) -> int:
     args = parsed[-1]
     if args.deterministic:
         make_deterministic(os.environ)
-    start_logging(quiet=bool(args.process_id))
+    models = [value for name, value in vars(parsed[0]).items() if name.startswith((*HALVES, "model_name"))]
+    start_logging(
+        f"run in {args.output_dir}: starting JAX and transformers", quiet=bool(args.process_id), models=models
+    )
     from repro.training.processes import is_first, start_processes
 
     start_processes(**{name: getattr(args, name) for name in SEVERAL})
@@ -25,9 +32,10 @@ def main(argv: list[str]) -> int:
     result = run(*parsed)
     if not is_first():
         return 0
-    from repro.report.write import report_at_end
+    from repro.reports.write import report_at_end
 
     report_at_end(result.folder)
-    print_metrics(result.metrics, result.facts)
-    print(f"written to {result.folder}")
+    for prefix, evaluation in result.evaluations.items():
+        print(f"\n{'validation' if prefix == 'eval' else prefix}", *figures(evaluation.metrics), sep="\n")
+    print_end(result.folder, result.facts, result.folder)
     return 0

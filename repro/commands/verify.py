@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repro.commands import COMMANDS
-from repro.commands.terminal import start_logging
+from repro.commands.terminal import coloured, start_logging
 from repro.parser import Parser, sentence
 
+if TYPE_CHECKING:
+    from repro.recipes.targets import Outcome, Target
+
 STATUS_OF_VERDICT = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
+WIDTH = 78  # columns of the table of verdicts
+LABELS = {
+    "train_dropped": "training rows left out",
+    "train_fingerprint": "training rows' fingerprint",
+    "validation_fingerprint": "validation rows' fingerprint",
+    "num_steps": "steps",
+    "loss": "training losses",
+    "learning_rate": "learning rates",
+    "eval_rows": "validation rows",
+    "eval_loss": "validation loss",
+}
 EPILOG = "The exit status is 0 for PASS, 1 for FAIL and 2 for CANNOT TELL."
 
 
@@ -38,7 +55,7 @@ def main(argv: list[str]) -> int:
     start_logging()
     from repro.data.atomic import check_file_writable
     from repro.json_files import write_json
-    from repro.recipes.verify import as_json, as_junit, table, verify
+    from repro.recipes.verify import as_json, as_junit, verify
 
     for flag in ("json", "junit"):
         if getattr(args, flag):
@@ -48,7 +65,7 @@ def main(argv: list[str]) -> int:
         write_json(args.json, as_json(done))
     if args.junit:
         args.junit.write_bytes(as_junit(done))
-    return conclude(done, table(done.outcomes), f"{len(done.runs)} run{'s' * (len(done.runs) > 1)} of {done.recipe}")
+    return conclude(done)
 
 
 def report(argv: list[str]) -> int:
@@ -62,7 +79,7 @@ def report(argv: list[str]) -> int:
     start_logging()
     from repro.data.atomic import check_file_writable
     from repro.record.writer import REPORT
-    from repro.report.write import write_report
+    from repro.reports.write import write_report
 
     output = args.output or args.runs[0] / REPORT
     check_file_writable(output, "--output")
@@ -71,14 +88,47 @@ def report(argv: list[str]) -> int:
     return 0
 
 
-def conclude(verification: Any, table: str, end: str) -> int:
+def conclude(verification: Any) -> int:
     """Print a verdict and what led to it, and give its exit status."""
     for note in [*(f"{run.folder}: {note}" for run in verification.runs for note in run.notes), *verification.notes]:
         print(f"note: {note}")
     for problem in verification.problems:
         print(f"cannot tell: {problem}")
     if verification.outcomes:
-        print(table)
+        print(coloured(table(verification.outcomes), sys.stdout))
     claim = f", {verification.claim}" if verification.claim else ""
-    print(f"\n{verification.verdict}: {end}{claim}")
+    number = len(verification.runs)
+    end = f"{number} run{'s' * (number > 1)} of {verification.recipe}{claim}"
+    print(coloured(f"\n{verification.verdict}: {end}", sys.stdout))
     return STATUS_OF_VERDICT[verification.verdict]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Lay outcomes out as text of at most `WIDTH` columns; `--json` has all figures."""
+    from repro.recipes.verify import in_words
+
+    lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"]
+    for outcome in outcomes:
+        measured, difference, interval, reason = in_words(outcome)
+        wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
+        shown = measured or (f"{difference} off" if difference else "")
+        lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
+        more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
+        if outcome.verdict != "PASS":
+            more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
+        lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def label(target: Target) -> str:
+    """What people call a target."""
+    from repro.record.metrics import METRICS
+
+    split, _, name = target.metric.partition("_")
+    if target.metric in LABELS:
+        text = LABELS[target.metric]
+    elif split == "eval":
+        text = METRICS[name].label if name in METRICS else name.replace("_", " ")
+    else:
+        text = target.metric.replace("train_", "training ").replace("_", " ")
+    return text if target.step is None else f"{text} at step {target.step}"

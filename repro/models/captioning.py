@@ -62,6 +62,12 @@ class Captioner:
 
     pretrained: Pretrained
 
+    def __repr__(self) -> str:
+        found, config = self.pretrained, self.pretrained.captioner.config
+        names = f"{config.encoder.model_type} with {config.decoder.model_type}"
+        number = sum(leaf.size for leaf in jax.tree.leaves(found.params))
+        return f"Captioner({names}, {number:,} parameters, up to {self.max_length} tokens)"
+
     @classmethod
     def from_pretrained(
         cls,

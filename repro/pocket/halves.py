@@ -17,6 +17,7 @@ import PIL
 from repro.errors import InputError
 from repro.pocket import scenes as scene_rules
 from repro.pocket.scenes import CAPTIONS_PER_SCENE, Item, Scene, describe_scene, draw_scene, sample_scene
+from repro.progress import progress_bar
 
 YEAR = 2017
 JPEG_QUALITY = 95
@@ -117,7 +118,8 @@ def _write_split(
     pictures.mkdir()
     images: list[dict[str, Any]] = []
     captions: list[tuple[int, str]] = []
-    for image_id, scene in enumerate(scenes, first_image_id):
+    drawn = progress_bar(scenes, progress=True, desc=f"rendering {split}", unit="image", leave=False)
+    for image_id, scene in enumerate(drawn, first_image_id):
         name = f"{image_id:012d}.jpg"
         draw_scene(scene, image_size).save(pictures / name, quality=JPEG_QUALITY, subsampling=0)
         images.append({"license": 1, "file_name": name, "height": image_size, "width": image_size, "id": image_id})

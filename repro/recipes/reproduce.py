@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from repro.pocket.attributes import attribute_accuracy
 from repro.pocket.halves import read_scenes, render_pocket
 from repro.recipes import read_recipe
 from repro.recipes.verify import MARKER, MARKER_FORM, RUN, Verification, Watcher, as_json, verify
-from repro.record.writer import entries, locked
+from repro.record.writer import entries, locked, log
 from repro.run.train import RunResult, run
 
 END_OF_TEXT = "<|endoftext|>"
@@ -74,6 +74,19 @@ def reproduce(name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_go
     return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
 
 
+def reproduce_seeds(
+    name: str, folder: Path, seeds: Sequence[int], given: Mapping[str, Any] = {}, *, keep_going: bool = False
+) -> tuple[list[Reproduction], Verification]:
+    """Run a recipe with several seeds, each as `reproduce` does in `folder/seed-N`, and judge all runs together."""
+    runs = []
+    for place, seed in enumerate(seeds, start=1):
+        log.info("seed %d, run %d of %d, in %s", seed, place, len(seeds), folder / f"seed-{seed}")
+        runs.append(reproduce(name, folder / f"seed-{seed}", {**given, "seed": seed}, keep_going=keep_going))
+    together = verify([run.folder for run in runs], recipe=name, seeds=len(seeds), recompute=False)
+    write_json(folder / "result.json", as_json(together))
+    return runs, together
+
+
 @contextmanager
 def started(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     """Keep others out of a recipe's folder, make its data and the model's halves if they are its own; gives the flags.
@@ -93,6 +106,9 @@ def started(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -
         _check_is_of(marker, recipe["name"])  # another may have been quicker
         write_json(marker, {"name": recipe["name"]})
         if "data" in recipe:
+            if not (folder / "data").exists():
+                number = recipe["data"]["num_train"] + recipe["data"]["num_val"]
+                log.info("rendering %d images", number)
             render_pocket(folder / "data", **recipe["data"])
             make_halves(recipe["model"], folder / "data", folder / "model")
         yield arguments

@@ -254,33 +254,21 @@ def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> t
 
 def describe(outcome: Outcome) -> str:
     """Put an outcome on one line."""
-    *figures, reason = _in_words(outcome)
+    *figures, reason = in_words(outcome)
     named = zip(("measured", "difference", "interval"), figures, strict=True)
     parts = [f"{name} {figure}" for name, figure in named if figure]
     return ", ".join([f"{outcome.target.name}: wanted {outcome.wanted}", *parts]) + reason
 
 
-def _in_words(outcome: Outcome) -> tuple[str, str, str, str]:
+def in_words(outcome: Outcome) -> tuple[str, str, str, str]:
     """What was measured, its difference, that one's interval, and the reason; empty where there is none."""
     low, high = outcome.interval or (0.0, 0.0)
     return (
-        "" if outcome.measured is None else f"{outcome.measured:.6g}",
+        "" if outcome.measured is None else f"{outcome.measured:.{6 if outcome.measured % 1 else 12}g}",
         "" if outcome.difference is None else f"{outcome.difference:+.4g}",
         "" if outcome.interval is None else f"{low:+.4g} to {high:+.4g}",
         f" ({outcome.reason})" if outcome.reason else "",
     )
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Lay outcomes out as text."""
-    lines = [f"{'target':30} {'wanted':>22} {'measured':>11} {'difference':>11}  {'its interval':>22}  verdict"]
-    for outcome in outcomes:
-        measured, difference, interval, reason = _in_words(outcome)
-        lines.append(
-            f"{outcome.target.name:30} {outcome.wanted:>22} {measured:>11} {difference:>11}  {interval:>22}"
-            f"  {outcome.verdict}{reason}"
-        )
-    return "\n".join(lines)
 
 
 def as_json(verification: Verification) -> dict[str, Any]:

@@ -114,6 +114,8 @@ def build_training(prepared: PreparedRun) -> Training:
         label_smoothing=settings.label_smoothing_factor,
     )
     sizes = {"num_replicas": settings.replicas, "replica_batch": settings.per_device_train_batch_size}
+    if prepared.progress:
+        log.info("compiling the training step")
     at_once, step = compile_what_fits(
         lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
         _at_once(settings, mesh),
@@ -191,6 +193,8 @@ def build_evaluator(
 
     @cache
     def programs() -> Programs:
+        if prepared.progress:
+            log.info("compiling the evaluation")
         at_once, found = compile_what_fits(
             compile_batches, asked or possible[-1:], limit=limit, bytes_of=lambda found: found.num_bytes
         )

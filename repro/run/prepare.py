@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from repro.config import ModelArguments
+from repro.config import HALVES, ModelArguments
 from repro.data.batches import CaptionedImages, number_images, prepare_split
 from repro.data.image_store import load_images
 from repro.data.rows import Rows
@@ -27,6 +27,7 @@ from repro.models.beam_search import check_beams
 from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.provenance import versions
+from repro.record.record import ROWS
 from repro.record.writer import log
 from repro.run.settings import DETERMINISTIC, Settings, is_deterministic, mesh_shape
 from repro.training.optimizer import count_parameters
@@ -102,10 +103,14 @@ def prepare(settings: Settings, devices: Sequence[jax.Device], *, progress: bool
     Raises:
         InputError: one of these.
     """
+    say = log.info if progress else lambda _: None
+    say("reading the rows")
     rows = read_rows(settings)
+    say("reading the model")
     pretrained = load_or_create(settings, seed=settings.seed)
     mesh = check_run(settings, pretrained, devices)
     settings.with_rows({name: len(split.dataset) for name, split in rows.items()})
+    say("decoding the images")
     splits: dict[str, CaptionedImages] = {}
     dropped: list[dict[str, Any]] = []
     rebuild = _rebuilding(settings)
@@ -219,8 +224,24 @@ def _facts(prepared: PreparedRun, num_read: Mapping[str, int]) -> dict[str, Any]
     }
 
 
-def log_preparation(prepared: PreparedRun) -> None:
-    """Tell the log what the splits hold, what is cut or missing of their captions, and what is new in the model."""
+def log_preparation(prepared: PreparedRun, after: int) -> None:
+    """Tell the log what is computed, on what and how, what the splits hold, and what is new in the model.
+
+    Args:
+        after: the step that the run goes on from, whose state has the weights; 0 for a start.
+    """
+    settings, devices = prepared.settings, list(prepared.mesh.devices.flat)
+    halves = [value for name, value in settings.flags.items() if name.startswith(HALVES) and value is not None]
+    log.info("model: %s", settings.model_name_or_path or " + ".join(halves))
+    log.info(
+        "computation: %s parameters, %s, on %d x %s, protocol %s",
+        *(f"{prepared.facts['model']['parameters']:,}", settings.dtype),
+        *(len(devices), devices[0].device_kind, settings.protocol),
+    )
+    if settings.do_train:
+        sizes = f"{settings.train_batch} rows ({settings.replicas} x {settings.per_device_train_batch_size})"
+        log.info("training: steps %d to %d of %s", after + 1, settings.num_steps, sizes)
+    log.info("folder: %s, all metrics in its %s", settings.folder, ROWS)
     for name, counts in prepared.facts["data"].items():
         log.info("%s: %d rows read, %d kept, %d dropped, %d images", name, *list(counts.values())[:4])
         kept, captions, cut, length = (counts[key] for key in ("kept", "captions", "captions_cut", "max_length"))
@@ -231,5 +252,5 @@ def log_preparation(prepared: PreparedRun) -> None:
         if captions < kept:
             what = f"loss and scores are of the other {captions}" if captions else "there are no loss and no scores"
             log.warning("%s: %d of %d rows have no caption; %s", name, kept - captions, kept, what)
-    for note in prepared.pretrained.notes:
+    for note in prepared.pretrained.notes if after == 0 else ():
         log.info("model: %s", note)

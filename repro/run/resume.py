@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,11 +20,12 @@ from repro.data.atomic import check_writable
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
 from repro.json_files import PARTIAL
-from repro.models.pretrained import save_model
+from repro.models.captioner import NativeCaptioner
+from repro.models.pretrained import Pretrained, save_model
 from repro.record.model_card import Trained, write_card
 from repro.record.record import FACTS, ROWS, Recorded, read_clock, read_record
 from repro.record.writer import STATE, RunWriter, check_output_dir, holds_only_run_files, locked, log, models_in
-from repro.run.prepare import PreparedRun
+from repro.run.prepare import PreparedRun, num_beams
 from repro.run.settings import FLAGS, Settings
 from repro.run.step_log import StepLog
 from repro.training.checkpoint import CORRUPT, RECORD, STEP, Checkpoints, Found, find_newest, whole_states
@@ -253,12 +255,25 @@ def save_whole_model(prepared: PreparedRun, params: Any, folder: Path, *, again:
     started = time.perf_counter()
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(prepared.pretrained, jax.device_get(params), partial)
+    save_model(_as_evaluated(prepared), jax.device_get(params), partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     seconds = time.perf_counter() - started
     log.info("%s: saved in %.1f s", folder.name, seconds)
     return seconds
+
+
+def _as_evaluated(prepared: PreparedRun) -> Pretrained:
+    """Have a model's generation configuration name the beams and the length that it is evaluated with."""
+    pretrained, settings = prepared.pretrained, prepared.settings
+    if not (settings.predict_with_generate and isinstance(pretrained.captioner, NativeCaptioner)):
+        return pretrained
+    config = copy.deepcopy(pretrained.captioner.generation_config)
+    config.num_beams = num_beams(settings, pretrained)
+    # Besides the start token; a `max_length` of 20 would be taken for transformers' default.
+    config.max_new_tokens = settings.max_length("validation") - 1
+    captioner = dataclasses.replace(pretrained.captioner, generation_config=config)
+    return dataclasses.replace(pretrained, captioner=captioner)
 
 
 def describe_model(prepared: PreparedRun, step: int, evaluation: Evaluation | None, folder: Path) -> None:

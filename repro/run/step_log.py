@@ -1,9 +1,11 @@
-"""Every step's loss, on the progress bar and in the run's files, without making the device wait."""
+"""What a run says while it is at work: every step's loss, without making the device wait, and each evaluation."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,11 +13,17 @@ from typing import Any
 import jax
 
 from repro.progress import progress_bar
+from repro.record.metrics import METRICS
 from repro.record.writer import RunWriter, log
 
 REFRESH_SECONDS = 1.0
 # Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile.
 IN_FLIGHT = 2
+RECENT = 20  # refreshes of the bar, from which its rate and the time that is left are worked out
+FEWEST_LINES = 10  # of a run that has fewer steps than `--logging_steps`
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+# What an evaluation's line shows, each with its decimals.
+SHORT = {"loss": 4, "rouge2": 2, "rougeL": 2, "gen_len": 1}
 
 
 class NonFinite(Exception):
@@ -60,6 +68,9 @@ class StepLog:
         self._training_seconds, self._paused = self.seconds_before, False
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._resumed = self._refreshed = time.perf_counter()
+        self._recent = deque([(self.first_step, self.seconds_before)], maxlen=RECENT)
+        every = max(self.num_steps // FEWEST_LINES, 1) if self.num_steps < self.logging_steps else self.logging_steps
+        self._lines_every = every
         self.bar = progress_bar(
             progress=self.progress,
             lines=self.logging_steps == 0,  # else the logged steps are the lines where there is no terminal
@@ -67,6 +78,7 @@ class StepLog:
             initial=self.first_step,
             desc="train",
             unit="step",
+            bar_format=BAR,
         )
 
     def add(self, step: int, metrics: dict[str, jax.Array], *, waited: float = 0.0) -> None:
@@ -126,6 +138,13 @@ class StepLog:
             "waiting_for_input_seconds": round(self.waited, 3),
         }
 
+    def _pace(self, step: int) -> str:
+        """Rows a second and time left, by the last steps."""
+        began_at, began = self._recent[0]
+        steps_per_second = (self._written - began_at) / max(self.training_seconds - began, 1e-3)
+        left = timedelta(seconds=round((self.num_steps - step) / max(steps_per_second, 1e-9)))
+        return f"{steps_per_second * self.batch_size:.0f} rows/s, {left} left"
+
     def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
         rows: list[dict[str, Any]] = []
         broken = None
@@ -139,23 +158,22 @@ class StepLog:
             rows.append({"step": step, **values} | ({"seconds": self.training_seconds} if self.logs(step) else {}))
         self.writer.train_steps(rows)
         self._written += len(rows)
-        steps_per_second = self._written / max(self.training_seconds, 1e-3)
-        rate = f"{steps_per_second * self.batch_size:.0f} rows/s"
         for row in rows:
             if self.logs(row["step"]):
                 self.writer.train_scalars(row["step"], row, self.training_seconds)
-                log.info(
-                    "step %d of %d: loss %.4f, learning rate %.3e, %s, %s left",
-                    row["step"],
-                    self.num_steps,
-                    row["loss"],
-                    row["learning_rate"],
-                    rate,
-                    timedelta(seconds=round((self.num_steps - row["step"]) / steps_per_second)),
-                )
+            if self.logging_steps and row["step"] % self._lines_every == 0:
+                told = "step %d of %d: loss %.4f, learning rate %.2e, %s"
+                log.info(told, row["step"], self.num_steps, row["loss"], row["learning_rate"], self._pace(row["step"]))
         self._refreshed = time.perf_counter()
         if rows:
             self.bar.update(len(rows))
-            self.bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate}")
+            self.bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {self._pace(self._written)}")
+            self._recent.append((self._written, self.training_seconds))
         if broken:
             raise broken
+
+
+def in_short(metrics: Mapping[str, float]) -> str:
+    """Put an evaluation's main metrics on one line."""
+    shown = [f"{METRICS[name].label} {metrics[name]:.{places}f}" for name, places in SHORT.items() if name in metrics]
+    return ", ".join(shown).replace(METRICS["gen_len"].label, "length")

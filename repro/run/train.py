@@ -24,7 +24,7 @@ from repro.run import resume
 from repro.run.build import Training, build_evaluator, build_training
 from repro.run.prepare import PreparedRun, log_preparation, prepare
 from repro.run.settings import Settings
-from repro.run.step_log import NonFinite, StepLog
+from repro.run.step_log import NonFinite, StepLog, in_short
 from repro.training.checkpoint import Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
 from repro.training.processes import is_first, wait_for_all
@@ -106,7 +106,7 @@ def run(
         facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
         writer.describe(facts, prepared.dropped)
         start.announce()
-        log_preparation(prepared)
+        log_preparation(prepared, start.step)
         if watch:
             watch(facts, writer.recorded.rows)
 
@@ -230,8 +230,7 @@ def _evaluate(
         evaluation = dataclasses.replace(evaluation, metrics={**evaluation.metrics, **score(evaluation)})
     seconds = time.perf_counter() - started
     writer.evaluation(prefix, evaluation, step=step, folder=folder, seconds=seconds, **more)
-    figures = (f"{prefix}_{name} {value:.4f}" for name, value in evaluation.metrics.items())
-    log.info("step %d: %s", step, ", ".join(figures))
+    log.info("step %d, %s: %s", step, SPLIT_OF[prefix], in_short(evaluation.metrics))
     return evaluation
 
 

@@ -11,9 +11,9 @@ from repro.errors import InputError
 from repro.recipes import read_recipe
 from repro.recipes.verify import RUN, as_json, verify
 from repro.record.writer import REPORT, log
-from repro.report.charts import Published
-from repro.report.page import page
-from repro.report.run_folder import holds_a_run, read_run_folder
+from repro.reports.charts import Published
+from repro.reports.page import page
+from repro.reports.run_folder import holds_a_run, read_run_folder
 
 
 def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = None) -> None:
@@ -40,10 +40,10 @@ def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = 
         partial.write_text(text, encoding="utf-8")
 
 
-def report_at_end(folder: Path) -> None:
-    """Write a finished run's report into its folder; what goes wrong with it is a warning, since the run is done."""
+def report_at_end(folder: Path, runs: Sequence[Path] = ()) -> None:
+    """Write the report of a finished run, or of several, into a folder; what goes wrong is a warning: they are done."""
     try:
-        write_report([folder], folder / REPORT)
+        write_report(runs or [folder], folder / REPORT)
     except Exception as error:
         log.warning("no report: %s: %s; `repro report %s` tries again", type(error).__name__, error, folder)
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip
-from repro.report.charts import POINTS, Chart, Line, Published, thinned
-from repro.report.run_folder import RunFiles, finite
+from repro.reports.charts import POINTS, Chart, Line, Published, thinned
+from repro.reports.run_folder import RunFiles, finite
 
 
 def label_and_unit(metric: str) -> tuple[str, str]:

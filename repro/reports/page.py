@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -24,12 +26,12 @@ from repro.data.images import ImageError, open_image
 from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, embedded_json, template
-from repro.report.charts import Published, draw, line_class, number
-from repro.report.curves import curves_of, label_and_unit, metric_names
-from repro.report.run_folder import Generated, RunFiles, finite
-from repro.report.statistics import LONGEST, PHRASES, commonest_captions, commonest_phrases, text_statistics
+from repro.reports.charts import Published, draw, line_class, number
+from repro.reports.curves import curves_of, label_and_unit, metric_names
+from repro.reports.run_folder import Generated, RunFiles, finite
 
 RANKED_BY = "rougeL"
+WORD, COMMONEST = re.compile(r"[^\W_]+(?:['’][^\W_]+)*"), 8
 RANKED_CHARACTERS = 2000  # of a caption; what is longer is no caption
 SHOWN = {"best": 12, "worst": 12, "random": 24}
 THUMBNAILS = 200  # in all; further images are found by their texts alone
@@ -86,9 +88,9 @@ def page(
     captioning = next((place for place, run in enumerate(runs) if run.generated), 0)
     generated = runs[captioning].generated
     items = with_thumbnails(ranked_items(generated)) if generated else []
-    folder = files("repro.report") / "templates"
+    folder = files("repro.reports") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    return template("repro.report", "report.html", autoescape=True, number=_number, clip=clip).render(
+    return template("repro.reports", "report.html", autoescape=True, number=_number, clip=clip).render(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
         " base-uri 'none'; form-action 'none'",
         style=Markup(style),
@@ -154,20 +156,6 @@ def with_thumbnails(items: list[Item]) -> list[Item]:
     return [_with_thumbnail(item) if item.place in wanted else item for item in items]
 
 
-def thumbnail(reference: str) -> str:
-    """Read an image and make a small JPEG of it, as a data address.
-
-    Raises:
-        ImageError: it cannot be read any more.
-    """
-    with open_image(reference) as opened:
-        image = opened.convert("RGB")
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _with_thumbnail(item: Item) -> Item:
     """Add a small JPEG as a data address, or the reason why the image cannot be read any more."""
     buffer = io.BytesIO()
@@ -215,33 +203,28 @@ def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
     return [*rows, ("seconds of evaluation", [sum(filter(finite, seconds)) for seconds in evaluating])]
 
 
-def _texts(generated: Generated) -> dict[str, Any]:
-    """What the captions look like as texts, generated beside reference."""
-    captions, references = zip(*generated.rows, strict=True)
-    sets = [text_statistics(captions), text_statistics(references)]
-    table = {
-        "captions": [f"{found.captions:,}" for found in sets],
-        "words of a caption, mean": [f"{found.mean_words:.2f}" for found in sets],
-        "words of a caption, median": [f"{found.median_words:g}" for found in sets],
-        "distinct words": [f"{found.vocabulary:,}" for found in sets],
-        "captions that occur once": [f"{100 * found.unique:.1f} %" for found in sets],
-    }
-    for n in PHRASES:
-        table[f"distinct among all {n}-grams"] = [f"{100 * found.distinct[n]:.1f} %" for found in sets]
-    # Percent of the captions by number of words, as far as there are any.
-    shares = np.stack([100 * found.lengths / found.captions for found in sets], axis=1)
-    used = np.flatnonzero(shares.sum(axis=1))
+def text_statistics(captions: Sequence[str]) -> dict[str, str]:
+    """What captions, at least one, look like as texts: a model that has collapsed repeats few words and captions."""
+    texts = [tuple(WORD.findall(caption[:RANKED_CHARACTERS].lower())) for caption in captions]
+    lengths, times = [len(words) for words in texts], Counter(texts)
     return {
-        "statistics": table,
-        "lengths": [
-            (
-                f"{words} or more" if words == LONGEST else str(words),
-                [round(share, 1) for share in shares[words].tolist()],
-            )
-            for words in range(used[0], used[-1] + 1)
-        ],
-        "phrases": [(n, commonest_phrases(sets[0], sets[1], n)) for n in PHRASES],
-        "repeated": [(clip(text), count) for text, count in commonest_captions(captions)],
+        "captions": f"{len(captions):,}",
+        "words of a caption, mean": f"{np.mean(lengths):.2f}",
+        "words of a caption, median": f"{np.median(lengths):g}",
+        "distinct words": f"{len(set().union(*texts)):,}",
+        "captions that occur once": f"{100 * list(times.values()).count(1) / len(captions):.1f} %",
+    }
+
+
+def _texts(generated: Generated) -> dict[str, Any]:
+    """Statistics of the captions, generated beside reference, and those that are generated most."""
+    captions, references = zip(*generated.rows, strict=True)
+    ours, theirs = text_statistics(captions), text_statistics(references)
+    # Ties in the order of the words, so that the same run gives the same report.
+    commonest = sorted(Counter(captions).items(), key=lambda item: (-item[1], item[0]))[:COMMONEST]
+    return {
+        "statistics": {name: (value, theirs[name]) for name, value in ours.items()},
+        "repeated": [(clip(text), count) for text, count in commonest if count > 1],
     }
 
 

@@ -1,0 +1,208 @@
+"""The Python interface: the commands as functions, flags as keywords, results that a notebook shows.
+
+from repro import reproduce
+result = reproduce("pocket")
+result.metrics["eval_rouge2"], result.verdict
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import inspect
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from repro.commands.terminal import figures, start_logging
+from repro.commands.verify import table
+from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments
+from repro.data.images import ImageError, open_image
+from repro.evaluation.evaluator import Evaluation, caption_of_each_image
+from repro.masking import learn_flags
+from repro.models.captioning import Captioner
+from repro.recipes import reproduce as recipes
+from repro.recipes import verify as verifying
+from repro.record.record import read_record
+from repro.record.writer import REPORT, models_in
+from repro.reports.write import report_at_end, write_report
+from repro.run.train import RunResult, run
+
+Flag = str | int | float | bool | os.PathLike[str] | None
+PICTURES, SIDE = 4, 128  # that a notebook shows, and their pixels
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What runs come to, held against a recipe.
+
+    Attributes:
+        verdict: PASS, FAIL or CANNOT TELL.
+        claim: what a PASS says.
+        problems: why nothing was judged, if there are any.
+        table: targets, figures and verdicts, as text.
+    """
+
+    verdict: str
+    claim: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    table: str = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return _as_html("\n".join([f"{self.verdict}  {self.claim}", *self.problems, self.table]))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: of the reproduction or the run.
+        metrics: of the last evaluation and of the prediction, such as `eval_rouge2`.
+        judgement: against the recipe; None of a run without one.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    judgement: Judgement | None = None
+    _run: RunResult = field(repr=False, kw_only=True)
+
+    @property
+    def verdict(self) -> str | None:
+        """PASS, FAIL or CANNOT TELL; None of a run without a recipe."""
+        return self.judgement.verdict if self.judgement else None
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A row for each step (`step`, `loss`, `learning_rate`) and each evaluation (`step`, `eval_loss`, ...)."""
+        rows = []
+        for row in read_record(self._run.folder).recorded.rows:
+            evaluated = {f"{kind}_{name}": v for kind in ("eval", "test") for name, v in row.get(kind, {}).items()}
+            rows.append({k: v for k, v in {**row, **evaluated}.items() if isinstance(v, int | float)})
+        return rows
+
+    def captioner(self) -> Captioner:
+        """Load the newest model of the run."""
+        return Captioner.from_pretrained(models_in(self._run.folder)[-1])
+
+    def report(self) -> Path:
+        """Write the page of the run; returns its path."""
+        return report(self.folder)
+
+    def _repr_html_(self) -> str:
+        evaluations = self._run.evaluations
+        lines = [line for found in evaluations.values() for line in figures(found.metrics)]
+        pictures = _pictures(evaluations["eval"]) if "eval" in evaluations else ""
+        return (self.judgement._repr_html_() if self.judgement else "") + _as_html("\n".join(lines)) + pictures
+
+
+def train(*, progress: bool = True, **flags: Flag) -> Result:
+    """Train, evaluate and predict by the flags of `repro train`, as keywords.
+
+    Raises:
+        InputError: a flag is unknown (the nearest is named) or cannot be used.
+        RunStopped: training cannot go on.
+    """
+    arguments = make_arguments(ARGUMENTS, _given(flags, "train"))
+    start_logging(quiet=not progress)
+    done = run(*arguments, progress=progress)
+    report_at_end(done.folder)
+    return Result(done.folder, done.metrics, _run=done)
+
+
+def reproduce(
+    recipe: str = "pocket", *, output_dir: str | os.PathLike[str] | None = None, keep_going: bool = False, **flags: Flag
+) -> Result:
+    """Run a recipe and hold the result against its targets, as `repro reproduce`; given again, it goes on.
+
+    Args:
+        output_dir: None for `repro-RECIPE`.
+        keep_going: finish a run that can no longer meet the targets.
+        flags: of `repro train`, which win over the recipe's.
+
+    Raises:
+        InputError, RunStopped: as `train`.
+    """
+    given = _given(flags, "reproduce")
+    start_logging()
+    done = recipes.reproduce(recipe, Path(output_dir or f"repro-{recipe}"), given, keep_going=keep_going)
+    report_at_end(done.folder)
+    return Result(done.folder, done.result.metrics, _judgement(done.verification), _run=done.result)
+
+
+def verify(
+    *runs: str | os.PathLike[str],
+    recipe: str | None = None,
+    against: Sequence[str | os.PathLike[str]] = (),
+    seeds: int | None = None,
+    recompute: bool | None = None,
+) -> Judgement:
+    """Hold finished runs against a recipe's targets, or `against` other runs, as `repro verify`.
+
+    Raises:
+        InputError: a folder is not there, or no recipe is known.
+    """
+    folders, reference = [Path(run) for run in runs], [Path(run) for run in against]
+    return _judgement(verifying.verify(folders, recipe=recipe, reference=reference, seeds=seeds, recompute=recompute))
+
+
+def report(
+    *runs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, recipe: str | None = None
+) -> Path:
+    """Put runs on one page, as `repro report`; returns its path.
+
+    Raises:
+        InputError: a folder is not there or holds no run.
+    """
+    page = Path(output or Path(runs[0]) / REPORT)
+    write_report([Path(run) for run in runs], page, recipe=recipe)
+    return page
+
+
+def _given(flags: dict[str, Flag], command: str) -> dict[str, object]:
+    """Check keywords as a command line is checked."""
+    written = flags_of(flags)
+    learn_flags(written)
+    return given_flags(ARGUMENTS, written, command=command)
+
+
+def _judgement(found: verifying.Verification) -> Judgement:
+    return Judgement(found.verdict.value, found.claim, found.problems, found.notes, table(found.outcomes))
+
+
+def _as_html(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _pictures(evaluation: Evaluation) -> str:
+    """Some images with their captions, small, within the page."""
+    cells = []
+    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
+    for path, caption in list(captions.items())[:PICTURES]:
+        try:
+            with open_image(path) as image:
+                small = image.convert("RGB").resize((SIDE, SIDE))
+        except ImageError:
+            continue
+        file = io.BytesIO()
+        small.save(file, "PNG")
+        data = base64.b64encode(file.getvalue()).decode()
+        cells.append(f'<td><img src="data:image/png;base64,{data}"><br>{html.escape(caption)}</td>')
+    return f"<table><tr>{''.join(cells)}</tr></table>"
+
+
+def _with_flags(function: Callable[..., Result]) -> inspect.Signature:
+    """Name the flags in a function's signature, so that `help` and completion show them."""
+    shown = inspect.signature(function)
+    own = {name: each for name, each in shown.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
+    for flag in (each for kind in ARGUMENTS for each in fields(kind)):
+        named = inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=flag.type)
+        own.setdefault(flag.name, named)
+    return shown.replace(parameters=list(own.values()))
+
+
+for _function in (train, reproduce):
+    _function.__signature__ = _with_flags(_function)  # type: ignore[union-attr]

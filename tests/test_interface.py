@@ -1,0 +1,77 @@
+"""The Python interface: a notebook that uses it runs, and what it exports is named, documented and quick to import."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from test_reproduce import small_recipe  # noqa: F401, a fixture
+
+import repro
+from repro.errors import InputError
+
+NOTEBOOK = Path(__file__).with_name("first_steps.ipynb")
+
+
+def run_cells(path: Path) -> list[Any]:
+    """Run a notebook's cells one after another; returns the value of each one's last line."""
+    names: dict[str, Any] = {}
+    values = []
+    for cell in json.loads(path.read_text())["cells"]:
+        *lines, last = ast.parse("".join(cell["source"])).body
+        exec(compile(ast.Module(lines, []), str(path), "exec"), names)
+        shown = isinstance(last, ast.Expr)
+        run = eval if isinstance(last, ast.Expr) else exec
+        part = ast.Expression(last.value) if isinstance(last, ast.Expr) else ast.Module([last], [])
+        value = run(compile(part, str(path), "eval" if shown else "exec"), names)
+        values.append(value)
+    return values
+
+
+def test_the_notebook_runs_and_shows_tables_and_pictures(
+    small_recipe: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, result, told, captioner, captions, page, judgement = run_cells(NOTEBOOK)
+    shown = result._repr_html_()
+    assert shown.count("data:image/png;base64,") == 4
+    assert "validation loss" in shown
+    verdict, loss, step = told
+    assert (verdict, step) == ("PASS", 7)
+    assert loss == result.metrics["eval_loss"] == pytest.approx(result.history[-1]["eval_loss"])
+    assert repr(captioner).startswith("Captioner(vit with gpt2, 1,1")
+    assert len(repr(captioner)) < 100
+    assert isinstance(captions[0].caption, str)
+    assert page.read_text().startswith("<!")
+    assert judgement.verdict == "PASS"
+    assert "<pre>PASS" in judgement._repr_html_()
+
+
+def test_a_wrong_keyword_names_the_right_one() -> None:
+    with pytest.raises(InputError, match="--learning_rate"):
+        repro.train(lr=1e-3)
+    with pytest.raises(InputError, match="--num_train_epochs"):
+        repro.train(num_train_epoch=1)
+
+
+def test_what_is_exported_is_documented_typed_and_shows_its_flags() -> None:
+    for name in repro.__all__:
+        found = getattr(repro, name)
+        assert found.__doc__, name
+        if inspect.isfunction(found):
+            assert Any not in get_type_hints(found).values()
+    assert set(repro.__all__) <= set(dir(repro))
+    assert {"learning_rate", "output_dir"} <= set(inspect.signature(repro.train).parameters)
+
+
+def test_importing_the_package_imports_nothing_large() -> None:
+    code = "import sys, repro; sys.exit(bool({'jax', 'transformers', 'numpy'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
