@@ -28,7 +28,7 @@ HOW_FLAGS_ARE_WRITTEN = (
     " FILE (.json, .yaml, .yml or .toml) holds flags and their values; flags that follow it win. A flag with [BOOL] may"
     " stand alone, which means true."
 )
-FLAGS = dict[str, str | float | None]  # bool and int are among float
+FLAGS = dict[str, str | bool | int | float | None]
 FILES_OF_FLAGS = (".json", ".yaml", ".yml", ".toml")
 # The parts of the help, each by its first flag.
 GROUPS = {

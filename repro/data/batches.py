@@ -31,13 +31,12 @@ class RowOrder:
     """In which order rows are trained on.
 
     Attributes:
-        shuffle: whether epochs are permuted; otherwise rows come in the order of the file.
         num_replicas, replica_batch: a global batch is their product, row r in replica r // replica_batch.
     """
 
     seed: int
     num_epochs: int
-    shuffle: bool
+    shuffle: bool  # whether epochs are permuted; otherwise rows come in the order of the file
     num_replicas: int
     replica_batch: int
 
@@ -94,23 +93,14 @@ def check_sizes(num_rows: int, *, train_batch: int, eval_batch: int, block_size:
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """A split that is ready to be cut into batches, of N rows.
+    """A split that is ready to be cut into batches, of N rows."""
 
-    Attributes:
-        dataset: the rows as read, some of which may not be used.
-        kept: int64[N], the place of each row in `dataset` and in `captions`.
-        captions: of all rows of `dataset`.
-        image_index: int64[N], each row's place in `images`.
-        images: distinct images, uint8[S,S,3] each.
-        num_cut: rows whose caption had more than T tokens.
-    """
-
-    dataset: Dataset
-    kept: np.ndarray
-    captions: TokenizedCaptions
-    image_index: np.ndarray
-    images: Images
-    num_cut: int = 0
+    dataset: Dataset  # the rows as read, some of which may not be used
+    kept: np.ndarray  # int64[N], the place of each row in `dataset` and in `captions`
+    captions: TokenizedCaptions  # of all rows of `dataset`
+    image_index: np.ndarray  # int64[N], each row's place in `images`
+    images: Images  # distinct images, uint8[S,S,3] each
+    num_cut: int = 0  # rows whose caption had more than T tokens
 
     def __len__(self) -> int:
         return len(self.kept)

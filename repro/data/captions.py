@@ -26,11 +26,10 @@ class TokenizedCaptions:
 
     Attributes:
         records: [N] with `labels` (uint16[T] or int32[T]) and `mask` (bits, uint8[ceil(T / 8)]), maybe on disk.
-        decoder_start_token_id: the first of the decoder's inputs.
     """
 
     records: np.ndarray
-    decoder_start_token_id: int
+    decoder_start_token_id: int  # the first of the decoder's inputs
 
     def __len__(self) -> int:
         return len(self.records)

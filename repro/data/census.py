@@ -27,17 +27,11 @@ ImageUse = tuple[str, bool]
 
 
 class Seen(NamedTuple):
-    """An image before it is resized.
+    """An image before it is resized."""
 
-    Attributes:
-        mode: Pillow's; None where the image cannot be read.
-        size: width and height in pixels.
-        failure: why a run cannot use it; None where it can.
-    """
-
-    mode: str | None = None
-    size: tuple[int, int] = (0, 0)
-    failure: str | None = None
+    mode: str | None = None  # Pillow's; None where the image cannot be read
+    size: tuple[int, int] = (0, 0)  # width and height in pixels
+    failure: str | None = None  # why a run cannot use it; None where it can
 
 
 def look_at_images(uses: Sequence[ImageUse], resize: Resize, num_workers: int) -> dict[ImageUse, Seen]:

@@ -27,15 +27,10 @@ Dropped = dict[str, Any]  # a row that was left out: split, row (counted from 0 
 
 @dataclass(frozen=True)
 class Rows:
-    """A split, one row for each caption.
+    """A split, one row for each caption."""
 
-    Attributes:
-        dataset: columns `row` (as read), `image_path` (see `repro.data.images`), `image_id`, `caption`.
-        dropped: rows that are not in it.
-    """
-
-    dataset: Dataset
-    dropped: list[Dropped]
+    dataset: Dataset  # columns `row` (as read), `image_path` (see `repro.data.images`), `image_id`, `caption`
+    dropped: list[Dropped]  # rows that are not in it
 
 
 def make_rows(

@@ -50,15 +50,10 @@ ACTIVATIONS: dict[str, Elementwise] = {
 
 
 class Part(nn.Module):
-    """A part of a model.
+    """A part of a model."""
 
-    Attributes:
-        config: a configuration of transformers, such as a `ViTConfig`.
-        dtype: type of the computation; parameters are float32.
-    """
-
-    config: Any
-    dtype: Any
+    config: Any  # a configuration of transformers, such as a `ViTConfig`
+    dtype: Any  # type of the computation; parameters are float32
 
 
 class LayerNorm(nn.Module):

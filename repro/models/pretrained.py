@@ -47,19 +47,13 @@ VOCABULARIES = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model and what belongs to it.
+    """A model and what belongs to it."""
 
-    Attributes:
-        captioner: a `NativeCaptioner`, or a `FlaxClassCaptioner`.
-        params: float32 parameter tree of `captioner`.
-        notes: what was initialized at random instead of loaded, for the log.
-    """
-
-    captioner: Any
-    params: Params
+    captioner: Any  # a `NativeCaptioner`, or a `FlaxClassCaptioner`
+    params: Params  # float32 parameter tree of `captioner`
     tokenizer: Any
     image_processor: Any
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what was initialized at random instead of loaded, for the log
 
     def fingerprint(self) -> str:
         """Hash what the model computes, but for its weights: configurations, shapes, what is done to pixels."""
@@ -89,17 +83,13 @@ class Options:
     """How a model is read and how it computes.
 
     Attributes:
-        implementation: None for `native` where it knows the pair, else `transformers`.
-        dtype: type of the computation.
-        gradient_checkpointing: compute activations again in the backward pass.
-        seed: of the weights that are not loaded.
         hub: cache_dir, token, trust_remote_code.
     """
 
-    implementation: Implementation | None = None
-    dtype: str = "float32"
-    gradient_checkpointing: bool = False
-    seed: int = 42
+    implementation: Implementation | None = None  # None for `native` where it knows the pair, else `transformers`
+    dtype: str = "float32"  # type of the computation
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass
+    seed: int = 42  # of the weights that are not loaded
     use_fast_tokenizer: bool = True
     hub: dict[str, Any] = dataclasses.field(default_factory=lambda: {"trust_remote_code": False}, repr=False)
 

@@ -22,14 +22,10 @@ from repro.models.weights import FLAX_INDEX, shards_of
 
 @dataclass(frozen=True)
 class FlaxClassCaptioner:
-    """`NativeCaptioner` for a model of transformers; its own parameters are not used.
-
-    Attributes:
-        pixel_table: float32[256,3], the normalized value of each byte in each channel.
-    """
+    """`NativeCaptioner` for a model of transformers; its own parameters are not used."""
 
     model: FlaxVisionEncoderDecoderModel
-    pixel_table: np.ndarray
+    pixel_table: np.ndarray  # float32[256,3], the normalized value of each byte in each channel
 
     @property
     def config(self) -> Any:

@@ -172,11 +172,10 @@ class ViT(ViTPart):
 
     Attributes:
         config: a `ViTConfig`.
-        remat: compute each layer's activations again in the backward pass instead of keeping them.
     """
 
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool = False  # compute each layer's activations again in the backward pass instead of keeping them
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array, *, deterministic: bool = True) -> jax.Array:

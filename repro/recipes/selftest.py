@@ -35,23 +35,19 @@ class Bounds:
     """How far a run may be from the record.
 
     Attributes:
-        loss: of each training step; another XLA or another processor adds in another order.
-        steps: how many steps are held to it; None for all. Rounding grows with training.
-        evaluation: of an evaluation's loss and length, and of ROUGE in percent.
         norm: of each parameter's norm, relative. Before Pillow 13 the cases' JPEGs decode otherwise, which moves one
             bias by 0.0011; with Pillow 13 it is 0.000001 on jax 0.10 to 0.12.
         noise: of the norm of a parameter that does not move in exact arithmetic, as attention's biases of keys: their
             gradients are rounding, of which AdamW makes steps. A gradient that is none would move them by 0.01.
-        captions: whether each is to be equal, and ROUGE with it.
     """
 
-    loss: float = 2e-5
+    loss: float = 2e-5  # of each training step; another XLA or another processor adds in another order
     learning_rate: float = 1e-7
-    steps: int | None = None
-    evaluation: float = 1e-4
+    steps: int | None = None  # how many steps are held to it; None for all. Rounding grows with training.
+    evaluation: float = 1e-4  # of an evaluation's loss and length, and of ROUGE in percent
     norm: float = 2e-3
     noise: float = 1e-4
-    captions: bool = True
+    captions: bool = True  # whether each is to be equal, and ROUGE with it
 
 
 LONG = Bounds(loss=1e-3, steps=30, evaluation=0.03, captions=False)

@@ -46,16 +46,13 @@ class Patience:
     """How long an upload is tried.
 
     Attributes:
-        attempts: how often, if the Hub answers 500 or more or not at all; what it refuses is not asked for again.
-        pause: seconds before the second attempt, and twice as long before each further one.
-        silence: seconds after which a request that hears nothing has failed.
         at_end: seconds that the end of a run waits for what is not uploaded yet; of several processes the others wait
             for the first as well, and give up after 300.
     """
 
-    attempts: int = 4
-    pause: float = 2.0
-    silence: float = 30.0
+    attempts: int = 4  # how often, if the Hub answers 500 or more or not at all; what it refuses is not asked for again
+    pause: float = 2.0  # seconds before the second attempt, and twice as long before each further one
+    silence: float = 30.0  # seconds after which a request that hears nothing has failed
     at_end: float = 240.0
 
 

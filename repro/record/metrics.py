@@ -8,17 +8,12 @@ from repro.evaluation.rouge import TYPES
 
 
 class Metric(NamedTuple):
-    """One metric.
-
-    Attributes:
-        better: None where neither more nor less is.
-        needs: the flag without which it is not computed.
-    """
+    """One metric."""
 
     label: str
     unit: str
-    better: Literal["more", "less"] | None
-    needs: str
+    better: Literal["more", "less"] | None  # None where neither more nor less is
+    needs: str  # the flag without which it is not computed
 
 
 METRICS = {

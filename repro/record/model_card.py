@@ -39,18 +39,14 @@ class Trained:
 
     Attributes:
         epoch, step: of the checkpoint.
-        facts: of `run.json`.
-        flags: those that the numbers depend on and that are not as by default.
-        device: what computed it, in words.
-        evaluation: on the validation rows; None if there was none.
     """
 
     epoch: int
     step: int
-    facts: Mapping[str, Any]
-    flags: Mapping[str, Any]
-    device: str
-    evaluation: Evaluation | None
+    facts: Mapping[str, Any]  # of `run.json`
+    flags: Mapping[str, Any]  # those that the numbers depend on and that are not as by default
+    device: str  # what computed it, in words
+    evaluation: Evaluation | None  # on the validation rows; None if there was none
 
     def flag(self, name: str) -> Any:
         """The value of any flag."""

@@ -43,13 +43,9 @@ GENERATION = keys(pred=str, label=str)  # a row of `eval_generation.json`: the c
 
 @dataclass(frozen=True)
 class Recorded:
-    """What `metrics.jsonl` says.
+    """What `metrics.jsonl` says."""
 
-    Attributes:
-        rows: its objects, in order.
-    """
-
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # its objects, in order
 
     def up_to(self, step: int) -> Recorded:
         """Leave out what is of later steps."""
@@ -73,16 +69,11 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Record:
-    """A run's record, as far as it can be read.
+    """A run's record, as far as it can be read."""
 
-    Attributes:
-        facts: of `run.json`; nothing if that is missing or damaged.
-        problems: what cannot be read, each beginning with the name of its file.
-    """
-
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # of `run.json`; nothing if that is missing or damaged
     recorded: Recorded
-    problems: list[str]
+    problems: list[str]  # what cannot be read, each beginning with the name of its file
 
 
 def read_record(folder: Path) -> Record:

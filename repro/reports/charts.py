@@ -30,19 +30,16 @@ class Line:
     """A run's values.
 
     Attributes:
-        name: of the run.
-        number: of the run, which decides on colour and dashes.
         low, high: the range that each value stands for, or nothing.
-        dotted: whether each value is marked.
     """
 
-    name: str
-    number: int
+    name: str  # of the run
+    number: int  # of the run, which decides on colour and dashes
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    dotted: bool = False
+    dotted: bool = False  # whether each value is marked
 
 
 @dataclass(frozen=True)
@@ -56,22 +53,15 @@ class Published:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is to be drawn.
+    """What is to be drawn."""
 
-    Attributes:
-        key: an identifier, unique on the page.
-        note: what a value is, where the title does not say it.
-        last_x: where the horizontal axis ends; it begins at 0.
-        further: folded away, behind all others.
-    """
-
-    key: str
+    key: str  # an identifier, unique on the page
     title: str
     lines: Sequence[Line]
     published: Sequence[Published] = ()
-    note: str = ""
-    last_x: float = 1.0
-    further: bool = False
+    note: str = ""  # what a value is, where the title does not say it
+    last_x: float = 1.0  # where the horizontal axis ends; it begins at 0
+    further: bool = False  # folded away, behind all others
 
 
 @dataclass(frozen=True)
@@ -79,17 +69,15 @@ class Drawn:
     """A chart as the page takes it.
 
     Attributes:
-        summary: the chart in words.
         header, rows: the chart as a table, of about `TABLE_ROWS` rows.
-        figures: what a script needs to draw it anew.
     """
 
     chart: Chart
     svg: Markup
-    summary: str
+    summary: str  # the chart in words
     header: list[str]
     rows: list[list[str]]
-    figures: dict[str, Any] = field(repr=False)
+    figures: dict[str, Any] = field(repr=False)  # what a script needs to draw it anew
 
 
 def thinned(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, ...]:

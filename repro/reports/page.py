@@ -48,23 +48,15 @@ TIMES = {
 
 @dataclass(frozen=True)
 class Item:
-    """An evaluated image, or a row where images are not known.
+    """An evaluated image, or a row where images are not known."""
 
-    Attributes:
-        place: in the order of evaluation.
-        image: reference to the image, or nothing.
-        score: mean of the rows' `RANKED_BY`, F x 100.
-        thumbnail: address of a picture, or nothing.
-        problem: why there is no picture, if one was looked for.
-    """
-
-    place: int
-    image: str
+    place: int  # in the order of evaluation
+    image: str  # reference to the image, or nothing
     caption: str
     references: tuple[str, ...]
-    score: float
-    thumbnail: str = ""
-    problem: str = ""
+    score: float  # mean of the rows' `RANKED_BY`, F x 100
+    thumbnail: str = ""  # address of a picture, or nothing
+    problem: str = ""  # why there is no picture, if one was looked for
 
 
 def page(

@@ -19,43 +19,28 @@ NOTED_DROPPED = 100  # dropped rows that are listed; the others are counted
 
 @dataclass(frozen=True)
 class DroppedRows:
-    """Rows that were left out.
+    """Rows that were left out."""
 
-    Attributes:
-        counts: by (split, reason).
-        first: some of the rows themselves.
-    """
-
-    counts: Counter[tuple[str, str]]
-    first: list[dict[str, Any]]
+    counts: Counter[tuple[str, str]]  # by (split, reason)
+    first: list[dict[str, Any]]  # some of the rows themselves
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Captions of one evaluation.
-
-    Attributes:
-        step: at which they were generated; None if the file does not say it.
-        rows: (generated, reference) of each row, in order.
-        image_paths: of the same rows; shorter, or empty, where that is not recorded.
-    """
+    """Captions of one evaluation."""
 
     split: str
-    step: int | None
-    rows: list[tuple[str, str]]
-    image_paths: list[str]
+    step: int | None  # at which they were generated; None if the file does not say it
+    rows: list[tuple[str, str]]  # (generated, reference) of each row, in order
+    image_paths: list[str]  # of the same rows; shorter, or empty, where that is not recorded
 
 
 @dataclass(frozen=True)
 class RunFiles(Record):
-    """What a run's folder holds.
-
-    Attributes:
-        generated: the last captions, None if there are none.
-    """
+    """What a run's folder holds."""
 
     dropped: DroppedRows
-    generated: Generated | None
+    generated: Generated | None  # the last captions, None if there are none
 
     @property
     def final(self) -> dict[str, Any]:

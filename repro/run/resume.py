@@ -38,18 +38,14 @@ class Start:
     """Where training starts.
 
     Attributes:
-        found: the state that it goes on from; None to start anew.
-        recorded: steps and evaluations up to there.
-        branches_off: from another run than the one in the output folder.
         parts: when, where and with what the earlier parts of the run were computed.
-        seconds: that these took, with what was lost when one was killed.
     """
 
-    found: Found | None
-    recorded: Recorded
+    found: Found | None  # the state that it goes on from; None to start anew
+    recorded: Recorded  # steps and evaluations up to there
     parts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    branches_off: bool = False
-    seconds: float = 0.0
+    branches_off: bool = False  # from another run than the one in the output folder
+    seconds: float = 0.0  # that these took, with what was lost when one was killed
 
     @property
     def step(self) -> int:

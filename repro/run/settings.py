@@ -38,16 +38,12 @@ class Settings(ModelArguments, DataArguments, TrainingArguments):
 
     How long the run is follows from its rows: it can be asked once `with_rows` has been told their number.
 
-    Attributes:
-        num_devices: that compute the run.
-        num_rows: of each split that it uses.
-
     Raises:
         InputError: when it is made; flags contradict each other, or something is missing.
     """
 
-    num_devices: int = 1
-    num_rows: Mapping[str, int] = field(default_factory=dict)
+    num_devices: int = 1  # that compute the run
+    num_rows: Mapping[str, int] = field(default_factory=dict)  # of each split that it uses
 
     @classmethod
     def of(cls, *arguments: Checked, num_devices: int) -> Settings:

@@ -45,23 +45,18 @@ class StepLog:
     """Collects the metrics of steps, writes them once they are computed, and watches that they are finite.
 
     Its clock starts when it is made.
-
-    Attributes:
-        batch_size: rows of a step.
-        first_step: taken already, in `seconds_before`, of which `waited_before` for input.
-        log_grad_norm: write the norm of each step's gradient too.
     """
 
     writer: RunWriter
     _: KW_ONLY
     num_steps: int
-    batch_size: int
+    batch_size: int  # rows of a step
     logging_steps: int
     progress: bool
-    first_step: int = 0
+    first_step: int = 0  # taken already, in `seconds_before`, of which `waited_before` for input
     seconds_before: float = 0.0
     waited_before: float = 0.0
-    log_grad_norm: bool = False
+    log_grad_norm: bool = False  # write the norm of each step's gradient too
 
     def __post_init__(self) -> None:
         self.waited, self._written = self.waited_before, self.first_step

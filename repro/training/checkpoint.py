@@ -42,19 +42,12 @@ STATE_RECORD = keys(step=Count, training_seconds=float, settings=keys(num_replic
 
 @dataclass(frozen=True)
 class Found:
-    """A state that can be restored.
+    """A state that can be restored."""
 
-    Attributes:
-        folder: of the states.
-        step: after which it was saved.
-        record: what was saved with it.
-        corrupt: the later steps whose files are not as they were written.
-    """
-
-    folder: str
-    step: int
-    record: dict[str, Any]
-    corrupt: list[int]
+    folder: str  # of the states
+    step: int  # after which it was saved
+    record: dict[str, Any]  # what was saved with it
+    corrupt: list[int]  # the later steps whose files are not as they were written
 
 
 @dataclass(frozen=True)
