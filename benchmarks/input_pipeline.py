@@ -97,7 +97,7 @@ def processor() -> Any:
 def start_ours(folder: Path, cache: Path, num_workers: int | None) -> tuple[Any, dict[str, float]]:
     """All that a run does before its first step; with the seconds of each part."""
     from repro.data.batches import number_images, prepare_split
-    from repro.data.image_store import load_images
+    from repro.data.image_cache import load_images
     from repro.data.sources import load_splits
 
     seconds: dict[str, float] = {}

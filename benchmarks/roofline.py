@@ -26,6 +26,7 @@ from peers import model_config, write_result
 CAPTIONS_PER_IMAGE = 5
 WIDTH = {"float32": 4, "bfloat16": 2}
 TURNS = 5
+SIDES, LONG_ENOUGH = (2048, 4096, 8192, 16384), 0.01
 COPIED = 2**28
 """Elements, 1 GiB in float32."""
 ADAMW_BYTES = 7 * 4
@@ -186,12 +187,30 @@ def verdict(work: dict[str, float], seconds: float, roofs: dict[str, Any], dtype
     }
 
 
+def multiplication_rate(dtype: str) -> float:
+    """Measure how many operations a second the first device does in a large matrix product: what nothing exceeds."""
+    import jax
+    import jax.numpy as jnp
+
+    multiply, rate = jax.jit(jnp.matmul), 0.0
+    for side in SIDES:
+        matrix = jnp.ones((side, side), dtype)
+        multiply(matrix, matrix).block_until_ready()  # compiles
+        times = []
+        for _ in range(TURNS):
+            started = time.perf_counter()
+            multiply(matrix, matrix).block_until_ready()
+            times.append(time.perf_counter() - started)
+        rate = max(rate, 2 * side**3 / min(times))
+        if min(times) > LONG_ENOUGH:  # an accelerator spends longer on the start of a small product than on it
+            break
+    return rate
+
+
 def measure_roofs() -> dict[str, Any]:
     """Measure what the first device does at best."""
     import jax
     import jax.numpy as jnp
-
-    from repro.recipes.preflight import multiplication_rate
 
     array = jnp.ones(COPIED, jnp.float32)
     # In place: a CPU writes into memory that was never touched at a sixth of the rate.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from repro.data.batches import CaptionedImages, RowOrder, number_images, prepare_split
-from repro.data.image_store import load_images
+from repro.data.image_cache import load_images
 from repro.data.sources import load_splits
 from repro.pocket.halves import render_pocket
 from repro.run.build import training_batches

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,9 +12,7 @@ from PIL import Image
 from repro.__main__ import main
 from repro.data.captions import caption_lengths
 from repro.data.census import picture_sheet
-from repro.models.pretrained import load_model
 from repro.pocket.halves import render_pocket
-from repro.run.build import training_operations
 
 
 @pytest.fixture
@@ -68,8 +65,6 @@ def test_a_data_set_is_counted(flags: list[str], tmp_path: Path, tokenizer, caps
     needs = report["needs"]
     assert (needs["global_batch"], needs["steps"], needs["checkpoints"]) == (8, 60 // 8 * 3, 3)
     assert needs["image_cache_bytes"] == 15 * 32 * 32 * 3
-    assert needs["seconds_training_at_least"] >= 0
-    assert needs["operations"] > 1e6
     out = capsys.readouterr().out
     for words in ("train: 60 rows, 60 can be used", "12 with 5", "15 RGB", "21 steps of 8 rows", "data-check"):
         assert words in out
@@ -141,15 +136,6 @@ def test_lengths_are_those_before_the_cut(tokenizer) -> None:
     assert lengths[1] == 0
     assert lengths[2] > 500
     assert lengths[3] == len(tokenizer(" ").input_ids) + 1
-
-
-def test_operations_of_a_step_grow_with_the_caption(golden_inputs: Path) -> None:
-    model = load_model(str(golden_inputs / "model"))
-    short, long = (training_operations(model, length) for length in (8, 32))
-    assert 0 < short < long < 4 * short
-    # A product of a row with a weight is two operations, three times in a step; most weights meet many rows.
-    weights = sum(array.size for array in jax.tree.leaves(model.params["encoder"]))
-    assert short > 6 * weights
 
 
 def test_a_sheet_shows_each_row_and_survives_a_broken_one(tmp_path: Path) -> None:

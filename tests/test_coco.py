@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repro.data.image_store import load_images
+from repro.data.image_cache import load_images
 from repro.data.images import open_image
 from repro.data.sources import load_splits
 from repro.errors import InputError

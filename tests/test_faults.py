@@ -17,7 +17,7 @@ from PIL import Image
 
 from repro import limits
 from repro.data.batches import CaptionedImages, number_images, prepare_split
-from repro.data.image_store import load_images
+from repro.data.image_cache import load_images
 from repro.data.images import decode_image, resize_of
 from repro.data.sources import load_splits
 

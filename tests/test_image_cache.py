@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from repro.data import image_cache, image_store
-from repro.data.image_store import ImageStore, load_images
+from repro.data import image_cache
+from repro.data.image_cache import ImageStore, load_images
 from repro.errors import InputError
 
 SIDE = 8
@@ -47,13 +47,13 @@ def pictures(tmp_path: Path) -> list[str]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The references that are decoded, as they are."""
     names: list[str] = []
-    real = image_store.decode_image
+    real = image_cache.decode_image
 
     def record(reference: str, *arguments: object, **options: object) -> np.ndarray:
         names.append(reference)
         return real(reference, *arguments, **options)
 
-    monkeypatch.setattr(image_store, "decode_image", record)
+    monkeypatch.setattr(image_cache, "decode_image", record)
     return names
 
 
@@ -127,7 +127,7 @@ def test_what_the_system_refused_is_tried_again_and_what_is_broken_is_not(pictur
 
 def test_an_interrupted_build_goes_on_where_it_was(pictures, decoded, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(image_cache, "COMMIT", 10)
-    real = image_store.decode_image
+    real = image_cache.decode_image
 
     def interrupt(reference: str, *arguments: object, **options: object) -> np.ndarray:
         if reference == pictures[50]:
@@ -135,7 +135,7 @@ def test_an_interrupted_build_goes_on_where_it_was(pictures, decoded, tmp_path: 
         return real(reference, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_store, "decode_image", interrupt)
+        patch.setattr(image_cache, "decode_image", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load(pictures, tmp_path / "cache", num_workers=1)
     decoded.clear()
@@ -147,14 +147,14 @@ BUILD = """
 import sys
 from pathlib import Path
 from transformers import ViTImageProcessor
-from repro.data import image_cache, image_store
+from repro.data import image_cache
 image_cache.COMMIT = 4
-real = image_store.decode_image
+real = image_cache.decode_image
 def slowly(*arguments, **options):
     import time
     time.sleep(0.005)
     return real(*arguments, **options)
-image_store.decode_image = slowly
+image_cache.decode_image = slowly
 paths = sys.argv[3:]
 if int(sys.argv[2]):
     import resource, signal
@@ -162,7 +162,7 @@ if int(sys.argv[2]):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 processor = ViTImageProcessor(size={"height": 8, "width": 8})
 print("begun", flush=True)
-store = image_store.load_images(paths, processor, convert_to_rgb=True, cache_dir=Path(sys.argv[1]), progress=False)
+store = image_cache.load_images(paths, processor, convert_to_rgb=True, cache_dir=Path(sys.argv[1]), progress=False)
 import numpy as np
 for place, path in enumerate(paths):
     if path not in store.failures:

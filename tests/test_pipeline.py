@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from repro.data.batches import RowOrder, check_sizes, epoch_order, number_images, prefetch, prepare_split
 from repro.data.captions import caption_lengths
-from repro.data.image_store import ImageStore
+from repro.data.image_cache import ImageStore
 from repro.errors import InputError
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from repro.data.captions import TokenizedCaptions, caption_lengths, tokenize_captions
-from repro.data.image_cache import in_parallel
-from repro.data.image_store import Images, ImageStore
+from repro.data.image_cache import Images, ImageStore, in_parallel
 from repro.data.rows import column
 from repro.errors import InputError
 

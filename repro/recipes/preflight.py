@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from datasets import concatenate_datasets
 
@@ -24,14 +23,13 @@ from repro.config import CheckArguments, DataArguments, ModelArguments, Training
 from repro.data.atomic import check_writable
 from repro.data.batches import number_images
 from repro.data.census import count_images, count_rows, look_at_images, picture_sheet
-from repro.data.image_cache import cores
-from repro.data.image_store import load_images
+from repro.data.image_cache import cores, load_images
 from repro.data.images import resize_of
 from repro.data.rows import Rows, column
 from repro.json_files import write_json
 from repro.models.pretrained import Pretrained
 from repro.record.sanitize import template
-from repro.run.build import build_evaluator, build_training, training_batches, training_operations
+from repro.run.build import build_evaluator, build_training, training_batches
 from repro.run.prepare import PreparedRun, check_run, load_or_create, mesh_of, prepare, read_rows
 from repro.run.settings import Settings
 from repro.training.memory import device_bytes
@@ -42,7 +40,6 @@ from repro.training.sharding import put, replicated
 BYTES_OF_WEIGHT, BYTES_OF_STATE = 2 * 4, 3 * 4
 STEPS, WARM_UPS = 3, 1
 TIMED_IMAGES = 500
-PROBE_SIDES, PROBE_TURNS, PROBE_SECONDS = (2048, 4096, 8192, 16384), 4, 0.01
 
 Result = TypeVar("Result")
 
@@ -102,16 +99,10 @@ def check_data(
     kept = {name: found["rows_kept"] for name, found in counts.items()}
     if settings.do_train:
         planned = replace(settings, num_rows=kept)
-        operations = training_operations(pretrained, settings.max_length("train"))
-        operations *= planned.num_steps * planned.train_batch
-        rate = multiplication_rate(settings.dtype) * jax.device_count()
         needs |= {
             "global_batch": planned.train_batch,
             "steps": planned.num_steps,
             "checkpoints": planned.num_models,
-            "operations": operations,
-            "operations_per_second": rate,
-            "seconds_training_at_least": round(operations / rate, 1),
         }
     report = {"splits": counts, "images": images, "needs": needs}
     folder.mkdir(parents=True, exist_ok=True)
@@ -326,20 +317,6 @@ def _rows_of(images: Sequence[str] | np.ndarray, number: int) -> int:
     """Count the rows that come before the first row of another image than the first `number`."""
     firsts = np.sort(np.unique(images, return_index=True)[1])
     return int([*firsts, len(images)][min(number, len(firsts))])
-
-
-def multiplication_rate(dtype: str) -> float:
-    """Measure how many operations a second the first device does in a large matrix product: what nothing exceeds."""
-    multiply, rate = jax.jit(jnp.matmul), 0.0
-    for side in PROBE_SIDES:
-        matrix = jnp.ones((side, side), dtype)
-        product = partial(lambda matrix: multiply(matrix, matrix).block_until_ready(), matrix)
-        product()  # compiles
-        seconds = min(timed(product)[1] for _ in range(PROBE_TURNS))
-        rate = max(rate, 2 * side**3 / seconds)
-        if seconds > PROBE_SECONDS:  # an accelerator spends longer on the start of a small product than on it
-            break
-    return rate
 
 
 def timed(call: Callable[[], Result]) -> tuple[Result, float]:

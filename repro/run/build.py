@@ -10,22 +10,18 @@ from functools import cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
 from jax.sharding import Mesh, NamedSharding
 
 from repro.data.batches import CaptionedImages, RowOrder, prefetch
-from repro.data.images import resize_of
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
-from repro.models.pretrained import Pretrained
 from repro.record.writer import log
 from repro.run.prepare import PreparedRun, num_beams
 from repro.run.settings import Settings
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
-from repro.training.losses import row_losses
 from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes, tree_bytes
 from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import put, put_rows, state_sharding, train_batch_sharding
@@ -218,19 +214,3 @@ def build_evaluator(
         caption_metrics=settings.caption_metrics,
         progress=prepared.progress,
     )
-
-
-def training_operations(pretrained: Pretrained, max_length: int) -> float:
-    """Count the arithmetic operations of one row's training step, optimizer left out, from the compiler's own count."""
-    captioner = pretrained.captioner
-    pixels = jax.ShapeDtypeStruct((1, *resize_of(pretrained.image_processor).shape), jnp.uint8)
-    tokens = jax.ShapeDtypeStruct((1, max_length), jnp.int32)
-
-    def loss(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        sums, _ = row_losses(captioner.logits(params, pixels, ids, mask), ids, mask)
-        return sums.sum()
-
-    params = jax.eval_shape(lambda: pretrained.params)
-    cost = jax.jit(jax.grad(loss)).lower(params, pixels, tokens, tokens).cost_analysis()
-    assert cost is not None, "every backend counts operations before it compiles"
-    return float(cost["flops"])

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from repro.config import HALVES, ModelArguments
 from repro.data.batches import CaptionedImages, number_images, prepare_split
-from repro.data.image_store import load_images
+from repro.data.image_cache import load_images
 from repro.data.rows import Rows
 from repro.data.sources import load_splits
 from repro.errors import InputError
