@@ -155,7 +155,7 @@ def num_parameters(settings: dict[str, Any]) -> int:
     from transformers import GenerationConfig
 
     from repro.models.captioner import NativeCaptioner
-    from repro.training.optimizer import count_parameters
+    from repro.training.steps import count_parameters
 
     captioner = NativeCaptioner(model_config(settings), GenerationConfig(), pixel_table())
     return count_parameters(jax.eval_shape(lambda: captioner.init(0)))

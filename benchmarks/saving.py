@@ -36,9 +36,8 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     from repro.models.captioner import NativeCaptioner
     from repro.training.checkpoint import abstract
     from repro.training.memory import compile_step
-    from repro.training.optimizer import create_learning_rate_fn, create_optimizer
     from repro.training.sharding import create_mesh, put, state_sharding, train_batch_sharding
-    from repro.training.steps import create_train_state, make_train_step
+    from repro.training.steps import create_learning_rate_fn, create_optimizer, create_train_state, make_train_step
 
     config = model_config(settings)
     if not settings["smoke"]:

@@ -109,9 +109,14 @@ def compile_step(layout: Layout, *, dtype: str, smoke: bool) -> tuple[Any, int]:
     from repro.models.captioner import NativeCaptioner
     from repro.training.checkpoint import abstract
     from repro.training.memory import compile_step as compile_train_step
-    from repro.training.optimizer import count_parameters, create_learning_rate_fn, create_optimizer
     from repro.training.sharding import create_mesh, state_sharding
-    from repro.training.steps import create_train_state, make_train_step
+    from repro.training.steps import (
+        count_parameters,
+        create_learning_rate_fn,
+        create_optimizer,
+        create_train_state,
+        make_train_step,
+    )
 
     config = model_config({"smoke": smoke})
     captioner = NativeCaptioner(config, GenerationConfig(), pixel_table(), dtype=jnp.dtype(dtype), remat=layout.remat)

@@ -26,8 +26,7 @@ def make_step(peer: str, settings: dict[str, Any]) -> Run:
     import jax
     import optax
 
-    from repro.training.optimizer import create_learning_rate_fn, create_optimizer
-    from repro.training.steps import create_train_state, make_train_step
+    from repro.training.steps import create_learning_rate_fn, create_optimizer, create_train_state, make_train_step
 
     captioner, params = jax_captioner(peer.split("_")[0], settings)
     schedule = create_learning_rate_fn(3e-5, num_steps=10_000, warmup_steps=0)

@@ -7,19 +7,18 @@ result.metrics["eval_rouge2"], result.verdict
 
 from __future__ import annotations
 
-import base64
 import html
 import inspect
-import io
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from repro.commands.terminal import figures, start_logging
 from repro.commands.verify import table
 from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments
-from repro.data.images import ImageError, open_image
+from repro.data.images import ImageError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
 from repro.masking import learn_flags
 from repro.models.captioning import Captioner
@@ -27,11 +26,12 @@ from repro.recipes import reproduce as recipes
 from repro.recipes import verify as verifying
 from repro.record.record import read_record
 from repro.record.writer import REPORT, models_in
+from repro.reports.page import thumbnail
 from repro.reports.write import report_at_end, write_report
 from repro.run.train import RunResult, run
 
 Flag = str | int | float | bool | os.PathLike[str] | None
-PICTURES, SIDE = 4, 128  # that a notebook shows, and their pixels
+PICTURES = 4  # that a notebook shows
 
 
 @dataclass(frozen=True)
@@ -180,17 +180,9 @@ def _as_html(text: str) -> str:
 def _pictures(evaluation: Evaluation) -> str:
     """Some images with their captions, small, within the page."""
     cells = []
-    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
-    for path, caption in list(captions.items())[:PICTURES]:
-        try:
-            with open_image(path) as image:
-                small = image.convert("RGB").resize((SIDE, SIDE))
-        except ImageError:
-            continue
-        file = io.BytesIO()
-        small.save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        cells.append(f'<td><img src="data:image/png;base64,{data}"><br>{html.escape(caption)}</td>')
+    for path, caption in list(caption_of_each_image(evaluation.image_paths, evaluation.generations).items())[:PICTURES]:
+        with suppress(ImageError):
+            cells.append(f'<td><img src="{thumbnail(path)}"><br>{html.escape(caption)}</td>')
     return f"<table><tr>{''.join(cells)}</tr></table>"
 
 

@@ -7,9 +7,11 @@ import difflib
 import math
 import os
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from repro.errors import InputError
@@ -21,33 +23,6 @@ FALSEHOODS = {"no": False, "false": False, "f": False, "n": False, "0": False}
 # NumPy, JAX and XLA count with int32.
 LARGEST = 2**31 - 1
 # What stands for a value in the help: by its type, or by the last word of the flag's name.
-# Flags that people know from elsewhere, and what there is in their place; a hint is given where its first flag exists.
-HINTS = {
-    "lr": "Here it is --learning_rate.",
-    "epochs": "Here it is --num_train_epochs.",
-    "batch_size": "Here it is --per_device_train_batch_size, and --per_device_eval_batch_size.",
-    "bf16": "Here it is --dtype bfloat16.",
-    "fp16": "Here it is --dtype float16, or better bfloat16.",
-    "report_to": "TensorBoard's files and metrics.jsonl are written to --output_dir in any case.",
-    "gradient_accumulation_steps": "Here --num_replicas says how many batches make a step, --replicas_at_once how many"
-    " of them are computed at once.",
-}
-# The end of each command's help.
-EXAMPLES = {
-    "reproduce": ("reproduce", "reproduce coco2017 --data_dir data --dry_run", "reproduce pocket --seeds 1-5"),
-    "verify": ("verify repro-pocket", "verify new-1 new-2 new-3 --seeds 3 --against old-1 old-2 old-3"),
-    "report": ("report repro-pocket", "report run-1 run-2 --output both.html"),
-    "train": (
-        "train --model_name_or_path MODEL --train_file train.jsonl --output_dir RUN --do_train",
-        "train flags.yaml --seed 2 --output_dir RUN-2",
-    ),
-    "caption": ("caption repro-pocket photo.jpg", "caption MODEL photos --json", "caption MODEL - < list.txt"),
-    "create-model": ("create-model --encoder_model_name_or_path VIT --decoder_model_name_or_path GPT2 --output_dir M",),
-    "export": ("export --model_name_or_path RUN/ckpt_epoch_3_step_300 --output_dir my-model",),
-    "selftest": ("selftest", "selftest --dtype bfloat16"),
-    "env": ("env --json",),
-    "data": ("data coco --data_dir data --splits train validation", "data pocket scenes", "data check FLAGS"),
-}
 METAVARS = {bool: "BOOL", int: "N", float: "X", "dir": "FOLDER", "path": "MODEL"}
 
 
@@ -93,9 +68,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         shape = partial(Help, max_help_position=COLUMN_OF_HELP)
-        examples = "".join(f"\n  repro {line}" for line in EXAMPLES.get(settings["prog"].removeprefix("repro "), ()))
-        if examples:
-            settings["epilog"] = "\n\n".join(filter(None, [settings.get("epilog"), f"examples:{examples}"]))
+        if examples := _words()["examples"].get(settings["prog"].removeprefix("repro ")):
+            lines = "\n  repro ".join(["examples:", *examples])
+            settings["epilog"] = "\n\n".join(filter(None, [settings.get("epilog"), lines]))
         super().__init__(**{"allow_abbrev": False, "formatter_class": shape, **settings})
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
@@ -116,7 +91,7 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, name: str, known: set[str]) -> str:
         near = difflib.get_close_matches(name.lstrip("-"), sorted(known), n=1)
-        instead = HINTS.get(name.lstrip("-"), "")
+        instead = _words()["hints"].get(name.lstrip("-"), "")
         if instead and re.findall(r"--(\w+)", instead)[0] in known:
             return f"unknown argument {name!r}. {instead}"
         hint = f"Did you mean --{near[0]}?" if near else f"`{self.prog} --help` lists the flags."
@@ -132,6 +107,12 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 names = names.union(*(parser._names() for parser in action.choices.values()))
         return names
+
+
+@cache
+def _words() -> Any:
+    """Hints and examples; the file says more."""
+    return tomllib.loads(Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 
 
 def _name(arg: str) -> str:

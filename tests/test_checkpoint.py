@@ -17,9 +17,8 @@ import pytest
 
 from repro.errors import InputError, RunStopped
 from repro.training.checkpoint import Checkpoints, abstract, check_checksums, find_newest, set_aside, write_checksums
-from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, state_sharding
-from repro.training.steps import TrainState, create_train_state
+from repro.training.steps import TrainState, create_learning_rate_fn, create_optimizer, create_train_state
 
 OPTIMIZER = create_optimizer(create_learning_rate_fn(0.01, num_steps=10), rule="layer_norms", max_grad_norm=1.0)
 RECORD = {"step": 2, "training_seconds": 1.5, "settings": {"num_replicas": 2}}

@@ -27,7 +27,7 @@ from repro.data.sources import load_splits
 from repro.errors import InputError
 from repro.limits import Budget, CheckedJson, Refused
 from repro.models.pretrained import load_model
-from repro.reports.run_folder import read_run_folder
+from repro.reports.runs import read_run_folder
 
 SMALL = Resize(32, 32, 3)
 MEMORY, SECONDS = 2 << 30, 20

@@ -11,7 +11,7 @@ from flax import serialization, traverse_util
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.training.optimizer import count_parameters, create_learning_rate_fn, create_optimizer, decay_mask
+from repro.training.steps import count_parameters, create_learning_rate_fn, create_optimizer, decay_mask
 
 PEAK = 3e-5
 

@@ -20,7 +20,7 @@ from repro.errors import InputError
 from repro.record.sanitize import visible
 from repro.reports.charts import nice_ticks, thinned
 from repro.reports.page import SHOWN, chosen_items, ranked_items, text_statistics
-from repro.reports.run_folder import Generated
+from repro.reports.runs import Generated
 from repro.reports.write import write_report
 
 HOSTILE = [

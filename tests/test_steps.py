@@ -20,9 +20,16 @@ from repro.errors import InputError
 from repro.models.pretrained import load_model
 from repro.run.build import training_batches
 from repro.training.memory import choices, compile_what_fits, device_bytes, step_bytes
-from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import create_mesh, put, replicated, rows_sharding, train_batch_sharding
-from repro.training.steps import check_batch, create_train_state, make_eval_step, make_train_step, replica_weights
+from repro.training.steps import (
+    check_batch,
+    create_learning_rate_fn,
+    create_optimizer,
+    create_train_state,
+    make_eval_step,
+    make_train_step,
+    replica_weights,
+)
 
 VOCABULARY, LENGTH, SIDE = 13, 6, 4
 REDUCTIONS = ("replica_means", "tokens")

@@ -180,7 +180,7 @@ def _width(found: Iterable[Found]) -> int:
 def _print(outcomes: Iterable[tuple[str, Any]], number: int, *, as_json: bool, width: int) -> int:
     """Print each outcome when it comes, and count those that are no captions."""
     failures = 0
-    with progress_bar(progress=True, lines=False, total=number, unit="image", leave=False) as bar:
+    with progress_bar(progress=True, total=number, unit="image", leave=False) as bar:
         for name, outcome in outcomes:
             if not isinstance(outcome, list):
                 failures += 1

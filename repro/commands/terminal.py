@@ -92,12 +92,12 @@ def coloured(text: str, stream: TextIO) -> str:
 
 def figures(metrics: Mapping[str, float]) -> Iterator[str]:
     """Lay an evaluation's metrics out, a line each: counts whole, and what no caption has mentioned as such."""
-    from repro.record.metrics import METRICS
+    from repro.record.metrics import name_of
 
     for name, value in metrics.items():
-        label = METRICS[name].label if name in METRICS else name.replace("_", " ")
-        unmentioned = metrics.get(f"{name.removesuffix('_accuracy')}_mentions") == 0 and name.endswith("_accuracy")
-        yield f"  {label:28} {'n/a' if unmentioned else f'{value}' if isinstance(value, int) else f'{value:.4f}':>11}"
+        mentions = name.replace("_accuracy", "_mentions")
+        shown = "n/a" if mentions != name and metrics.get(mentions) == 0 else value
+        yield f"  {name_of(name):28} {f'{shown:.4f}' if isinstance(shown, float) else shown:>11}"
 
 
 def print_end(folder: Path, facts: Mapping[str, Any], run: Path) -> None:

@@ -122,13 +122,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def label(target: Target) -> str:
     """What people call a target."""
-    from repro.record.metrics import METRICS
+    from repro.record.metrics import name_of
 
-    split, _, name = target.metric.partition("_")
-    if target.metric in LABELS:
-        text = LABELS[target.metric]
-    elif split == "eval":
-        text = METRICS[name].label if name in METRICS else name.replace("_", " ")
-    else:
-        text = target.metric.replace("train_", "training ").replace("_", " ")
+    name = target.metric.removeprefix("eval_").replace("train_", "training ")
+    text = LABELS.get(target.metric) or name_of(name)
     return text if target.step is None else f"{text} at step {target.step}"

@@ -27,17 +27,13 @@ IMAGES_HASHED = 32  # all of COCO's would be 18 GB to read at every start
 
 @dataclass(frozen=True)
 class RowOrder:
-    """In which order rows are trained on.
-
-    Attributes:
-        num_replicas, replica_batch: a global batch is their product, row r in replica r // replica_batch.
-    """
+    """In which order rows are trained on."""
 
     seed: int
     num_epochs: int
     shuffle: bool  # whether epochs are permuted; otherwise rows come in the order of the file
     num_replicas: int
-    replica_batch: int
+    replica_batch: int  # row r of a global batch is in replica r // replica_batch
 
     @property
     def global_batch(self) -> int:

@@ -1,4 +1,8 @@
-"""Where rows come from: which reader the flags mean, and where each split's rows are kept once they are read."""
+"""Where rows come from: which reader the flags mean, and where each split's rows are kept once they are read.
+
+What the datasets library loads (Hub ids, data-set folders, image folders, parquet, WebDataset shards) is read here too;
+images that are embedded are not copied out: a row refers to its place in the library's own Arrow file.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,20 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import pyarrow
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
-from repro.data import coco, tables
+from repro.data import coco
 from repro.data.files import FORMATS, json_prefix, read_file
 from repro.data.images import ARROW, URL_SCHEMES, ZIP
 from repro.data.rows import Record, Rows, make_rows
 from repro.errors import InputError
+from repro.limits import LIST_BYTES, size_of
 
 COCO_NAMES = ("ydshieh/dummy_coco_dataset", "ydshieh/coco_dataset_script")
 IMAGE_COLUMNS = ("image_path", "image", "file_name", "filename", "path")
@@ -71,7 +77,7 @@ def load_splits(
     columns = (image_column, caption_column)
     loaded = {}
     if dataset_name is not None and dataset_name not in COCO_NAMES:
-        loaded = tables.load_hub(dataset_name, dataset_config_name, data_dir, cache_dir=cache_dir, token=token)
+        loaded = load_hub(dataset_name, dataset_config_name, data_dir, cache_dir=cache_dir, token=token)
 
     def find(split: str) -> _Source:
         if dataset_name is None:
@@ -108,14 +114,14 @@ def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | N
     if path is None:
         raise InputError(f"no {split} rows: give --{split}_file, or --dataset_name.")
     file = Path(path)
-    is_table = file.suffix in tables.BUILDERS
+    is_table = file.suffix in BUILDERS
     if not is_table and file.suffix not in FORMATS:
-        raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *tables.BUILDERS))}.")
+        raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *BUILDERS))}.")
     found = sorted(glob.glob(path)) if is_table and not file.exists() else [path]
     if not found or not Path(found[0]).exists():
         raise InputError(f"{path}: there is no such file.")
     if is_table:
-        return _table(tables.load_files(found, cache_dir=cache_dir), split, path, file.parent, columns)
+        return _table(load_files(found, cache_dir=cache_dir), split, path, file.parent, columns)
 
     def records() -> Iterator[Record]:
         layout = json_prefix(file) if file.suffix == ".json" else None
@@ -144,13 +150,13 @@ def _select(
 
 
 def _table(dataset: Dataset, split: str, source: str, folder: Path, columns: Columns) -> _Source:
-    typed = tables.image_columns(dataset)
+    typed = image_columns(dataset)
     if columns[0] is None and len(typed) == 1:
         columns = typed[0], columns[1]
     image, caption = _found_columns(split, source, dataset.column_names, columns)
 
     def records() -> Iterator[Record]:
-        for record in tables.read_table(dataset, image, caption):
+        for record in read_table(dataset, image, caption):
             yield record | {"image_path": _resolve(record["image_path"], folder, source, record["row"])}
 
     files = [Path(cached["filename"]) for cached in dataset.cache_files]
@@ -206,3 +212,81 @@ def _key(source: _Source, split: str, allow_image_urls: bool) -> str:
     stamps = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
     parts = (VERSION, split, stamps, source.settings, allow_image_urls, os.getcwd())
     return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+SAVED = ("dataset_dict.json", "state.json")
+
+
+def load_hub(name: str, config: str | None, data_dir: str | None, **hub: Any) -> DatasetDict:
+    """Load a data set by its Hub id or from a folder, also one that `save_to_disk` wrote.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        if any((Path(name) / file).is_file() for file in SAVED):
+            loaded = load_from_disk(name)
+        else:
+            loaded = load_dataset(name, config, data_dir=data_dir, **hub)
+    except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
+        raise InputError(
+            f"--dataset_name {name}: cannot be loaded. A Hub id needs a network; otherwise give a"
+            f" folder, or --train_file and --validation_file. ({type(error).__name__}: {error})"
+        ) from error
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def load_files(files: Sequence[str], *, cache_dir: str | None) -> Dataset:
+    """Load parquet files or WebDataset shards.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    try:
+        for file in files:
+            size_of(file, LIST_BYTES)
+        return load_dataset(
+            BUILDERS[Path(files[0]).suffix], data_files={"train": list(files)}, split="train", cache_dir=cache_dir
+        )
+    except Exception as error:
+        raise InputError(f"{files[0]}: cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def image_columns(dataset: Dataset) -> list[str]:
+    """Name the columns that hold images by their type: the library's own, or bytes."""
+    found = []
+    for name, feature in dataset.features.items():
+        kind = dataset.data.schema.field(name).type
+        has_bytes = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+        if isinstance(feature, Image) or has_bytes or is_bytes:
+            found.append(name)
+    return found
+
+
+def read_table(dataset: Dataset, image_column: str, caption_column: str | None) -> Iterator[Record]:
+    """Give a data set's records; the same image, embedded twice, is one."""
+    first_place: dict[bytes, str] = {}
+    row = 0
+    for file in (os.path.abspath(cached["filename"]) for cached in dataset.cache_files):
+        in_file = 0
+        with pyarrow.memory_map(file) as opened:
+            for batch in pyarrow.ipc.open_stream(opened):
+                captions = batch.column(caption_column) if caption_column else pyarrow.nulls(len(batch))
+                for value, caption in zip(batch.column(image_column), captions, strict=True):
+                    image = value.as_py()
+                    name = content = image
+                    if isinstance(image, dict):
+                        name, content = image.get("path"), image.get("bytes")
+                    reference: Any = name
+                    if isinstance(content, bytes):
+                        here = f"{ARROW}{in_file}/{image_column}::{file}"
+                        reference = first_place.setdefault(blake2b(content, digest_size=16).digest(), here)
+                    yield {
+                        "row": row,
+                        "image_path": reference,
+                        "image_id": name if isinstance(name, str) else reference,
+                        "caption": caption.as_py(),
+                    }
+                    row, in_file = row + 1, in_file + 1

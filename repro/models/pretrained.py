@@ -80,11 +80,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is read and how it computes.
-
-    Attributes:
-        hub: cache_dir, token, trust_remote_code.
-    """
+    """How a model is read and how it computes; `hub` holds cache_dir, token and trust_remote_code."""
 
     implementation: Implementation | None = None  # None for `native` where it knows the pair, else `transformers`
     dtype: str = "float32"  # type of the computation

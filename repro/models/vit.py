@@ -168,11 +168,7 @@ class Pooler(ViTPart):
 
 
 class ViT(ViTPart):
-    """Normalized pixels to one state for the class token and each patch.
-
-    Attributes:
-        config: a `ViTConfig`.
-    """
+    """Normalized pixels to one state for the class token and each patch; `config` is a `ViTConfig`."""
 
     dtype: Any = jnp.float32
     remat: bool = False  # compute each layer's activations again in the backward pass instead of keeping them

@@ -33,8 +33,8 @@ from repro.run.build import build_evaluator, build_training, training_batches
 from repro.run.prepare import PreparedRun, check_run, load_or_create, mesh_of, prepare, read_rows
 from repro.run.settings import Settings
 from repro.training.memory import device_bytes
-from repro.training.optimizer import count_parameters
 from repro.training.sharding import put, replicated
+from repro.training.steps import count_parameters
 
 # A model is kept in float32 for Flax and for PyTorch; a state holds each parameter with AdamW's two moments.
 BYTES_OF_WEIGHT, BYTES_OF_STATE = 2 * 4, 3 * 4

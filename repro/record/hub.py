@@ -66,12 +66,7 @@ class Job(NamedTuple):
     folder: Path | None
 
 
-class Outcome(NamedTuple):
-    """What became of an upload: the repository's address, or the last error and the Hub's status, if it answered."""
-
-    address: str = ""
-    error: str = ""
-    status: int | None = None
+Outcome = tuple[str, str, int | None]  # an upload's: the repository's address; or the last error, and the Hub's status
 
 
 class HubUploader:
@@ -162,7 +157,7 @@ class HubUploader:
             outcome = tried(partial(self._upload, job), attempts=self._patience.attempts, pause=self._patience.pause)
             with self._changed:
                 if not self._closed:
-                    self._conclude(job, outcome)
+                    self._conclude(job, *outcome)
                 _remove(job)
                 self._current = None
                 self._changed.notify_all()
@@ -174,14 +169,13 @@ class HubUploader:
             self._api.upload_folder(repo_id=found, folder_path=job.folder, commit_message=job.message)
         return f"{self._api.endpoint}/{found}"
 
-    def _conclude(self, job: Job, outcome: Outcome) -> None:
-        if not outcome.error:
-            if job.folder:
-                log.info("--push_to_hub: %s is at %s", job.message, outcome.address)
-        elif outcome.status in REMEDIES:
-            self._give_up(f"the Hub refuses ({outcome.error}). {REMEDIES[outcome.status]}")
-        else:
-            self._warn(f"{self._repository}: the upload failed ({outcome.error}).")
+    def _conclude(self, job: Job, address: str, error: str, status: int | None) -> None:
+        if status in REMEDIES:
+            self._give_up(f"the Hub refuses ({error}). {REMEDIES[status]}")
+        elif error:
+            self._warn(f"{self._repository}: the upload failed ({error}).")
+        elif job.folder:
+            log.info("--push_to_hub: %s is at %s", job.message, address)
 
     def _warn(self, text: str) -> None:
         log.warning(
@@ -203,11 +197,11 @@ def tried(attempt: Callable[[], str], *, attempts: int, pause: float) -> Outcome
     """
     while True:
         try:
-            return Outcome(attempt())
+            return attempt(), "", None
         except Exception as error:
             attempts, status = attempts - 1, status_of(error)
             if not attempts or (status is not None and 400 <= status < 500 and status not in AGAIN):
-                return Outcome("", " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_TEXT], status)
+                return "", " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_TEXT], status
         time.sleep(pause)
         pause *= 2
 

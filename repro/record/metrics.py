@@ -23,3 +23,8 @@ METRICS = {
     "cider": Metric("CIDEr-D", "0 to 10", "more", "caption_metrics"),
     "gen_len": Metric("length of the captions", "tokens", None, "predict_with_generate"),
 }
+
+
+def name_of(metric: str) -> str:
+    """What people call a metric; one that is not known is called as it is."""
+    return METRICS[metric].label if metric in METRICS else metric.replace("_", " ")

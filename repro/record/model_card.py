@@ -35,13 +35,9 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 @dataclass(frozen=True)
 class Trained:
-    """How the model of a checkpoint was trained and evaluated.
+    """How the model of a checkpoint was trained and evaluated."""
 
-    Attributes:
-        epoch, step: of the checkpoint.
-    """
-
-    epoch: int
+    epoch: int  # of the checkpoint
     step: int
     facts: Mapping[str, Any]  # of `run.json`
     flags: Mapping[str, Any]  # those that the numbers depend on and that are not as by default

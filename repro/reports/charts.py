@@ -27,17 +27,13 @@ ROOM = 0.04  # left free above and below, as a share of the height
 
 @dataclass(frozen=True)
 class Line:
-    """A run's values.
-
-    Attributes:
-        low, high: the range that each value stands for, or nothing.
-    """
+    """A run's values."""
 
     name: str  # of the run
     number: int  # of the run, which decides on colour and dashes
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float] = ()
+    low: Sequence[float] = ()  # the range that each value stands for, or nothing
     high: Sequence[float] = ()
     dotted: bool = False  # whether each value is marked
 
@@ -66,17 +62,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A chart as the page takes it.
-
-    Attributes:
-        header, rows: the chart as a table, of about `TABLE_ROWS` rows.
-    """
+    """A chart as the page takes it."""
 
     chart: Chart
     svg: Markup
     summary: str  # the chart in words
     header: list[str]
-    rows: list[list[str]]
+    rows: list[list[str]]  # the chart as a table, about `TABLE_ROWS` of them
     figures: dict[str, Any] = field(repr=False)  # what a script needs to draw it anew
 
 

@@ -27,8 +27,7 @@ from repro.evaluation.rouge import TYPES, rouge_scores
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, embedded_json, template
 from repro.reports.charts import Published, draw, line_class, number
-from repro.reports.curves import curves_of, label_and_unit, metric_names
-from repro.reports.run_folder import Generated, RunFiles, finite
+from repro.reports.runs import Generated, RunFiles, curves_of, finite, label_and_unit, metric_names
 
 RANKED_BY = "rougeL"
 WORD, COMMONEST = re.compile(r"[^\W_]+(?:['’][^\W_]+)*"), 8
@@ -149,16 +148,24 @@ def with_thumbnails(items: list[Item]) -> list[Item]:
 
 
 def _with_thumbnail(item: Item) -> Item:
-    """Add a small JPEG as a data address, or the reason why the image cannot be read any more."""
-    buffer = io.BytesIO()
     try:
-        with open_image(item.image) as opened:
-            image = opened.convert("RGB")
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
-        image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
-    except (ImageError, OSError, ValueError) as error:
+        return replace(item, thumbnail=thumbnail(item.image))
+    except (ImageError, OSError, ValueError) as error:  # it cannot be read any more
         return replace(item, problem=clip(str(error), 120))
-    return replace(item, thumbnail="data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+
+
+def thumbnail(reference: str) -> str:
+    """Make a small JPEG of an image, as a data address.
+
+    Raises:
+        ImageError, OSError, ValueError: it cannot be read.
+    """
+    buffer = io.BytesIO()
+    with open_image(reference) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _searchable(items: Iterable[Item]) -> list[list[Any]]:

@@ -13,7 +13,7 @@ from repro.recipes.verify import RUN, as_json, verify
 from repro.record.writer import REPORT, log
 from repro.reports.charts import Published
 from repro.reports.page import page
-from repro.reports.run_folder import holds_a_run, read_run_folder
+from repro.reports.runs import holds_a_run, read_run_folder
 
 
 def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = None) -> None:

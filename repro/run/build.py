@@ -23,9 +23,17 @@ from repro.run.settings import Settings
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
 from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes, tree_bytes
-from repro.training.optimizer import create_learning_rate_fn, create_optimizer
 from repro.training.sharding import put, put_rows, state_sharding, train_batch_sharding
-from repro.training.steps import Batch, TrainState, TrainStep, create_train_state, make_eval_step, make_train_step
+from repro.training.steps import (
+    Batch,
+    TrainState,
+    TrainStep,
+    create_learning_rate_fn,
+    create_optimizer,
+    create_train_state,
+    make_eval_step,
+    make_train_step,
+)
 
 SHRINKS_FROM = 32  # rows of an evaluation batch from which on captions that have ended leave it
 GIBIBYTE = 2**30

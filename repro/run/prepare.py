@@ -30,9 +30,9 @@ from repro.provenance import versions
 from repro.record.record import ROWS
 from repro.record.writer import log
 from repro.run.settings import DETERMINISTIC, Settings, is_deterministic, mesh_shape
-from repro.training.optimizer import count_parameters
 from repro.training.processes import decided_by_first
 from repro.training.sharding import create_mesh
+from repro.training.steps import count_parameters
 
 # Which the reader of rows takes under the same names.
 SOURCE_FLAGS = (

@@ -35,11 +35,7 @@ from repro.training.steps import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where training starts.
-
-    Attributes:
-        parts: when, where and with what the earlier parts of the run were computed.
-    """
+    """Where training starts; `parts` says when, where and with what the earlier parts of the run were computed."""
 
     found: Found | None  # the state that it goes on from; None to start anew
     recorded: Recorded  # steps and evaluations up to there

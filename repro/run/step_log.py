@@ -27,12 +27,7 @@ SHORT = {"loss": 4, "rouge2": 2, "rougeL": 2, "gen_len": 1}
 
 
 class NonFinite(Exception):
-    """A step's loss or gradient is infinite or not a number, so the parameters after it are worthless.
-
-    Attributes:
-        step: the first such.
-        metrics: its own.
-    """
+    """The first step whose loss or gradient is infinite or not a number: the parameters after it are worthless."""
 
     def __init__(self, step: int, metrics: dict[str, float]) -> None:
         super().__init__(f"step {step}: {metrics}")
@@ -68,7 +63,6 @@ class StepLog:
         self._lines_every = every
         self.bar = progress_bar(
             progress=self.progress,
-            lines=self.logging_steps == 0,  # else the logged steps are the lines where there is no terminal
             total=self.num_steps,
             initial=self.first_step,
             desc="train",

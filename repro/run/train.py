@@ -224,6 +224,7 @@ def _evaluate(
     writer.images(prefix, paths, ids)
     if step in writer.recorded.evaluations(prefix):
         return writer.read_evaluation(prefix, step, folder, image_paths=paths, image_ids=ids)
+    log.info("step %d, %s: evaluating %d rows", step, SPLIT_OF[prefix], len(rows))
     started = time.perf_counter()
     evaluation = evaluator.evaluate(params, data, name=prefix)
     if score is not None and prefix == "eval":

@@ -1,17 +1,23 @@
-"""A run's folder as a report reads it: whatever can be read, and in words what cannot."""
+"""What a page knows of its runs: their folders, as far as they can be read, and the curves that they give."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from repro.json_files import keys
+from repro.record.metrics import METRICS, name_of
 from repro.record.record import FACTS, GENERATION, ROWS, Record, lines_or_tell, read_or_tell, read_record
+from repro.record.sanitize import clip
 from repro.record.writer import models_in, step_of_model
+from repro.reports.charts import POINTS, Chart, Line, Published, thinned
 
 IMAGES = keys(image_path=list[str])
 NOTED_DROPPED = 100  # dropped rows that are listed; the others are counted
@@ -107,3 +113,66 @@ def _generated(folder: Path, problems: list[str]) -> Generated | None:
                 step = step_of_model(place) if place != folder else None
                 return Generated(split, step, texts, found["image_path"] if found else [])
     return None
+
+
+def label_and_unit(metric: str) -> tuple[str, str]:
+    """Look a metric up; one that is not known is called as it is."""
+    return clip(name_of(metric), 60), METRICS[metric].unit if metric in METRICS else ""
+
+
+def curves_of(runs: Sequence[RunFiles], names: Sequence[str], published: Mapping[str, Published]) -> Iterable[Chart]:
+    """Draw up the curves of runs with some names, those of metrics without a label as further ones.
+
+    Args:
+        published: what curves are held against, by metric (`loss`, `eval_rouge2`).
+    """
+    last = float(max(1, *(run.last_step for run in runs)))
+    size = max(-(-max(len(run.recorded.steps) for run in runs) // POINTS), 1)
+    averaged = f"each point is the mean of {size} steps, the band their range" if size > 1 else ""
+
+    def curve(key: str, title: str, lines: list[Line], note: str, *, further: bool = False) -> Iterable[Chart]:
+        if lines:
+            yield Chart(key, title, lines, [published[key]] if key in published else [], note, last, further)
+
+    def by_step(name: str) -> list[Line]:
+        lines = []
+        for place, run in enumerate(runs):
+            if rows := [(row["step"], row[name]) for row in run.recorded.steps if finite(row.get(name))]:
+                steps, values = np.array(rows, float).T
+                lines.append(Line(names[place], place, *(part.tolist() for part in thinned(steps, values, size))))
+        return lines
+
+    yield from curve("loss", "Training loss", by_step("loss"), averaged or "nats a token")
+    yield from curve("learning_rate", "Learning rate", by_step("learning_rate"), "")
+    for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
+        label, unit = label_and_unit(metric)
+        lines = [line for place, run in enumerate(runs) if (line := _evaluation(run, names[place], place, metric))]
+        yield from curve(f"eval_{metric}", f"Validation: {label}", lines, unit, further=metric not in METRICS)
+    speeds = [
+        Line(names[place], place, [step for step, _ in run.speed], [rate for _, rate in run.speed])
+        for place, run in enumerate(runs)
+        if run.speed
+    ]
+    yield from curve("speed", "Rows a second", speeds, "between logged steps, without evaluations")
+
+
+def _evaluation(run: RunFiles, name: str, place: int, metric: str) -> Line | None:
+    found = {step: row for step, row in sorted(run.recorded.evaluations("eval").items()) if finite(row.get(metric))}
+    if not found:
+        return None
+    ranges: list[Any] = [
+        intervals.get(metric) if isinstance(intervals := row.get("rouge_intervals"), Mapping) else None
+        for row in found.values()
+    ]
+    whole = all(isinstance(ends, list) and len(ends) == 2 and all(map(finite, ends)) for ends in ranges)
+    low, high = zip(*ranges, strict=True) if whole else ((), ())
+    return Line(name, place, list(found), [row[metric] for row in found.values()], low, high, dotted=True)
+
+
+def metric_names(row: Mapping[str, Any]) -> list[str]:
+    """Names of metrics that can be identifiers on the page too; a run writes no others."""
+    return [
+        name
+        for name, value in row.items()
+        if finite(value) and name not in ("rows", "seconds", "saving_seconds") and name.isidentifier()
+    ]
