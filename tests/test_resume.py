@@ -457,6 +457,43 @@ def test_a_run_says_in_its_files_why_it_stopped_and_which_command_goes_on(tmp_pa
     assert "stopped" not in start(folder, "--resume", "auto").facts
 
 
+def test_the_bar_is_ended_before_anything_is_said(tmp_path, monkeypatch):
+    bars = []
+    original = StepLog.__init__
+
+    def opened(self: StepLog, *arguments: Any, **settings: Any) -> None:
+        original(self, *arguments, **settings)
+        bars.append((self.bar, close := [])) or setattr(self.bar, "close", lambda: close.append(1))
+
+    monkeypatch.setattr(StepLog, "__init__", opened)
+    monkeypatch.setattr(StepLog, "add", at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Interrupted):
+        start(tmp_path / "run")
+    assert [closed for _, closed in bars] == [[1]]
+
+
+def test_making_or_restoring_the_state_is_no_training(whole, tmp_path, monkeypatch):
+    events: list[str] = []
+    original, restore, clock = repro.run.train.build_training, repro.run.train.Checkpoints.restore, StepLog.__init__
+
+    def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **settings: [function(*arguments, **settings), events.append(name)][0]
+
+    def watched(prepared: Any) -> Any:
+        training = original(prepared)
+        return dataclasses.replace(training, create=told("made", training.create))
+
+    monkeypatch.setattr(repro.run.train, "build_training", watched)
+    monkeypatch.setattr(repro.run.train.Checkpoints, "restore", told("restored", restore))
+    monkeypatch.setattr(repro.run.train.jax, "block_until_ready", told("there", jax.block_until_ready))
+    monkeypatch.setattr(StepLog, "__init__", told("clock", clock))
+    start(tmp_path / "run", "--num_train_epochs", "1")
+    assert events[:3] == ["made", "there", "clock"]
+    events.clear()
+    start(copy_of(whole, tmp_path / "other", up_to=15), "--resume", "auto")
+    assert events[:3] == ["restored", "there", "clock"]
+
+
 def test_clocks_go_on_through_a_kill_and_count_what_was_lost(tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
