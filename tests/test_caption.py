@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -406,6 +407,32 @@ def test_addresses_are_fetched_only_where_that_is_allowed(run, pictures):
         assert (status, set(asked)) == (1, {"/good.jpg", "/bad.jpg"})
         assert "404" in err[0]
         assert "captions" in json.loads(lines[1])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_that_drips_holds_an_image_no_longer_than_is_said(run, pictures, monkeypatch):
+    monkeypatch.setattr("repro.data.images.DOWNLOAD_SECONDS", 1)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for byte in Path(pictures[0]).read_bytes():
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.2)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        began = time.monotonic()
+        status, _, err = run(f"http://127.0.0.1:{server.server_port}/a.jpg", "--allow_image_urls")
+        assert (status, time.monotonic() - began < 15) == (1, True)
+        assert "or 1 s, would be fetched" in err[0]
     finally:
         server.shutdown()
         server.server_close()

@@ -191,6 +191,9 @@ def test_a_folder_rendered_with_the_same_settings_is_left_alone_and_another_repl
     pocket.render_pocket(tmp_path, **settings, seed=1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
     first = digest(tmp_path)
+    (tmp_path / "pocket.json").write_text("{")  # damaged, as by a power loss
+    pocket.render_pocket(tmp_path, **settings, seed=1)
+    assert digest(tmp_path) == first
     pocket.render_pocket(tmp_path, **settings, seed=2)
     assert digest(tmp_path) != first
 

@@ -96,6 +96,13 @@ def test_sharded_files_are_read_and_a_missing_part_is_named(model, state, tmp_pa
         load(tmp_path, model)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": ["part"]}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_a_damaged_index_is_named(model, tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match=r"index\.json: "):
+        load(tmp_path, model)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_files_become_float32(model, state, tmp_path, dtype):
     save_file(

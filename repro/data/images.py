@@ -203,7 +203,7 @@ def _fetch(url: str) -> bytes:
     with requests.get(url, timeout=DOWNLOAD_SECONDS, stream=True) as response:
         response.raise_for_status()
         content = bytearray()
-        for chunk in response.iter_content(1 << 14):
+        while chunk := response.raw.read1(1 << 14, decode_content=True):  # as it comes, however slowly that is
             content += chunk
             if len(content) > limits.DOWNLOAD_BYTES or time.monotonic() > end:
                 raise Refused(f"more than {limits.DOWNLOAD_BYTES:,} bytes, or {DOWNLOAD_SECONDS} s, would be fetched")

@@ -6,7 +6,6 @@ A parameter is named by its path in the tree, joined by dots. PyTorch's names di
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,7 +20,8 @@ from transformers.utils import cached_file
 
 from repro.data.atomic import check_plain_names
 from repro.errors import InputError
-from repro.limits import SETTINGS_BYTES, WEIGHTS_BYTES, read_file, size_of
+from repro.json_files import keys, read_json
+from repro.limits import SETTINGS_BYTES, WEIGHTS_BYTES, size_of
 
 Params = Any
 Weights = dict[str, np.ndarray]
@@ -30,6 +30,7 @@ FLAX_FILE = "flax_model.msgpack"
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 FLAX_INDEX = "flax_model.msgpack.index.json"
+INDEX = keys(weight_map=dict[str, str])
 PICKLE_FILE = "pytorch_model.bin"
 
 # What a file holds, as the prefix of its parameters in the whole tree.
@@ -163,7 +164,7 @@ def shards_of(index: Path) -> list[str]:
     Raises:
         InputError: one is named that could lie outside of the model's folder.
     """
-    names = set(json.loads(read_file(index, SETTINGS_BYTES))["weight_map"].values())
+    names = set(read_json(index, INDEX, largest=SETTINGS_BYTES)["weight_map"].values())
     check_plain_names(index, names)
     return sorted(names)
 

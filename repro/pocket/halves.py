@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from uuid import uuid4
 import PIL
 
 from repro.errors import InputError
+from repro.json_files import read_json
 from repro.pocket import scenes as scene_rules
 from repro.pocket.scenes import CAPTIONS_PER_SCENE, Item, Scene, describe_scene, draw_scene, sample_scene
 from repro.progress import progress_bar
@@ -54,8 +56,9 @@ def render_pocket(
     settings: dict[str, Any] = {**num_images, "image_size": image_size, "seed": seed}
     settings |= {"source": _source_hash(), "pillow": PIL.__version__}
     marker = target / "pocket.json"
-    if marker.is_file() and json.loads(marker.read_text()) == settings:
-        return
+    with suppress(InputError):  # one that is not there, or damaged, says nothing
+        if read_json(marker, dict) == settings:
+            return
     if target.exists() and not marker.is_file() and (target.is_file() or any(target.iterdir())):
         raise InputError(
             f"{target} holds something other than rendered scenes, and is left as it is; name a new or an empty folder"

@@ -66,9 +66,6 @@ class Job(NamedTuple):
     folder: Path | None
 
 
-Outcome = tuple[str, str, int | None]  # an upload's: the repository's address; or the last error, and the Hub's status
-
-
 class HubUploader:
     """Uploads a run's folder; a failure is a warning, and the next upload has what the last one lacked.
 
@@ -189,8 +186,8 @@ class HubUploader:
         self._warn(text)
 
 
-def tried(attempt: Callable[[], str], *, attempts: int, pause: float) -> Outcome:
-    """Tell what becomes of an attempt, or of the last one; what is refused is not tried again.
+def tried(attempt: Callable[[], str], *, attempts: int, pause: float) -> tuple[str, str, int | None]:
+    """Tell an attempt's answer, or the last error with the Hub's status; what is refused is not tried again.
 
     Args:
         pause: seconds before the second attempt, and twice as long before each further one.
