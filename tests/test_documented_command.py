@@ -40,7 +40,7 @@ def test_the_documented_command_runs_with_all_its_flags(
     assert facts["num_steps"] == 54 * 5 // 256
     assert len(json.loads((folder / "ckpt_epoch_1_step_1" / "eval_generation.json").read_text())) == 15
     assert "--push_to_hub: the Hub cannot be reached" in (folder / "log").read_text()
-    assert "eval_rouge2" in capsys.readouterr().out
+    assert "ROUGE-2" in capsys.readouterr().out
     load_model(str(folder / "ckpt_epoch_1_step_1"))
 
 

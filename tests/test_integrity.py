@@ -151,9 +151,9 @@ MANIPULATIONS: dict[str, tuple[Spoil, str]] = {
         name: (facts(flags={flag: value}), f"--{flag} {value}, the recipe has") for name, (flag, value) in FLAGS.items()
     },
     "order of the file": (facts(shuffle=False), "decides whether rows are shuffled"),
-    "rows dropped": (split("train", kept=119), "train_rows"),
-    "other training data": (split("train", fingerprint="0123456789abcdef"), "train_fingerprint"),
-    "other validation data": (split("validation", fingerprint="0123456789abcdef"), "validation_fingerprint"),
+    "rows dropped": (split("train", kept=119), "training rows"),
+    "other training data": (split("train", fingerprint="0123456789abcdef"), "training rows' fingerprint"),
+    "other validation data": (split("validation", fingerprint="0123456789abcdef"), "validation rows' fingerprint"),
     "five times the parameters": (facts(model={"parameters": 5_000_000}), "parameters"),
     "64 rows evaluated": (rows(lambda all_: with_score(all_, rows=8)), "of 8 rows"),
     "a step is missing": (rows(lambda all_: all_[:8] + all_[9:]), "19 of 20 steps"),

@@ -42,7 +42,7 @@ def test_the_notebook_runs_and_shows_tables_and_pictures(
     monkeypatch.chdir(tmp_path)
     _, result, told, captioner, captions, page, judgement = run_cells(NOTEBOOK)
     shown = result._repr_html_()
-    assert shown.count("data:image/png;base64,") == 4
+    assert shown.count("data:image/jpeg;base64,") == 4
     assert "validation loss" in shown
     verdict, loss, step = told
     assert (verdict, step) == ("PASS", 7)

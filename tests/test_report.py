@@ -20,7 +20,7 @@ from repro.errors import InputError
 from repro.record.sanitize import visible
 from repro.reports.charts import nice_ticks, thinned
 from repro.reports.page import SHOWN, chosen_items, ranked_items, text_statistics
-from repro.reports.runs import Generated
+from repro.reports.runs import Generated, metric_names
 from repro.reports.write import write_report
 
 HOSTILE = [
@@ -212,6 +212,11 @@ def test_ticks_are_few_and_within(low, width):
     ticks = nice_ticks(low, low + width)
     assert 1 <= len(ticks) <= 10
     assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in ticks)
+
+
+def test_what_is_said_of_an_evaluation_besides_its_metrics_has_no_curve():
+    details = {"rows": 4, "rows_scored": 3, "seconds": 2.0, "saving_seconds": 1.0}
+    assert metric_names({"loss": 1.0, **details, "attribute_accuracy": 0.5}) == ["loss", "attribute_accuracy"]
 
 
 def test_texts_are_counted():

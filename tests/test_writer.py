@@ -266,6 +266,6 @@ def test_the_log_tells_rate_and_time_left(tmp_path, monkeypatch, caplog):
         now[0] += 2.0
         steps.add(1, metrics_of(1), waited=0.5)
         times = steps.close()
-    line = "step 1 of 200: loss 0.5000, learning rate 2.500e-01, 5 rows/s, 0:06:38 left"
+    line = "step 1 of 200: loss 0.5000, learning rate 2.50e-01, 5 rows/s, 0:06:38 left"
     assert line in (tmp_path / "log").read_text()
     assert times["waiting_for_input_seconds"] == 0.5

@@ -14,7 +14,7 @@ import numpy as np
 
 from repro.json_files import keys
 from repro.record.metrics import METRICS, name_of
-from repro.record.record import FACTS, GENERATION, ROWS, Record, lines_or_tell, read_or_tell, read_record
+from repro.record.record import DETAILS, FACTS, GENERATION, ROWS, Record, lines_or_tell, read_or_tell, read_record
 from repro.record.sanitize import clip
 from repro.record.writer import models_in, step_of_model
 from repro.reports.charts import POINTS, Chart, Line, Published, thinned
@@ -174,5 +174,5 @@ def metric_names(row: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name, value in row.items()
-        if finite(value) and name not in ("rows", "seconds", "saving_seconds") and name.isidentifier()
+        if finite(value) and name not in DETAILS and name.isidentifier()
     ]
