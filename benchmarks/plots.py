@@ -143,7 +143,7 @@ def draw_pictures(run: Path, output: Path) -> None:
     pyplot = start()
     checkpoint = max((run / "run").glob("ckpt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     rows = json.loads((checkpoint / "eval_generation.json").read_text())
-    images = [image["path"] for image in json.loads((checkpoint / "eval_images.json").read_text())]
+    images = json.loads((run / "run" / "eval_images.json").read_text())["image_path"]
     # The first rows of distinct images, in the order of the file: nobody has chosen them.
     first = list({path: place for place, path in reversed(list(enumerate(images)))}.values())[::-1][:PICTURES]
     figure, grid = pyplot.subplots(2, PICTURES // 2, figsize=(9, 6.2), layout="constrained")
@@ -151,11 +151,11 @@ def draw_pictures(run: Path, output: Path) -> None:
         with Image.open(images[place]) as image:
             axis.imshow(image.convert("RGB").resize((256, 256), Image.Resampling.NEAREST))
         axis.set_axis_off()
-        said = "\n".join(textwrap.wrap(rows[place]["predictions"], 30))
-        meant = "\n".join(textwrap.wrap(rows[place]["labels"], 34))
+        said = "\n".join(textwrap.wrap(rows[place]["pred"], 30))
+        meant = "\n".join(textwrap.wrap(rows[place]["label"], 34))
         axis.set_title(said, fontsize=9, color=OURS, weight="bold", loc="left")
         axis.text(0, -0.04, meant, fontsize=8, color=QUIET, va="top", transform=axis.transAxes)
-    figure.savefig(output / "pocket.png", dpi=110, metadata={"Software": None})
+    figure.savefig(output / "pocket.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 
