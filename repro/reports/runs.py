@@ -171,8 +171,4 @@ def _evaluation(run: RunFiles, name: str, place: int, metric: str) -> Line | Non
 
 def metric_names(row: Mapping[str, Any]) -> list[str]:
     """Names of metrics that can be identifiers on the page too; a run writes no others."""
-    return [
-        name
-        for name, value in row.items()
-        if finite(value) and name not in DETAILS and name.isidentifier()
-    ]
+    return [name for name, value in row.items() if finite(value) and name not in DETAILS and name.isidentifier()]
