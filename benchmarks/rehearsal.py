@@ -57,7 +57,7 @@ MARKER, LOCK = ".rehearsal", ".lock"
 STEP_LINE = re.compile(r"^(\S+ \S+) - INFO - step (\d+) of \d+: loss", re.MULTILINE)
 SMOKE = ("--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2", "--num_beams", "2")
 KEPT_OF_RUN = ("num_steps", "replicas_at_once", "train_rows_per_second", "waiting_for_input_seconds")
-KEPT_OF_CHECK = ("rows", "rows_kept", "images", "images_by_captions", "tokens_of_a_caption", "captions_cut")
+KEPT_OF_CHECK = ("read", "kept", "images", "captions", "captions_cut")
 
 
 @dataclass(frozen=True)
@@ -330,14 +330,12 @@ def rehearse_data(folder: Path, flags: list[str], phase: Phases, result: dict[st
     # There may be no room for all of it: this is reported, and a part is tried.
     phase("dry run", "reproduce", RECIPE, "--output_dir", run, "--dry_run", *flags, allowed=(0, 2))
     result["dry_run"] = says(folder / "logs" / "dry-run.log", "step:", "time:", "disk:")
+    prepared = phase("prepare", "prepare", *whole)
     phase("data check", "data", "check", *whole, "--report_dir", folder / "check")
     report = json.loads((folder / "check" / "data_check.json").read_text())
     result["data_check"] = {
-        **{split: {name: found[name] for name in KEPT_OF_CHECK} for split, found in report["splits"].items()},
-        "modes": report["images"]["modes"],
-        "unusable": report["images"]["unusable"],
+        split: {name: found[name] for name in KEPT_OF_CHECK} for split, found in report["splits"].items()
     }
-    prepared = phase("prepare", "prepare", *whole)
     return prepared["cold_seconds"] - prepared["warm_seconds"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import select
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(command(arguments[1:]))
     except InputError as error:
         _say(f"error: {error}")
+        return INPUT_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):  # which only a name that was given can be
+            raise
+        _say(f"error: {error.filename}: {error.strerror}")
         return INPUT_ERROR
     except RunStopped as error:
         _say(f"stopped: {error}")

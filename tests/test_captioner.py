@@ -229,6 +229,7 @@ CANNOT_BE = [
     *(("preprocessor_config.json", None, "image_std", value) for value in ([0.5, 0.5, 0], 0, [0.5, 0.5])),
     *(("preprocessor_config.json", None, "rescale_factor", value) for value in (-1, "x", 1e400)),
     *(("preprocessor_config.json", None, "size", value) for value in (0, "x", {"height": -1, "width": 32})),
+    *(("preprocessor_config.json", None, name, True) for name in ("do_center_crop", "do_pad")),
     *(("generation_config.json", None, name, 0) for name in ("num_beams", "max_length", "max_new_tokens")),
     *(("generation_config.json", None, name, "x") for name in ("num_beams", "length_penalty", "early_stopping")),
     ("generation_config.json", None, "length_penalty", 1e400),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from repro.__main__ import main
 from repro.data.captions import caption_lengths
-from repro.data.census import picture_sheet
+from repro.data.sheet import picture_sheet
 from repro.pocket.halves import render_pocket
 
 
@@ -43,51 +44,53 @@ def test_each_split_is_looked_at_as_the_run_would(flags: list[str], tmp_path: Pa
         image = sorted((tmp_path / "coco" / folder).iterdir())[0]
         Image.open(image).convert("L").save(image)
     report = check(flags, "--protocol=published,convert_evaluated_to_rgb=true", "--per_device_eval_batch_size=4")
-    kept = {name: split["rows_kept"] for name, split in report["splits"].items()}
-    assert kept == {"train": 55, "validation": 15}
-    assert report["images"]["modes"] == {"RGB": 13, "L": 2}
-    assert (report["images"]["distinct"], report["images"]["unusable"]) == (15, 1)
+    assert {name: split["kept"] for name, split in report["splits"].items()} == {"train": 55, "validation": 15}
 
 
 def test_a_data_set_is_counted(flags: list[str], tmp_path: Path, tokenizer, capsys) -> None:
     report = check(flags)
     train, validation = report["splits"]["train"], report["splits"]["validation"]
-    assert (train["rows"], train["rows_kept"], train["images"]) == (60, 60, 12)
-    assert train["images_by_captions"] == {"5": 12}
-    assert (validation["rows"], validation["images"]) == (15, 3)
+    assert (train["read"], train["kept"], train["images"]) == (60, 60, 12)
+    assert (validation["read"], validation["images"]) == (15, 3)
     content = json.loads((tmp_path / "coco" / "annotations" / "captions_train2017.json").read_text())
     lengths = [len(tokenizer(f"{row['caption'].lower()} ").input_ids) + 1 for row in content["annotations"]]
-    assert train["tokens_of_a_caption"]["p100"] == max(lengths)
     assert train["captions_cut"] == sum(length > 12 for length in lengths) > 0
-    assert report["images"]["modes"] == {"RGB": 15}
-    assert report["images"]["width"]["p50"] == report["images"]["height"]["p0"] == 48
-    assert report["images"]["failures"] == {}
-    needs = report["needs"]
-    assert (needs["global_batch"], needs["steps"], needs["checkpoints"]) == (8, 60 // 8 * 3, 3)
-    assert needs["image_cache_bytes"] == 15 * 32 * 32 * 3
+    assert report["reasons"] == []
+    assert (report["train_batch"], report["num_steps"], report["num_models"]) == (8, 60 // 8 * 3, 3)
+    assert report["bytes"]["images"] == 15 * 32 * 32 * 3
     out = capsys.readouterr().out
-    for words in ("train: 60 rows, 60 can be used", "12 with 5", "15 RGB", "21 steps of 8 rows", "data-check"):
+    for words in ("train: 60 rows, 60 can be used, of 12 images", "21 steps of 8 rows", "for models", "data-check"):
         assert words in out
     with Image.open("data-check/data_check.png") as sheet:
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 50
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "coco", "data-check"]
-    assert not list((tmp_path / "cache").rglob("pixels"))  # nothing is decoded for later
+
+
+def test_what_is_decoded_stays_for_the_run(flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    check(flags)
+    monkeypatch.setattr("repro.data.image_cache.decode_image", lambda *_, **__: pytest.fail("decoded again"))
+    assert main(["train", *flags, "--do_train", "--max_train_samples=8", f"--output_dir={tmp_path / 'run'}"]) == 0
+
+
+def test_no_room_on_the_disk_is_a_problem_that_is_named(flags: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    check(flags)
+    assert "MB are needed and 1.0 MB free; make room" in capsys.readouterr().out
 
 
 def test_the_checkpoint_at_the_end_is_counted_where_the_protocol_saves_one(flags: list[str]) -> None:
     for protocol, checkpoints in (("published", 4), ("published,always_evaluate_at_end=true", 5)):
         more = (f"--protocol={protocol}", "--eval_steps=5", "--per_device_eval_batch_size=4")
-        needs = check(flags, *more)["needs"]
-        assert (needs["steps"], needs["checkpoints"]) == (21, checkpoints)
-        assert check(flags, *more, "--do_train")["needs"]["checkpoints"] == 1, "without evaluations there is the last"
+        report = check(flags, *more)
+        assert (report["num_steps"], report["num_models"]) == (21, checkpoints)
+        assert check(flags, *more, "--do_train")["num_models"] == 1, "without evaluations there is the last"
 
 
-def test_rows_that_are_too_few_once_images_are_dropped_are_refused_and_told(flags: list[str], tmp_path: Path, capsys):
+def test_rows_that_are_too_few_once_images_are_dropped_are_refused(flags: list[str], tmp_path: Path, capsys):
     for image in sorted((tmp_path / "coco" / "train2017").iterdir())[1:]:
         image.write_bytes(b"")
     assert main(["data", "check", *flags, "--do_train"]) == 2
     assert "larger than the data: 5 rows are left" in capsys.readouterr().err
-    assert json.loads(Path("data-check/data_check.json").read_text())["splits"]["train"]["rows_kept"] == 5
 
 
 def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path: Path, capsys) -> None:
@@ -96,18 +99,17 @@ def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path
     Image.open(gray).convert("L").save(gray)
     report = check(flags, "--protocol=current", "--do_train")
     assert set(report["splits"]) == {"train"}
-    assert report["splits"]["train"]["rows_dropped_for_their_image"] == 10
-    assert report["splits"]["train"]["rows_kept"] == 50
-    assert set(report["images"]["failures"]) == {str(broken), str(gray)}
-    assert "mode L is not RGB" in report["images"]["failures"][str(gray)]
-    assert report["images"]["modes"] == {"RGB": 10, "L": 1}
-    assert report["needs"]["steps"] == 50 // 8 * 3
-    assert str(broken) in capsys.readouterr().out
-    assert check(flags, "--protocol=exact", "--do_train")["splits"]["train"]["rows_kept"] == 55
+    assert (report["splits"]["train"]["dropped"], report["splits"]["train"]["kept"]) == (10, 50)
+    assert {(found["rows"], found["first"]) for found in report["reasons"]} == {(5, str(broken)), (5, str(gray))}
+    assert report["num_steps"] == 50 // 8 * 3
+    out = capsys.readouterr().out
+    assert f"dropped: 5 rows, from {gray} on: mode L is not RGB" in out
+    assert str(broken) in out
+    assert check(flags, "--protocol=exact", "--do_train")["splits"]["train"]["kept"] == 55
 
 
 def test_limits_and_faults_are_those_of_the_run(flags: list[str], capsys) -> None:
-    assert check(flags, "--max_train_samples=9", "--do_train", "--num_pictures=0")["splits"]["train"]["rows"] == 9
+    assert check(flags, "--max_train_samples=9", "--do_train", "--num_pictures=0")["splits"]["train"]["read"] == 9
     for more, words in (
         ("--data_dir=absent", "not a folder"),
         ("--num_pictures=-1", "--num_pictures -1: must be at least 0"),
@@ -121,6 +123,7 @@ def test_limits_and_faults_are_those_of_the_run(flags: list[str], capsys) -> Non
         ("--seed=-1", "--seed -1: must be at least 0 and at most 4294967295"),
         ("--max_target_length=65", "must be between 2 and the decoder's 64 positions"),
         ("--predict_with_generate --num_beams=341", "vocabulary's 340"),
+        ("--replicas_at_once=3", "--replicas_at_once 3: with 2 replicas"),
         ("--mesh=data=16", "needs 16 devices"),
         ("--block_size=12", "--block_size 12: must be 0 or a multiple"),
         ("--max_train_samples=7", "larger than the data: 7 rows"),

@@ -266,6 +266,36 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "caption {} a.png",
+        "data check --model_name_or_path {} --train_file {}",
+        "data pocket {}",
+        "report {}",
+        "reproduce --output_dir {}",
+        "train --output_dir {} --model_name_or_path m --do_train",
+        "train {}.json",
+        "verify --recipe pocket {}",
+    ],
+)
+@pytest.mark.parametrize("place", ["a" * 300, "loop"])
+def test_a_name_that_no_file_can_have_is_refused_in_words(
+    command: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert main(command.format(place, place).split()) == 2
+    assert place in capsys.readouterr().err
+
+
+def test_a_null_character_in_a_file_of_flags_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "flags.json"
+    file.write_text('{"output_dir": "a\\u0000b", "do_train": true}')
+    assert main(["train", str(file)]) == 2
+    assert "output_dir 'a\\x00b' holds a null character" in capsys.readouterr().err
+
+
 # Metrics.
 
 

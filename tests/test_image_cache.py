@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import ViTImageProcessor
+from urllib3 import HTTPResponse
 
 from repro.data import image_cache
 from repro.data.image_cache import ImageStore, load_images
@@ -225,7 +226,7 @@ def spoil(folder: Path, how: str) -> None:
     elif how in SLOTS:
         first, *lines = index.read_text().splitlines()
         entries = [json.loads(line) for line in lines]
-        entries = [[key, SLOTS[how]] if isinstance(slot, int) and slot > 5 else [key, slot] for key, slot in entries]
+        entries = [[key, [SLOTS[how], entry[1]] if entry[0] in range(6, COUNT) else entry] for key, entry in entries]
         index.write_text("".join(f"{line}\n" for line in [first, *map(json.dumps, entries)]))
     else:
         with index.open("ab") as file:
@@ -329,13 +330,28 @@ def test_images_are_read_from_zip_files_by_any_number_of_threads(pictures, tmp_p
         assert (store.images[np.array([number])] == number).all()
 
 
-def test_pixels_that_are_cut_while_a_run_reads_them_are_named(pictures, tmp_path: Path) -> None:
-    store = load(pictures, tmp_path / "cache")
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("how", ["cut", "zeros", "another image", "one bit"])
+def test_pixels_that_change_are_named_and_decoded_again(pictures, decoded, tmp_path: Path, caplog, how, when) -> None:
+    logging.getLogger("repro").propagate = True
+    store, size = load(pictures, tmp_path / "cache"), SIDE * SIDE * 3
     (pixels,) = tmp_path.glob("cache/*/pixels")
-    os.truncate(pixels, SIDE * SIDE * 3)
-    assert (store.images[np.array([0])] == 0).all()
-    with pytest.raises(InputError, match="pixels: was cut while it was read"):
-        store.images[np.array([0, COUNT - 1])]
+    whole = pixels.read_bytes()
+    if how == "cut" and when == "meanwhile":
+        os.truncate(pixels, 2 * size + 5)
+    elif how == "zeros":
+        pixels.write_bytes(whole[: 2 * size] + bytes(len(whole) - 2 * size))
+    elif how == "another image":
+        pixels.write_bytes(whole[: 2 * size] + whole[size : 2 * size] + whole[3 * size :])
+    elif how == "one bit":
+        pixels.write_bytes(whole[: 2 * size] + bytes([whole[2 * size] ^ 1]) + whole[2 * size + 1 :])
+    else:
+        os.truncate(pixels, 3 * size - 1)
+    decoded.clear()
+    for _ in range(2):
+        check(store if when == "meanwhile" else load(pictures, tmp_path / "cache"), pictures)
+    assert (pictures[2] in decoded, len(set(decoded))) == (True, len(decoded)), "each once: the file is mended"
+    assert "is damaged" in caplog.text or "is not whole" in caplog.text
 
 
 def test_without_a_cache_no_more_images_than_the_capacity_are_held(pictures, decoded) -> None:
@@ -384,7 +400,7 @@ def test_an_address_is_fetched_once_and_told_when_it_fails(decoded, tmp_path: Pa
     def get(url: str, timeout: float, stream: bool) -> requests.Response:
         response = requests.Response()
         response.status_code = 404 if "absent" in url else 200
-        response.raw = io.BytesIO(buffer.getvalue())
+        response.raw = HTTPResponse(io.BytesIO(buffer.getvalue()), preload_content=False)
         return response
 
     monkeypatch.setattr(requests, "get", get)

@@ -9,10 +9,12 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,6 +249,29 @@ def test_a_budget_is_kept_and_one_thread_may_have_all_of_it() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, [4, 3, 30, 1, 10] * 200))
     assert 0 < most[0] <= 10
+
+
+def test_no_more_than_one_image_is_open_beyond_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.webp")
+    real, now, most = Image.open, [0], [0]
+
+    def opened(*arguments: Any, **options: Any) -> Image.Image:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        return real(*arguments, **options)
+
+    def work(_: int) -> None:
+        with images.open_image(str(tmp_path / "a.webp")):
+            time.sleep(0.01)
+            now[0] -= 1
+
+    monkeypatch.setattr(Image, "open", opened)
+    monkeypatch.setattr(images, "PIXELS", Budget(10_000))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(20)))
+    assert most[0] <= 2
 
 
 DEEP = "[" * 100_000 + "]" * 100_000

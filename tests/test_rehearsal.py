@@ -136,8 +136,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_what_was_measured_before_a_phase_failed_is_kept(tmp_path, monkeypatch):
     def fail(name, *arguments, allowed=(0,)):
         phase.results[name] = {"seconds": 1.0}
-        if name == "data check":
-            raise rehearsal.PhaseFailed("data check: ended with status 3")
+        if name == "prepare":
+            raise rehearsal.PhaseFailed("prepare: ended with status 3")
         return phase.results[name]
 
     phase = fail
@@ -148,9 +148,9 @@ def test_what_was_measured_before_a_phase_failed_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(stand_in, "write_data", lambda *_: {"train": [40, 200], "val": [64, 320]})
     monkeypatch.setattr(stand_in, "write_halves", lambda *_, **__: None)
     result = rehearsal.rehearse(tmp_path, rehearsal.Plan(40, 2, 8, flags=(), smoke=True))
-    assert result["failed"] == "data check: ended with status 3"
+    assert result["failed"] == "prepare: ended with status 3"
     assert result["dry_run"] == ["time: 3 h for all"]
-    assert list(result["phases"]) == ["stand-in", "create-model", "dry run", "data check"]
+    assert list(result["phases"]) == ["stand-in", "create-model", "dry run", "prepare"]
     assert "projection" not in result
 
 
@@ -166,7 +166,7 @@ def test_the_rehearsal_ends_with_a_verdict_and_a_projection(tmp_path, monkeypatc
     result = json.loads(output.read_text())
     assert result["verdict"] == "CANNOT TELL"
     assert any("--eval_steps 4, the recipe has 500" in problem for problem in result["problems"])
-    assert result["data_check"]["validation"]["rows_kept"] == 320
+    assert result["data_check"]["validation"]["kept"] == 320
     assert result["run"]["num_steps"] == 8
     assert all(row["seconds"] >= 0 for row in result["projection"]["terms"])
     assert {phase for phase, found in result["phases"].items() if "peak_host_mb" in found} == {

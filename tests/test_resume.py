@@ -391,6 +391,15 @@ def test_the_output_folder_is_the_same_run_by_whatever_path(whole, name, tmp_pat
     assert {"3", "15", "16"} <= {path.name for path in (folder / "state").iterdir()}
 
 
+@pytest.mark.parametrize("place", ["state/15", "ckpt_epoch_1_step_15", "new"])
+def test_a_run_is_not_overwritten_from_inside(whole, place, tmp_path):
+    folder = copy_of(whole, tmp_path, up_to=15)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="lies in the run that --resume names"):
+        start(folder / place, "--resume", str(folder), "--overwrite_output_dir")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path in before} == before
+
+
 @pytest.mark.parametrize("named", ["run", "link"])
 def test_states_on_another_disk_are_still_the_runs_own(whole, named, tmp_path):
     folder = copy_of(whole, tmp_path, up_to=15)

@@ -86,8 +86,8 @@ def _check(argv: list[str]) -> int:
     classes = (*ARGUMENTS, CheckArguments)
     parsed = parse_arguments(classes, argv, command="data check", about=f"{CHECK}; takes the flags of a run")
     start_logging()
-    from repro.recipes.preflight import check_data, describe_data
+    from repro.recipes.preflight import check_data
 
-    print(describe_data(check_data(*parsed)))
+    print(check_data(*parsed))
     print(f"written to {parsed[-1].report_dir}")
     return 0

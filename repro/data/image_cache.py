@@ -17,6 +17,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
@@ -26,11 +27,12 @@ from uuid import uuid4
 
 import numpy as np
 import PIL
+import xxhash
 
 from repro.data.atomic import alone
 from repro.data.images import ImageError, Resize, decode_image, image_key, resize_of
 from repro.errors import InputError
-from repro.json_files import read_lines
+from repro.json_files import Count, read_lines
 from repro.limits import LIST_BYTES
 from repro.progress import progress_bar
 
@@ -40,30 +42,38 @@ GIGABYTE = 1e9
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Decoded = np.ndarray | ImageError
-Decode = Callable[[Iterable[int]], Iterator[tuple[int, Decoded]]]  # from places among the references
-Index = dict[str, int | str]  # by an image's key its place in `pixels`, or the reason why it cannot be used
+Decoding = Iterator[tuple[int, Result]]  # with each image its place among the references
+Decode = Callable[[Iterable[int]], Decoding[Decoded]]
+# By an image's key its place in `pixels` and the XXH3 of its bytes, or the reason why it cannot be used.
+Index = dict[str, list[Any] | str]
 
 log = logging.getLogger("repro")
-LINE: Any = tuple[str, int | str | dict[str, Any]]  # of the index: the build and its settings, then each image's entry
+LINE: Any = tuple[str, tuple[Count, str] | str | dict[str, Any]]  # of the index: build and settings, then entries
 
 
 class StoredImages:
     """Images one after another in a file, read when they are asked for; what stays in memory is the system's cache.
 
     Args:
-        slots: int64[M], each image's place in the file.
+        entries: of each image its place in the file, and the sum of its bytes.
+        decode: what gives those anew whose bytes have changed.
     """
 
-    def __init__(self, file: Path, slots: np.ndarray, shape: tuple[int, ...]) -> None:
-        self._file, self._slots, self._shape = file, slots, shape
-        self._descriptor = os.open(file, os.O_RDONLY)
+    def __init__(self, file: Path, entries: list[Any], shape: tuple[int, ...], decode: Decode) -> None:
+        self._file, self._entries, self._shape, self._decode = file, entries, shape, decode
+        self._descriptor = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         images = np.empty((len(places), *self._shape), np.uint8)
-        for image, slot in zip(images, self._slots[places].tolist(), strict=True):
-            if os.preadv(self._descriptor, [image], slot * image.nbytes) != image.nbytes:
-                raise InputError(f"{self._file}: was cut while it was read; start again.")
+        for place, image in zip(places.tolist(), images, strict=True):
+            slot, total = self._entries[place]
+            start = slot * image.nbytes
+            if os.preadv(self._descriptor, [image], start) != image.nbytes or _sum(image) != total:
+                log.warning("%s: the image at byte %d is damaged; it is decoded again", self._file, start)
+                image[:] = dict(self._decode([place]))[place]
+                with suppress(OSError):  # of a cache that only others may write
+                    os.pwrite(self._descriptor, image, start)
         return images
 
 
@@ -77,9 +87,7 @@ class ImageCache:
         self._pixels, self._index, self._lock = (self.folder / name for name in ("pixels", "index.jsonl", "lock"))
         self._shape, self._image_bytes = resize.shape, math.prod(resize.shape)
 
-    def load(
-        self, references: Sequence[str], decode: Decode, rebuild: str | None, bar: Any
-    ) -> tuple[StoredImages, dict[str, str]]:
+    def load(self, references: Sequence[str], decode: Decode, rebuild: str | None, bar: Any) -> ImageStore:
         """Find the references, decoding those that are not there; tells also why some cannot be used."""
         keys = [image_key(reference) or reference for reference in references]
         if rebuild is not None:
@@ -89,19 +97,17 @@ class ImageCache:
         build, index = self._read()
         bar.update(sum(key in index for key in keys))
         if build and index.keys() >= set(keys):
-            opened = self._open(references, keys, index)
+            opened = self._open(references, keys, index, decode)
             if build == self._read()[0]:  # otherwise another run has discarded it meanwhile
                 return opened
         with alone(self._lock):
-            return self._open(references, keys, self._extend(references, keys, decode, bar))
+            return self._open(references, keys, self._extend(references, keys, decode, bar), decode)
 
-    def _open(
-        self, references: Sequence[str], keys: Sequence[str], index: Index
-    ) -> tuple[StoredImages, dict[str, str]]:
+    def _open(self, references: Sequence[str], keys: Sequence[str], index: Index, decode: Decode) -> ImageStore:
         found = [index[key] for key in keys]
-        slots = np.array([entry if isinstance(entry, int) else -1 for entry in found], np.int64)
         failures = {name: entry for name, entry in zip(references, found, strict=True) if isinstance(entry, str)}
-        return StoredImages(self._pixels, slots, self._shape), failures
+        again = partial(_decoded_again, references, decode)
+        return ImageStore(StoredImages(self._pixels, found, self._shape, again), failures)
 
     def _read(self) -> tuple[str | None, Index]:
         """Give the name of the build that is there, None if it is not of these settings, and what of it is whole."""
@@ -113,11 +119,11 @@ class ImageCache:
         if not rows or rows[0][1] != self._settings:
             return None, {}
         # No slot is given twice: of those that are, at most one entry is right, and which is not known.
-        times = Counter(entry for _, entry in rows[1:] if isinstance(entry, int))
+        times = Counter(entry[0] for _, entry in rows[1:] if isinstance(entry, list))
         index: Index = {
             key: entry
             for key, entry in rows[1:]
-            if isinstance(entry, str) or (isinstance(entry, int) and 0 <= entry < available and times[entry] == 1)
+            if isinstance(entry, str) or (isinstance(entry, list) and times[entry[0]] == 1 and entry[0] < available)
         }
         return rows[0][0], index
 
@@ -135,7 +141,7 @@ class ImageCache:
                 f" {free / GIGABYTE:.2f} GB are free; make room, name another folder with --cache_dir, or do without"
                 " with --no_image_cache."
             )
-        slot = 1 + max((entry for entry in index.values() if isinstance(entry, int)), default=-1)
+        slot = 1 + max((entry[0] for entry in index.values() if not isinstance(entry, str)), default=-1)
         passing: Index = {}
         added: Index = {}
         with self._pixels.open("r+b") as pixels, self._index.open("a") as opened:
@@ -159,7 +165,7 @@ class ImageCache:
                         passing[key] = "its file was not there when the run began"
                     else:
                         pixels.write(image.tobytes())
-                        added[key] = slot
+                        added[key] = [slot, _sum(image)]
                         slot += 1
                     bar.update()
                     if len(added) >= COMMIT:
@@ -171,11 +177,14 @@ class ImageCache:
     def _repair(self) -> Index:
         """Make the files ready to grow: without what a killed writer, a truncation or other settings left behind."""
         build, index = self._read()
-        if build is None:
-            self._begin_anew(uuid4().hex)
-        elif self._index.read_bytes() != (lines := self._lines(build, index)).encode():
+        lines = self._lines(build or uuid4().hex, index)
+        if self._index.exists():
+            if self._index.read_bytes() == lines.encode():
+                return index
             log.warning("%s: the image cache is not whole; what is missing is decoded again", self.folder)
-            _replace(self._index, lines)
+        if build is None:
+            _replace(self._pixels, "")
+        _replace(self._index, lines)
         return index
 
     def _begin_anew(self, build: str) -> None:
@@ -186,6 +195,10 @@ class ImageCache:
 
     def _lines(self, build: str, index: Index) -> str:
         return "".join(map(_line, [(build, self._settings), *index.items()]))
+
+
+def _sum(image: np.ndarray) -> str:
+    return xxhash.xxh3_64_hexdigest(image.data)
 
 
 def _line(entry: tuple[str, Any]) -> str:
@@ -234,6 +247,13 @@ class ImageStore(NamedTuple):
     failures: dict[str, str]
 
 
+def _decoded_again(references: Sequence[str], decode: Decode, places: Iterable[int]) -> Decoding[np.ndarray]:
+    for place, image in decode(places):
+        if isinstance(image, ImageError):
+            raise InputError(f"{references[place]}: could be read before, and now it cannot: {image}.")
+        yield place, image
+
+
 class DecodedImages:
     """Images that are decoded once to see which can be used, and again when they are asked for.
 
@@ -265,10 +285,7 @@ class DecodedImages:
             images = {place: self._kept.pop(place) for place in wanted if place in self._kept}
             while self._kept and len(self._kept) + len(wanted) > self._capacity:
                 del self._kept[next(iter(self._kept))]
-            for place, image in self._decode([place for place in wanted if place not in images]):
-                if isinstance(image, ImageError):
-                    raise InputError(f"{self._references[place]}: could be read before, and now it cannot: {image}.")
-                images[place] = image
+            images |= _decoded_again(self._references, self._decode, [place for place in wanted if place not in images])
             self._kept |= images
         return np.stack([images[place] for place in places.tolist()])
 
@@ -313,7 +330,7 @@ def load_images(
             return ImageStore(images, images.failures)
         cache = ImageCache(cache_dir, resize, convert_to_rgb=convert_to_rgb)
         try:
-            return ImageStore(*cache.load(references, decode, rebuild, bar))
+            return cache.load(references, decode, rebuild, bar)
         except OSError as error:
             raise InputError(
                 f"{cache.folder}: decoded images cannot be kept there ({error}); make room or mend it, name another"

@@ -9,11 +9,13 @@ An image is referred to by a path or a URL, or as `zip://MEMBER::ARCHIVE` or `ar
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
@@ -32,6 +34,7 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")
 DOWNLOAD_SECONDS = 20
 # Of all images that are being decoded.
 BYTES, PIXELS = limits.Budget(limits.IMAGE_BYTES), limits.Budget(limits.IMAGE_PIXELS)
+OPENING = threading.Lock()  # one at a time waits for `PIXELS`: some formats take memory when they are opened
 
 # Several threads decode, and what a `catch_warnings` in one of them does reaches the others. Pillow refuses images of
 # more than twice the number of pixels from which on it warns; that is a reason to drop one.
@@ -99,13 +102,14 @@ def open_image(reference: str) -> Iterator[Image.Image]:
     """
     try:
         size, read = _source(reference)
-        with BYTES.held(size):
+        with BYTES.held(size), ExitStack() as held:
             content = read()
-            image = Image.open(limits.Content(content), formats=formats())
-            limits.check_image(image, content)
-            with PIXELS.held(image.width * image.height):
-                image.load()
-                yield image
+            with OPENING:
+                image = Image.open(limits.Content(content), formats=formats())
+                limits.check_image(image, content)
+                held.enter_context(PIXELS.held(image.width * image.height))
+            image.load()
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # whose message has the address of a buffer
@@ -197,6 +201,23 @@ def _source(reference: str) -> tuple[int, Callable[[], bytes]]:
 
 
 def _fetch(url: str) -> bytes:
+    """Fetch an image in time; a server that says one letter a second is left to a thread that gives it up by itself."""
+    answer: Future[bytes] = Future()
+
+    def fetch() -> None:
+        try:
+            answer.set_result(_answer_of(url))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        return answer.result(DOWNLOAD_SECONDS)
+    except TimeoutError:
+        raise Refused(f"is not there after {DOWNLOAD_SECONDS} s") from None
+
+
+def _answer_of(url: str) -> bytes:
     import requests
 
     end = time.monotonic() + DOWNLOAD_SECONDS
@@ -205,8 +226,10 @@ def _fetch(url: str) -> bytes:
         content = bytearray()
         while chunk := response.raw.read1(1 << 14, decode_content=True):  # as it comes, however slowly that is
             content += chunk
-            if len(content) > limits.DOWNLOAD_BYTES or time.monotonic() > end:
-                raise Refused(f"more than {limits.DOWNLOAD_BYTES:,} bytes, or {DOWNLOAD_SECONDS} s, would be fetched")
+            if time.monotonic() > end:
+                raise TimeoutError
+            if len(content) > limits.DOWNLOAD_BYTES:
+                raise Refused(f"more than {limits.DOWNLOAD_BYTES:,} bytes would be fetched")
     return bytes(content)
 
 

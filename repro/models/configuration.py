@@ -51,8 +51,9 @@ GENERATION: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "max_length", "max_new_tokens"), Positive | None),
     **{"length_penalty": Finite | None, "early_stopping": bool | Literal["never"] | None},
 }
+PROCESSOR_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 PROCESSOR: dict[str, Any] = {
-    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), bool | None),
+    **dict.fromkeys(PROCESSOR_STEPS, bool | None),
     "resample": Annotated[int, Meta(ge=0, le=5)],
     "rescale_factor": AboveZero | None,
     "image_mean": Annotated[list[Finite], Meta(min_length=CHANNELS, max_length=CHANNELS)] | Finite | None,

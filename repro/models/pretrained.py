@@ -284,6 +284,9 @@ def _read_processor(path: str, hub: dict[str, Any]) -> Any:
     def load() -> Any:
         processor = AutoImageProcessor.from_pretrained(path, use_fast=False, **hub)
         configuration.check_values("preprocessor_config.json", processor, configuration.PROCESSOR, "mend it")
+        for name, value in processor.to_dict().items():
+            if name.startswith("do_") and value and name not in configuration.PROCESSOR_STEPS:
+                raise InputError(f"preprocessor_config.json: {name} {value!r} is not done here; set it to false.")
         resize_of(processor), pixel_table(processor)
         return processor
 

@@ -22,15 +22,13 @@ from datasets import concatenate_datasets
 from repro.config import CheckArguments, DataArguments, ModelArguments, TrainingArguments
 from repro.data.atomic import check_writable
 from repro.data.batches import number_images
-from repro.data.census import count_images, count_rows, look_at_images, picture_sheet
 from repro.data.image_cache import cores, load_images
 from repro.data.images import resize_of
-from repro.data.rows import Rows, column
+from repro.data.rows import Rows
+from repro.data.sheet import picture_sheet
 from repro.json_files import write_json
-from repro.models.pretrained import Pretrained
-from repro.record.sanitize import template
 from repro.run.build import build_evaluator, build_training, training_batches
-from repro.run.prepare import PreparedRun, check_run, load_or_create, mesh_of, prepare, read_rows
+from repro.run.prepare import PreparedRun, check_run, mesh_of, prepare, read_rows
 from repro.run.settings import Settings
 from repro.training.memory import device_bytes
 from repro.training.sharding import put, replicated
@@ -38,6 +36,7 @@ from repro.training.steps import count_parameters
 
 # A model is kept in float32 for Flax and for PyTorch; a state holds each parameter with AdamW's two moments.
 BYTES_OF_WEIGHT, BYTES_OF_STATE = 2 * 4, 3 * 4
+REASONS_LISTED = 20
 STEPS, WARM_UPS = 3, 1
 TIMED_IMAGES = 500
 
@@ -54,14 +53,14 @@ class DryRun(NamedTuple):
 
 def check_data(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, check_args: CheckArguments
-) -> dict[str, Any]:
-    """Check what the flags of a run name; writes `data_check.json` and `data_check.png`, and returns the former.
+) -> str:
+    """Do what a run does before its first step; writes `data_check.json` and `data_check.png`, and tells what is there.
 
-    Without `--do_train`, `--do_eval` and `--do_predict`, the training and validation rows are checked.
+    Without `--do_train`, `--do_eval` and `--do_predict`, the training and validation rows are checked. Rows, tokens and
+    images stay in the caches for the run.
 
     Raises:
-        InputError: a run with these flags and data would be refused; what the data hold is written all the same, as far
-            as it can be read.
+        InputError: a run with these flags and data would be refused.
     """
     if not (args.do_train or args.do_eval or args.do_predict):
         args = replace(args, do_train=True, do_eval=True)
@@ -71,75 +70,60 @@ def check_data(
     check_writable(settings.cache, "--cache_dir")
     if settings.output_dir is not None:
         check_writable(settings.folder, "--output_dir")
-    num_workers = settings.preprocessing_num_workers or cores()
-    rows, reading = timed(lambda: read_rows(settings))
-    pretrained = load_or_create(settings, seed=settings.seed)
-    check_run(settings, pretrained, jax.devices())
-    converts = {name: settings.converts_to_rgb(name) for name in rows}
-    uses = [(path, converts[name]) for name, split in rows.items() for path in column(split.dataset, "image_path")]
-    resize, count = resize_of(pretrained.image_processor), partial(count_rows, tokenizer=pretrained.tokenizer)
-    seen, decoding = timed(lambda: look_at_images(list(dict.fromkeys(uses)), resize, num_workers))
-    counts, tokenizing = timed(
-        lambda: {
-            name: count(split, converts[name], seen, max_length=settings.max_length(name))
-            for name, split in rows.items()
-        }
-    )
-    images, disk = count_images(seen), _disk(pretrained)
-    needs: dict[str, Any] = {
-        "seconds_reading_rows": round(reading, 1),
-        "seconds_decoding_images": round(decoding, 1),
-        "threads": num_workers,
-        "seconds_tokenizing": round(tokenizing, 1),
-        "image_cache_bytes": (images["distinct"] - images["unusable"]) * disk["image"] if settings.image_cache else 0,
-        "cache_free_bytes": shutil.disk_usage(_existing(settings.cache)).free,
-        "checkpoint_bytes": disk["model"],
-        "output_free_bytes": shutil.disk_usage(_existing(Path(settings.output_dir or "."))).free,
+    prepared, seconds = timed(lambda: prepare(settings, jax.devices(), progress=True))
+    settings, splits = prepared.settings, prepared.facts["data"]
+    needs = _bytes_on_disk(prepared, sum(counts["images"] for counts in splits.values()))
+    first = {row["reason"]: row["image_path"] for row in reversed(prepared.dropped)}
+    reasons = Counter(row["reason"] for row in prepared.dropped).most_common(REASONS_LISTED)
+    report = {
+        "splits": splits,
+        "reasons": [{"reason": reason, "rows": rows, "first": first[reason]} for reason, rows in reasons],
+        "bytes": needs,
+        "seconds": round(seconds, 1),
+        **{name: getattr(settings, name) for name in ("train_batch", "num_steps", "num_evaluations", "num_models")},
     }
-    kept = {name: found["rows_kept"] for name, found in counts.items()}
-    if settings.do_train:
-        planned = replace(settings, num_rows=kept)
-        needs |= {
-            "global_batch": planned.train_batch,
-            "steps": planned.num_steps,
-            "checkpoints": planned.num_models,
-        }
-    report = {"splits": counts, "images": images, "needs": needs}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "data_check.json", report)
-    broken = {path for (path, _), image in seen.items() if image.failure is not None}
-    whole = concatenate_datasets([split.dataset for split in rows.values()])
-    order = np.random.default_rng(settings.seed).permutation(len(whole))[: 4 * check_args.num_pictures + 100]
-    usable = ((row["image_path"], row["caption"]) for row in whole.select(order) if row["image_path"] not in broken)
-    if drawn := list(islice(usable, check_args.num_pictures)):
-        picture_sheet(drawn).save(folder / "data_check.png")
-    settings.with_rows(kept)
-    return report
+    rows = concatenate_datasets([split.dataset.select(split.kept) for split in prepared.splits.values()])
+    if count := min(check_args.num_pictures, len(rows)):
+        drawn = rows.select(np.random.default_rng(settings.seed).permutation(len(rows))[:count])
+        picture_sheet(list(zip(drawn["image_path"], drawn["caption"], strict=True))).save(folder / "data_check.png")
+    lines = [
+        *(_CHECKED.format(name, **counts) for name, counts in splits.items()),
+        *(f"dropped: {rows} rows, from {first[reason]} on: {reason}" for reason, rows in reasons),
+        *([f"training: {settings.num_steps} steps of {settings.train_batch} rows"] if settings.do_train else []),
+        _disk_in_words(needs),
+        *(f"problem: {problem}" for problem in _lacking_room(settings, needs)),
+        f"read, decoded and tokenized in {_duration(seconds)}; a run finds it in {settings.cache}",
+    ]
+    return "\n".join(lines)
 
 
-def _disk(pretrained: Pretrained) -> dict[str, int]:
-    """Tell the bytes on disk of one decoded image, one model and one state."""
+_CHECKED = (
+    "{}: {read} rows, {kept} can be used, of {images} images; {captions_cut} of {captions} captions are cut at"
+    " {max_length} tokens"
+)
+
+
+def _bytes_on_disk(prepared: PreparedRun, num_images: int) -> dict[str, int]:
+    """Tell what a run keeps at most: decoded images, models and states."""
+    settings, pretrained = prepared.settings, prepared.pretrained
     parameters, image = count_parameters(pretrained.params), resize_of(pretrained.image_processor).shape
-    return {"image": math.prod(image), "model": parameters * BYTES_OF_WEIGHT, "state": parameters * BYTES_OF_STATE}
+    return {
+        "images": num_images * math.prod(image) if settings.image_cache else 0,
+        "models": settings.num_models * parameters * BYTES_OF_WEIGHT,
+        "states": settings.num_states * parameters * BYTES_OF_STATE,
+    }
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-
-
-def describe_data(report: dict[str, Any]) -> str:
-    """Put what `check_data` returns into words."""
-    text = template("repro.recipes", "data_check.txt", autoescape=False, size=_size, range=_range)
-    return text.render(report).rstrip()
+def _disk_in_words(needs: dict[str, int]) -> str:
+    return "disk: {images} for images, {models} for models, {states} for states".format(
+        **{name: _size(size) for name, size in needs.items()}
+    )
 
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _range(values: dict[str, int]) -> str:
-    return "{p0} to {p100}, median {p50}, 99 % up to {p99}".format(**values) if values else "none"
 
 
 def dry_run(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> DryRun:
@@ -164,7 +148,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         facts = _time_steps(trial)
         facts |= _time_evaluation(trial, settings, devices, held_bytes=facts["state_bytes"])
     settings = replace(settings, do_eval=args.do_eval)
-    disk, available = _disk(trial.pretrained), device_bytes(devices[0])
+    available = device_bytes(devices[0])
     num_images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
     per_image = settings.rules.generate_per_image
     unit, evaluated = ("images", num_images) if per_image else ("rows", settings.num_rows)
@@ -175,12 +159,8 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         "training": settings.num_steps * settings.train_batch / facts["train_rows_per_second"],
         "evaluations": settings.num_evaluations * evaluated["validation"] / facts["evaluation_rows_per_second"],
     }
-    image_cache = sum(num_images.values()) * disk["image"] if settings.image_cache else 0
-    models, states = settings.num_models * disk["model"], settings.num_states * disk["state"]
-    problems = [
-        *_lacking_room((Path(settings.output_dir or "."), models + states), (settings.cache, image_cache)),
-        *_lacking_memory(facts, available),
-    ]
+    needs = _bytes_on_disk(replace(trial, settings=settings), sum(num_images.values()))
+    problems = [*_lacking_room(settings, needs), *_lacking_memory(facts, available)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     parts = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
     lines = [
@@ -189,7 +169,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         *(f"weights: {note}" for note in trial.pretrained.notes),
         *(f"{name}: {count} rows of {num_images[name]} images" for name, count in settings.num_rows.items()),
         *(f"dropped among the first rows: {row['reason']}" for row in trial.dropped[:3]),
-        f"disk: {_size(image_cache)} for images, {_size(models)} for models, {_size(states)} for states",
+        _disk_in_words(needs),
         f"step: {_gib(facts['step_bytes'])} GiB with one replica on each device,"
         f" {facts['train_rows_per_second']:.0f} rows/s",
         f"evaluation: {_gib(facts['evaluation_bytes'])} GiB with {facts['evaluation_rows_at_once']} at once,"
@@ -274,11 +254,13 @@ def _time_evaluation(
     }
 
 
-def _lacking_room(*sizes: tuple[Path, int]) -> Iterator[str]:
+def _lacking_room(settings: Settings, needs: dict[str, int]) -> Iterator[str]:
     """Say which file systems have fewer bytes free than their folders are to hold."""
     wanted: Counter[Path] = Counter()
     place_on: dict[int, Path] = {}
-    for there, size in ((_existing(folder), size) for folder, size in sizes):
+    written = (Path(settings.output_dir or "."), needs["models"] + needs["states"])
+    for folder, size in (written, (settings.cache, needs["images"])):
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         wanted[place_on.setdefault(there.stat().st_dev, there)] += size
     for folder, size in wanted.items():
         free = shutil.disk_usage(folder).free

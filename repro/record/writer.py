@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from repro.data.atomic import check_writable, remove_empty, sha256_of
-from repro.data.census import picture_sheet
+from repro.data.sheet import picture_sheet
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_results
 from repro.json_files import PARTIAL, read_json, write_json, write_whole

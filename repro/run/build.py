@@ -12,14 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 from datasets import Dataset
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from repro.data.batches import CaptionedImages, RowOrder, prefetch
-from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
 from repro.record.writer import log
-from repro.run.prepare import PreparedRun, num_beams
-from repro.run.settings import Settings
+from repro.run.prepare import PreparedRun, at_once_choices, num_beams
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
 from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes, tree_bytes
@@ -122,7 +120,7 @@ def build_training(prepared: PreparedRun) -> Training:
         log.info("compiling the training step")
     at_once, step = compile_what_fits(
         lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
-        _at_once(settings, mesh),
+        at_once_choices(settings, mesh),
         limit=SHARE * device_bytes(mesh.local_devices[0]),
         bytes_of=step_bytes,
     )
@@ -138,20 +136,6 @@ def build_training(prepared: PreparedRun) -> Training:
     row_order = RowOrder(seed=settings.seed, num_epochs=settings.num_epochs, shuffle=settings.shuffle, **sizes)
     batch_sharding = train_batch_sharding(mesh, num_replicas=settings.replicas, replicas_at_once=at_once)
     return Training(prepared, step, start, like, row_order, batch_sharding, facts)
-
-
-def _at_once(settings: Settings, mesh: Mesh) -> list[int]:
-    """How many replicas may be computed at once, most first."""
-    replica_batch = settings.per_device_train_batch_size
-    possible = choices(mesh, num_replicas=settings.replicas, replica_batch=replica_batch)
-    if settings.replicas_at_once is None:
-        return possible
-    if settings.replicas_at_once not in possible:
-        raise InputError(
-            f"--replicas_at_once {settings.replicas_at_once}: with {settings.replicas} replicas of {replica_batch}"
-            f" rows on {mesh.size} devices it can be {', '.join(map(str, possible))}."
-        )
-    return [settings.replicas_at_once]
 
 
 def build_evaluator(

@@ -30,6 +30,7 @@ from repro.provenance import versions
 from repro.record.record import ROWS
 from repro.record.writer import log
 from repro.run.settings import DETERMINISTIC, Settings, is_deterministic, mesh_shape
+from repro.training.memory import choices
 from repro.training.processes import decided_by_first
 from repro.training.sharding import create_mesh
 from repro.training.steps import count_parameters
@@ -166,7 +167,21 @@ def check_run(settings: Settings, pretrained: Pretrained, devices: Sequence[jax.
     mesh = mesh_of(settings, devices)
     if settings.deterministic and not is_deterministic(mesh):
         raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
+    if settings.do_train:
+        at_once_choices(settings, mesh)
     return mesh
+
+
+def at_once_choices(settings: Settings, mesh: Mesh) -> list[int]:
+    """How many replicas may be computed at once, most first; an InputError refuses what the flag asks for."""
+    replica_batch = settings.per_device_train_batch_size
+    possible = choices(mesh, num_replicas=settings.replicas, replica_batch=replica_batch)
+    if settings.replicas_at_once not in (None, *possible):
+        raise InputError(
+            f"--replicas_at_once {settings.replicas_at_once}: with {settings.replicas} replicas of {replica_batch}"
+            f" rows on {mesh.size} devices it can be {', '.join(map(str, possible))}."
+        )
+    return possible if settings.replicas_at_once is None else [settings.replicas_at_once]
 
 
 def num_beams(settings: Settings, pretrained: Pretrained) -> int:

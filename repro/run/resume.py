@@ -118,6 +118,8 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
             f" of its states ({STATE}/STEP)."
         )
     start = _after(found, source, folder)
+    if source.resolve() in folder.resolve().parents:
+        raise InputError(f"--output_dir {folder}: lies in the run that --resume names, {source}; name another folder.")
     if start.branches_off:
         check_output_dir(folder, overwrite=args.overwrite_output_dir)
     return start
