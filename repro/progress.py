@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 
 def progress_bar(iterable: Any = None, *, progress: bool, **settings: Any) -> Any:

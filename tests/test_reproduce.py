@@ -192,6 +192,7 @@ def test_several_seeds_are_one_command_that_goes_on_and_one_verdict(
     runs = [tmp_path / "pocket" / f"seed-{seed}" / "run" for seed in (3, 4)]
     assert [json.loads((run / "run.json").read_text())["flags"]["seed"] for run in runs] == [3, 4]
     assert (tmp_path / "pocket" / "report.html").is_file()
+    assert not [path for path in tmp_path.rglob("data") if path.parent != tmp_path / "pocket"], "rendered once"
     (last,) = runs[1].glob("ckpt_*")
     generation = json.loads((last / "generation_config.json").read_text())
     assert (generation["num_beams"], generation["max_new_tokens"]) == (4, 19), "as the recipe evaluates"

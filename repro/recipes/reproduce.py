@@ -49,7 +49,9 @@ class Reproduction:
     samples: list[Sample]  # some captions; none where nothing was generated
 
 
-def reproduce(name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_going: bool = False) -> Reproduction:
+def reproduce(
+    name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_going: bool = False, home: Path | None = None
+) -> Reproduction:
     """Run a recipe in a folder of its own; goes on with a run of it that was ended.
 
     Args:
@@ -57,60 +59,65 @@ def reproduce(name: str, folder: Path, given: Mapping[str, Any] = {}, *, keep_go
         folder: new, empty, or of the same recipe.
         given: flags of `repro train` that win over the recipe's, by name.
         keep_going: do not stop a run that can no longer meet the targets.
+        home: where the data that a recipe makes, the model's halves and the caches are; None for the same folder.
 
     Raises:
         InputError: there is no such recipe, a flag cannot be used, or the folder holds something else.
         RunStopped: the run cannot meet the targets any more, or cannot go on.
     """
-    recipe = read_recipe(name)
-    with started(recipe, folder, given) as (model_args, data_args, args):
+    recipe, home = read_recipe(name), home or folder
+    with started(recipe, folder, given, home) as (model_args, data_args, args):
         if args.do_train and not args.overwrite_output_dir and "resume" not in given:
             args = dataclasses.replace(args, resume="auto")
-        scenes = partial(_score_scenes, folder / "data") if "data" in recipe else None
+        scenes = partial(_score_scenes, home / "data") if "data" in recipe else None
         watch = None if keep_going else Watcher(recipe)
         result = run(model_args, data_args, args, score=scenes, watch=watch)
         verification = verify([folder], recipe=name, recompute=False)
         write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
-    return Reproduction(folder, result, verification, _samples(result, folder / "data" if scenes else None))
+    return Reproduction(folder, result, verification, _samples(result, home / "data" if scenes else None))
 
 
 def reproduce_seeds(
     name: str, folder: Path, seeds: Sequence[int], given: Mapping[str, Any] = {}, *, keep_going: bool = False
 ) -> tuple[list[Reproduction], Verification]:
-    """Run a recipe with several seeds, each as `reproduce` does in `folder/seed-N`, and judge all runs together."""
+    """Run a recipe with several seeds, each in `folder/seed-N` on the same data, and judge all runs together."""
     runs = []
-    for place, seed in enumerate(seeds, start=1):
-        log.info("seed %d, run %d of %d, in %s", seed, place, len(seeds), folder / f"seed-{seed}")
-        runs.append(reproduce(name, folder / f"seed-{seed}", {**given, "seed": seed}, keep_going=keep_going))
-    together = verify([run.folder for run in runs], recipe=name, seeds=len(seeds), recompute=False)
-    write_json(folder / "result.json", as_json(together))
+    with locked(folder):
+        for place, seed in enumerate(seeds, start=1):
+            own = folder / f"seed-{seed}"
+            log.info("seed %d, run %d of %d, in %s", seed, place, len(seeds), own)
+            runs.append(reproduce(name, own, {**given, "seed": seed}, keep_going=keep_going, home=folder))
+        together = verify([run.folder for run in runs], recipe=name, seeds=len(seeds), recompute=False)
+        write_json(folder / "result.json", as_json(together))
     return runs, together
 
 
 @contextmanager
-def started(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def started(
+    recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any], home: Path | None = None
+) -> Iterator[tuple[Any, ...]]:
     """Keep others out of a recipe's folder, make its data and the model's halves if they are its own; gives the flags.
 
     Raises:
         InputError: a flag cannot be used, or the folder holds something else.
     """
-    marker = folder / MARKER
+    marker, home = folder / MARKER, home or folder
     for name in {"output_dir", *SEVERAL} & given.keys():
         raise InputError(
             f"--{name}: is not for a recipe, whose run is in its own folder and in one process; give its other flags to"
             " `repro train` for that."
         )
-    arguments = make_arguments(ARGUMENTS, recipe_flags(recipe, folder, given))
+    arguments = make_arguments(ARGUMENTS, recipe_flags(recipe, folder, given, home))
     _check_is_of(marker, recipe["name"])
     with locked(folder):
         _check_is_of(marker, recipe["name"])  # another may have been quicker
         write_json(marker, {"name": recipe["name"]})
         if "data" in recipe:
-            if not (folder / "data").exists():
+            if not (home / "data").exists():
                 number = recipe["data"]["num_train"] + recipe["data"]["num_val"]
                 log.info("rendering %d images", number)
-            render_pocket(folder / "data", **recipe["data"])
-            make_halves(recipe["model"], folder / "data", folder / "model")
+            render_pocket(home / "data", **recipe["data"])
+            make_halves(recipe["model"], home / "data", home / "model")
         yield arguments
 
 
@@ -130,16 +137,14 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
                     path.rmdir()
 
 
-def recipe_flags(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_flags(
+    recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any], home: Path | None = None
+) -> dict[str, Any]:
     """The flags of a recipe's run in a folder, those that are given first; a whole model takes the place of halves."""
-    own: dict[str, Any] = {"output_dir": folder / RUN}
+    own, home = {"output_dir": folder / RUN}, home or folder
     if "data" in recipe:
-        own |= {
-            "data_dir": folder / "data",
-            "cache_dir": folder / "cache",
-            "encoder_config_name": folder / "model" / "encoder",
-            "decoder_config_name": folder / "model" / "decoder",
-        }
+        own |= {"data_dir": home / "data", "cache_dir": home / "cache"}
+        own |= {f"{half}_config_name": home / "model" / half for half in ("encoder", "decoder")}
     flags = given_flags(ARGUMENTS, flags_of({**recipe["flags"], **own}), command="reproduce")
     if "model_name_or_path" in given:
         flags = {name: value for name, value in flags.items() if not name.startswith(HALVES)}

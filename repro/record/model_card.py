@@ -73,7 +73,7 @@ def metadata(name: str, trained: Trained) -> ModelCardData:
             dataset_name=data_name,
             dataset_split="validation",
             metric_type=_kind(key),
-            metric_name=_name(key) or clean(key),
+            metric_name=LABELS.get(key, clean(key)),
             metric_value=round(float(value), 4),
         )
         for key, value in metrics.items()
@@ -89,11 +89,6 @@ def metadata(name: str, trained: Trained) -> ModelCardData:
         model_name=clean(trained.flag("hub_model_id") or name).rpartition("/")[2],
         eval_results=results or None,
     )
-
-
-def _name(metric: str) -> str:
-    """A known metric's name with its unit; nothing for another."""
-    return f"{METRICS[metric].label}, {METRICS[metric].unit}" if metric in METRICS else ""
 
 
 def is_hub_id(name: str) -> bool:
