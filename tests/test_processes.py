@@ -25,10 +25,10 @@ PATIENCE = 300
 
 MAIN = ("-m", "repro")
 SMALL_SECOND = """
-import jax, sys, repro.run.build
+import jax, sys, repro.run.build, repro.run.prepare
 from repro.__main__ import main
 repro.run.build.device_bytes = lambda _: 1 if jax.process_index() else 1 << 40
-repro.run.build.choices = lambda *_, **__: [8, 4]
+repro.run.build.choices = repro.run.prepare.choices = lambda *_, **__: [8, 4]
 sys.exit(main(sys.argv[1:]))
 """
 
