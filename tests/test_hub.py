@@ -19,7 +19,7 @@ from repro.__main__ import main
 from repro.models.weights import SAFETENSORS_FILE
 from repro.recipes.selftest import command_line, read_case
 from repro.record import hub
-from repro.record.hub import HubUploader, Patience, status_of, take_snapshot, tried
+from repro.record.hub import HubUploader, Patience, status_of, tried
 
 TOKEN = "hf_aVerySecretTokenOfTheTests"
 BARE_TOKEN = "a-token-of-another-kind/+=42"
@@ -103,7 +103,6 @@ def test_all_but_states_and_what_is_not_whole_is_uploaded_as_one_commit(stub, fo
         assert stub.repositories[repository][name] == source.read_bytes()
     assert said(caplog) == []
     assert f"the end is at {stub.url}/me/model" in said(caplog, logging.INFO)[-1]
-    assert not (folder / hub.SNAPSHOTS).exists()
 
 
 def test_a_card_of_the_users_own_stands_for_the_repository(stub, folder):
@@ -165,7 +164,6 @@ def test_of_uploads_that_come_up_meanwhile_the_newest_is_done_and_nobody_waits(s
         for step in range(1, 5):
             uploading.push(f"step {step}")
         assert time.monotonic() - began < 0.3
-        assert len(list((folder / hub.SNAPSHOTS).iterdir())) == 1
         finish(uploading)
     assert [message for _, message, _ in stub.commits] == ["the end"]
 
@@ -278,7 +276,6 @@ def test_an_error_of_the_run_ends_the_upload_under_way(stub, folder, caplog):
         fail()
     assert time.monotonic() - began < 3.0
     assert "the upload under way is ended" in said(caplog)[0]
-    assert not (folder / hub.SNAPSHOTS).exists()
 
 
 def test_an_upload_that_hangs_does_not_hold_up_the_end_of_the_process(stub, folder):
@@ -316,24 +313,14 @@ def test_the_librarys_login_is_used(stub, folder, monkeypatch):
     assert stub.commits
 
 
-def test_a_full_disk_costs_the_upload_alone(stub, folder, caplog, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_file_that_cannot_be_read_costs_the_upload_alone(stub, folder, caplog, monkeypatch):
+    def refuse(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(hub.shutil, "copyfile", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with uploader(folder) as uploading:
         uploading.push("first")
-    assert "the files cannot be copied: [Errno 28]" in said(caplog)[0]
-
-
-def test_a_snapshot_has_no_file_twice(folder, tmp_path):
-    copies = tmp_path / "copies"
-    take_snapshot(folder, copies)
-    assert sorted(path.name for path in copies.rglob("*") if path.is_file() and not path.is_symlink()) == [
-        *("README.md", "events.out.tfevents.1.host", "metrics.jsonl", "run.json")
-    ]
-    assert sorted(path.name for path in (copies / MODEL).iterdir()) == ["README.md", SAFETENSORS_FILE]
-    assert (copies / "README.md").read_bytes() == (copies / MODEL / "README.md").read_bytes()
+    assert "the files cannot be read: [Errno 5]" in said(caplog)[0]
 
 
 def test_attempts_pause_twice_as_long_each_time(monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.utils import disable_progress_bars, get_session
 from huggingface_hub.utils.logging import set_verbosity_error
 
@@ -24,8 +23,6 @@ from repro.record.writer import LOCK, NON_FINITE, REPORT, STATE, log, models_in
 
 # What stays here of a run's folder: states, where the images are, and the report with small copies of them.
 LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ".*")
-# Folder in the run's, with copies of files that grow while they are being uploaded.
-SNAPSHOTS = f"upload{PARTIAL}"
 CARD = "README.md"
 THREAD = "hub"
 AGAIN = (408, 429)  # of the answers 400 to 499, those that may be different next time
@@ -60,10 +57,10 @@ PATIENCE = Patience()
 
 
 class Job(NamedTuple):
-    """An upload: its message, and the folder with what there is to upload; None to make the repository alone."""
+    """An upload: its message, and what there is to upload by name; nothing to make the repository alone."""
 
     message: str
-    folder: Path | None
+    files: dict[str, bytes | Path]
 
 
 class HubUploader:
@@ -80,12 +77,12 @@ class HubUploader:
             repository: name of the model repository, None for the folder's.
             token: None for the one of the Hugging Face login.
         """
-        self._folder, self._patience, self._number = folder, PATIENCE, 0
+        self._folder, self._patience = folder, PATIENCE
         self._repository, token = repository or folder.resolve().name, token or get_token()
         learn(token)
         self._changed = threading.Condition(threading.RLock())
         self._current: Job | None = None
-        self._next: Job | None = Job("", None)
+        self._next: Job | None = Job("", {})
         self._closed = False
         if constants.HF_HUB_OFFLINE:
             self._give_up("the Hub cannot be reached: HF_HUB_OFFLINE is set.")
@@ -107,21 +104,17 @@ class HubUploader:
                 self._give_up("the upload under way is ended.")
             self._closed = True
             self._changed.notify_all()
-        shutil.rmtree(self._folder / SNAPSHOTS, ignore_errors=True)
 
     def push(self, message: str) -> None:
         """Have the folder as it is now uploaded as one commit, as soon as the upload under way has ended."""
         if self._closed:
             return
-        self._number += 1
-        snapshot = self._folder / SNAPSHOTS / str(self._number)
         try:
-            take_snapshot(self._folder, snapshot)
+            job = Job(message, files_of(self._folder))
         except OSError as error:
-            return self._warn(f"the files cannot be copied: {error}")
+            return self._warn(f"the files cannot be read: {error}")
         with self._changed:
-            _remove(self._next)
-            self._next = Job(message, snapshot)
+            self._next = job
             self._changed.notify_all()
 
     def finish(self, message: str, *, stopped: Callable[[], bool]) -> None:
@@ -155,15 +148,15 @@ class HubUploader:
             with self._changed:
                 if not self._closed:
                     self._conclude(job, *outcome)
-                _remove(job)
                 self._current = None
                 self._changed.notify_all()
 
     def _upload(self, job: Job) -> str:
         """Commit what has changed in a folder to the repository, made if there is none; returns its address."""
         found = self._api.create_repo(self._repository, exist_ok=True).repo_id
-        if job.folder is not None:
-            self._api.upload_folder(repo_id=found, folder_path=job.folder, commit_message=job.message)
+        if job.files:
+            added = [CommitOperationAdd(name, content) for name, content in job.files.items()]
+            self._api.create_commit(found, added, commit_message=job.message)
         return f"{self._api.endpoint}/{found}"
 
     def _conclude(self, job: Job, address: str, error: str, status: int | None) -> None:
@@ -171,7 +164,7 @@ class HubUploader:
             self._give_up(f"the Hub refuses ({error}). {REMEDIES[status]}")
         elif error:
             self._warn(f"{self._repository}: the upload failed ({error}).")
-        elif job.folder:
+        elif job.files:
             log.info("--push_to_hub: %s is at %s", job.message, address)
 
     def _warn(self, text: str) -> None:
@@ -227,26 +220,16 @@ def limit_silence(seconds: float) -> None:
         huggingface_hub.configure_http_backend(Session)
 
 
-def _remove(job: Job | None) -> None:
-    if job is not None and job.folder:
-        shutil.rmtree(job.folder, ignore_errors=True)
-
-
-def take_snapshot(folder: Path, snapshot: Path) -> None:
-    """Lay out what is to be uploaded of a run's folder: copies of files that may still change, links to the others.
+def files_of(folder: Path) -> dict[str, bytes | Path]:
+    """Collect what is to be uploaded of a run: the content of files that may still change, paths of the others.
 
     The folders of finished models do not change. The last model's card stands for the whole repository, unless the
     folder has one of its own.
     """
-    for path in folder.rglob("*"):
+    found: dict[str, bytes | Path] = {}
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(fnmatchcase(name.parts[0], pattern) for pattern in LEFT_AT_HOME):
-            place = snapshot / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if len(name.parts) == 1:
-                shutil.copyfile(path, place)
-            else:
-                place.symlink_to(path.resolve())
-    cards = [path for model in models_in(snapshot) if (path := model / CARD).is_file()]
-    if cards and not (snapshot / CARD).exists():
-        shutil.copyfile(cards[-1], snapshot / CARD)
+            found[name.as_posix()] = path.read_bytes() if len(name.parts) == 1 else path
+    cards = [path for model in models_in(folder) if (path := model / CARD).is_file()]
+    return ({CARD: cards[-1]} if cards else {}) | found
