@@ -147,6 +147,9 @@ class DataArguments(Checked):
     caption_metrics: bool = flag(
         False, "Further: compute BLEU and CIDEr-D too, of one caption of each image against all that it has."
     )
+    attention_pictures: int = _free(
+        12, "Further: validation images of which the report shows where each word of their caption looks.", NATURAL
+    )
     num_beams: int | None = flag(None, "Beams (default: the model's configuration).", COUNT)
 
 

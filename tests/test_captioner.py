@@ -123,6 +123,17 @@ def test_a_caption_of_an_encoded_image_has_the_logits_of_a_caption_of_its_pixels
     np.testing.assert_allclose(decoded, model.captioner.logits(params, pixels, TOKENS, mask), rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_token_looks_at_is_a_share_of_the_image(model):
+    captioner, looks = with_decoder(model), []
+    for seed in (1, 2):
+        looks.append(np.asarray(captioner.looks_at(randomized(captioner.init(seed), seed), images(0), TOKENS)))
+    config = captioner.config.encoder
+    assert looks[0].shape == (*TOKENS.shape, (config.image_size // config.patch_size) ** 2)
+    assert (looks[0] >= 0).all()
+    assert (looks[0].sum(axis=2) <= 1 + 1e-6).all(), "the class token has the rest"
+    assert np.abs(looks[0] - looks[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_loss_keeps_one_array_as_large_as_the_logits(smoothing):
     shape = (2, 8, 200_000)

@@ -75,6 +75,7 @@ FURTHER_FLAGS = [
     ("image_cache", True, "False", False),
     ("allow_image_urls", False, "True", True),
     ("caption_metrics", False, "True", True),
+    ("attention_pictures", 12, "3", 3),
     ("replicas_at_once", None, "4", 4),
     ("mesh", None, "data=4,fsdp=2", "data=4,fsdp=2"),
     ("max_grad_norm", None, "1", 1.0),

@@ -38,7 +38,13 @@ def test_the_documented_command_runs_with_all_its_flags(
     facts = json.loads((folder / "run.json").read_text())
     assert facts["num_replicas"] == 8  # the devices of the tests
     assert facts["num_steps"] == 54 * 5 // 256
-    assert len(json.loads((folder / "ckpt_epoch_1_step_1" / "eval_generation.json").read_text())) == 15
+    captions = json.loads((folder / "ckpt_epoch_1_step_1" / "eval_generation.json").read_text())
+    assert len(captions) == 15
+    paths = json.loads((folder / "eval_images.json").read_text())["image_path"]
+    for shown in json.loads((folder / "eval_attention.json").read_text()):
+        assert "".join(shown["tokens"]).strip() == captions[paths.index(shown["image_path"])]["pred"]
+        assert {len(bytes.fromhex(weights)) for weights in shown["weights"]} == {16}
+        assert all(max(bytes.fromhex(weights)) == 255 for weights in shown["weights"])
     assert "--push_to_hub: the Hub cannot be reached" in (folder / "log").read_text()
     assert "ROUGE-2" in capsys.readouterr().out
     load_model(str(folder / "ckpt_epoch_1_step_1"))

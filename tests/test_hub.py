@@ -407,7 +407,7 @@ def test_training_ends_well_and_in_time_whatever_the_hub_does_and_the_token_is_n
     if warned is None:
         there = stub.repositories["me/model"]
         local = {path.relative_to(run).as_posix(): content for path, content in contents(run)}
-        stays = ("run.lock", "eval_images.json", "report.html")
+        stays = ("run.lock", "eval_images.json", "eval_attention.json", "report.html")
         uploaded = {name for name in local if not name.startswith("state/") and name not in stays}
         assert set(there) == uploaded | {"README.md"}
         for name in uploaded:  # the log says afterwards that it is uploaded

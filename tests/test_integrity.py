@@ -239,8 +239,9 @@ def test_one_run_under_several_seeds_is_one_run(
     ("what", "changed"),
     [
         ("data", {"data": {"train": {"kept": 120, "dropped": 0, "images": 24, "fingerprint": "another"}}}),
-        ("counts", {"num_steps": 21}),
-        ("counts", {"model": {"parameters": 7}}),
+        ("steps", {"num_steps": 21}),
+        ("parameters", {"model": {"parameters": 7}}),
+        ("counts", {"data": {"train": {"kept": 119, "dropped": 1, "images": 24, "fingerprint": "another"}}}),
         ("models", {"model": {"fingerprint": "another"}}),
     ],
 )

@@ -213,10 +213,3 @@ def test_a_folder_with_other_things_in_it_is_refused_and_kept(tmp_path):
     with pytest.raises(InputError, match="empty folder"):
         pocket.render_pocket(tmp_path, **SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"image_size": 3}])
-def test_numbers_that_are_too_small_are_refused(tmp_path, wrong):
-    with pytest.raises(InputError, match="cannot render"):
-        pocket.render_pocket(tmp_path / "data", **{**SETTINGS, **wrong})
-    assert not (tmp_path / "data").exists()

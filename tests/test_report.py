@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import tempfile
 import time
@@ -17,10 +19,11 @@ from synthetic_run import read_data, write_run
 
 from repro.__main__ import main
 from repro.errors import InputError
+from repro.json_files import write_json
 from repro.record.sanitize import visible
 from repro.reports.charts import nice_ticks, thinned
-from repro.reports.page import SHOWN, chosen_items, ranked_items, text_statistics
-from repro.reports.runs import Generated, metric_names
+from repro.reports.page import SHOWN, chosen_items, looks, ranked_items
+from repro.reports.runs import Generated, metric_names, read_run_folder
 from repro.reports.write import write_report
 
 HOSTILE = [
@@ -219,8 +222,23 @@ def test_what_is_said_of_an_evaluation_besides_its_metrics_has_no_curve():
     assert metric_names({"loss": 1.0, **details, "attribute_accuracy": 0.5}) == ["loss", "attribute_accuracy"]
 
 
-def test_texts_are_counted():
-    assert list(text_statistics(["A dog runs.", "a dog", "a dog"]).values()) == ["3", "2.33", "2", "3", "33.3 %"]
+def test_the_words_of_some_captions_have_pictures_of_where_they_look(tmp_path):
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "a.png")
+    corner = bytes([255, *[0] * 15]).hex()
+    shown = {"image_path": str(tmp_path / "a.png"), "tokens": ["a", " d", "og", ""], "weights": [corner] * 4}
+    bad = [
+        shown | {"image_path": "absent.png"},
+        shown | {"weights": ["x"] * 4},
+        shown | {"weights": [corner, corner[:8], corner, corner]},
+        shown | {"weights": []},
+        shown | {"tokens": []},
+    ]
+    write_json(tmp_path / "eval_attention.json", [shown, *bad])
+    strips = list(looks(read_run_folder(tmp_path)))
+    assert [word for word, _ in strips[0]] == ["a", " dog"]
+    picture = Image.open(io.BytesIO(base64.b64decode(strips[0][0][1].partition(",")[2])))
+    assert picture.getpixel((0, 0))[0] > 3 * picture.getpixel((80, 80))[0]
+    assert not [strip for strip in strips[1:] if strip]
 
 
 @pytest.mark.slow

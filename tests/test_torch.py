@@ -87,6 +87,20 @@ def test_pytorch_computes_the_same_logits(golden_inputs, tmp_path, caplog, name)
     assert np.abs(ours - expected)[seen].max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("name", ["as it is", "unscaled", "scaled by layer", "upcast"])
+def test_pytorch_looks_at_the_same_patches(golden_inputs, tmp_path, caplog, name):
+    model = variant(golden_inputs, name, seed=4)
+    save_model(model, model.params, tmp_path)
+    theirs = in_pytorch(tmp_path, caplog, attn_implementation="eager")
+    pixels, tokens = images(0), np.random.default_rng(1).integers(0, 340, (ROWS, LENGTH), dtype=np.int32)
+    ours = np.asarray(model.captioner.looks_at(model.params, pixels, tokens))
+    with torch.no_grad():
+        inputs = {"pixel_values": normalized(model, pixels), "decoder_input_ids": torch.tensor(tokens).long()}
+        found = theirs(**inputs, output_attentions=True).cross_attentions
+    expected = torch.stack(found).mean(dim=(0, 2)).numpy()[..., 1:]
+    assert np.abs(ours - expected).max() < 1e-4
+
+
 @pytest.mark.parametrize("num_beams", [1, 3, 8])
 def test_pytorch_generates_the_same_captions(golden_inputs, tmp_path, caplog, num_beams):
     compared = 0

@@ -27,7 +27,7 @@ from repro.data.atomic import sha256_of
 from repro.pocket.halves import render_pocket
 from repro.recipes import read_recipe, recipe_names
 from repro.recipes.targets import judge_all, read_targets
-from repro.recipes.verify import verify
+from repro.recipes.verify import measures, verify
 
 SEEDS = (1, 2, 3, 4)
 OWN = 42
@@ -190,7 +190,8 @@ def test_all_of_a_recipes_targets_are_written_from_its_runs(runs, monkeypatch):
     assert [row["seed"] for row in listed] == list(SEEDS)
     assert {row["metric"] for row in read_recipe("pocket")["targets"]} <= {row["metric"] for row in rows}
     run = repro.recipes.verify.read_run(runs(SEEDS[0]), read_recipe("pocket"))
-    outcomes = {(o.target.metric, o.target.step): o.verdict for o in judge_all(read_targets(rows), [run.measured])}
+    of_run = measures(run.facts, run.recorded.rows)
+    outcomes = {(o.target.metric, o.target.step): o.verdict for o in judge_all(read_targets(rows), [of_run])}
     exact = ("train_rows", "num_steps", "parameters", "eval_rows", "train_fingerprint", "validation_fingerprint")
     assert {outcomes[metric, None] for metric in (*exact, "learning_rate", "loss")} == {"PASS"}
     assert outcomes["loss", 1] == "PASS"

@@ -1,4 +1,4 @@
-"""Evaluate a model on a split: the loss of every row, captions, ROUGE; by programs compiled from shapes alone."""
+"""Evaluate a model on a split, by programs compiled from shapes alone: losses, captions, ROUGE, attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from repro.data.batches import CaptionedImages, prefetch
+from repro.data.captions import shift_right
 from repro.evaluation.caption_metrics import caption_scores
 from repro.evaluation.rouge import rouge_scores
 from repro.progress import progress_bar
@@ -219,6 +220,37 @@ def caption_of_each_image(images: Sequence[str], generations: Sequence[dict[str,
     for image, row in zip(images, generations, strict=False):
         found.setdefault(image, row["pred"])
     return found
+
+
+def some_captions(evaluation: Evaluation, number: int) -> dict[str, str]:
+    """Choose images that lie evenly among those evaluated, the same every time, with their captions."""
+    captions = list(caption_of_each_image(evaluation.image_paths, evaluation.generations).items())
+    places = np.linspace(0, len(captions) - 1, min(number, len(captions)))
+    return dict(captions[int(place)] for place in places)
+
+
+def word_attention(
+    pretrained: Any, params: Any, data: CaptionedImages, evaluation: Evaluation, number: int
+) -> list[dict[str, Any]]:
+    """Look at some captions of an evaluation, token by token.
+
+    Returns:
+        {"image_path", "tokens", "weights"} of each; of a token its attention to the image's patches, row by row, as two
+        hexadecimal digits each, ff where it is strongest. Nothing without captions, or of a model that does not tell.
+    """
+    found, tokenizer = some_captions(evaluation, number), pretrained.tokenizer
+    ids = tokenizer([*found.values(), ""], padding=True, return_tensors="np").input_ids[:-1]
+    if not ids.size or not hasattr(pretrained.captioner, "looks_at"):
+        return []
+    rows = np.array([evaluation.image_paths.index(path) for path in found])
+    inputs = shift_right(ids, pretrained.captioner.config.decoder_start_token_id)
+    looks = pretrained.captioner.looks_at(params, data.images[data.image_index[rows]], inputs)
+    pictures = []
+    for path, row_ids, row_looks in zip(found, ids, np.asarray(looks, np.float32), strict=True):
+        tokens = [tokenizer.decode([token], skip_special_tokens=True) for token in row_ids]
+        weights = [np.rint(255 * look / look.max()).astype(np.uint8).tobytes().hex() for look in row_looks]
+        pictures.append({"image_path": path, "tokens": tokens, "weights": weights})
+    return pictures
 
 
 def coco_results(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -124,6 +124,16 @@ class NativeCaptioner:
         """`logits` without dropout, of images that have been encoded."""
         inputs = (decoder_input_ids, decoder_attention_mask, memory)
         return self._apply(params, *inputs, method=lambda module, *inputs: module.decoder.decode(*inputs))
+
+    def looks_at(self, params: Params, pixels: jax.Array, decoder_input_ids: jax.Array) -> jax.Array:
+        """Tell how much each of int32[B,T] looks at each patch of uint8[B,S,S,3] to predict the next: float32[B,T,P].
+
+        The weights of cross-attention, as the mean over layers and heads, without that of the class token.
+        """
+        module, mask = replace(self, remat=False).module, jnp.ones_like(decoder_input_ids)
+        inputs = (normalize(pixels, self.pixel_table, self.dtype), decoder_input_ids, mask)
+        _, found = module.apply({"params": params}, *inputs, mutable="intermediates")
+        return jnp.stack(jax.tree.leaves(found)).mean(axis=(0, 2))[..., 1:]
 
     def generate(self, params: Params, memory: Memory, *, max_length: int, num_beams: int, **settings: Any) -> Captions:
         """Caption images that have been encoded; `settings` are `beam_search`'s.

@@ -92,6 +92,8 @@ class Attention(Part):
         scale = query.shape[-1] ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= self.layer + 1
+        if self.cross and self.is_mutable_collection("intermediates"):  # for a picture of what a word looks at
+            self.sow("intermediates", "weights", jax.nn.softmax(scale * query @ known.key))
         drops = not deterministic and config.attn_pdrop > 0
         attended = attend(
             query,

@@ -61,9 +61,8 @@ class Claims:
 def mentioned(caption: str) -> Claims:
     """Read the claims of a caption, well-formed or not; unknown words claim nothing.
 
-    A clause ends at "and", "with", a comma or a relation. Sides belong to the group of their
-    clause, and a relation without a group after it ("with a star above it") refers to the group
-    before the last.
+    A clause ends at "and", "with", a comma or a relation. Sides belong to the group of their clause, and a relation
+    without a group after it ("with a star above it") refers to the group before the last.
     """
     text = " ".join(re.findall("[a-z]+|,", caption.lower()))
     backgrounds = tuple(_BACKGROUND.findall(text))
@@ -93,9 +92,8 @@ def _phrases(clause: str) -> list[Phrase]:
 def judge(claims: Claims, scene: Scene) -> list[tuple[str, bool]]:
     """Every claim's kind, and whether it is true of the scene.
 
-    What is said of a group is true only of objects of the stated shape *and* colour: "two red
-    circles" wants exactly two red circles, "a big red circle" a red circle, and all of them big.
-    Counts of a group that is named twice add up.
+    What is said of a group is true only of objects of the stated shape *and* colour: "two red circles" wants exactly
+    two red circles, "a big red circle" a red circle, and all of them big. Counts of a group that is named twice add up.
     """
     told: list[tuple[str, bool]] = []
     counts: Counter[tuple[str | None, str | None]] = Counter()
@@ -139,11 +137,10 @@ def attribute_accuracy(captions: Sequence[str], scenes: Sequence[Scene]) -> dict
         scenes: Scene[N], what the picture of each shows.
 
     Returns:
-        `attribute_accuracy`, the fraction of all claims that are true, and for each of `KINDS`
-        `{kind}_accuracy` and `{kind}_mentions`, the number of such claims; a fraction of no
-        claims is 0. `exact_match` is the fraction of captions that state shape, colour and count
-        of every object, and nothing false. `captions_without_attributes` counts those that claim
-        nothing, and so have no part in the accuracies.
+        `attribute_accuracy`, the fraction of all claims that are true, and for each of `KINDS` `{kind}_accuracy` and
+        `{kind}_mentions`, the number of such claims; a fraction of no claims is 0. `exact_match` is the fraction of
+        captions that state shape, colour and count of every object, and nothing false. `captions_without_attributes`
+        counts those that claim nothing, and so have no part in the accuracies.
     """
     true: Counter[str] = Counter()
     mentions: Counter[str] = Counter()

@@ -16,14 +16,13 @@ from uuid import uuid4
 import PIL
 
 from repro.errors import InputError
-from repro.json_files import read_json
+from repro.json_files import read_json, write_json
 from repro.pocket import scenes as scene_rules
 from repro.pocket.scenes import CAPTIONS_PER_SCENE, Item, Scene, describe_scene, draw_scene, sample_scene
 from repro.progress import progress_bar
 
 YEAR = 2017
 JPEG_QUALITY = 95
-MIN_IMAGE_SIZE = 16
 
 
 def render_pocket(
@@ -31,26 +30,19 @@ def render_pocket(
 ) -> None:
     """Write scenes, captions and true attributes as a COCO 2017 folder, unless it is there already.
 
-    No validation or test scene occurs in the training split. The folder appears whole or not at
-    all; one that was rendered with other settings is replaced.
+    No validation or test scene occurs in the training split. The folder appears whole or not at all; one that was
+    rendered with other settings is replaced.
 
     Args:
         data_dir: the folder, with `pocket.json` (the settings), `{train,val,test}2017/*.jpg` and
             `annotations/{captions,scenes}_*2017.json`, for the test split `image_info` instead.
-        num_train: images of the training split.
-        num_val: images of the validation split.
-        num_test: images of the test split, which has no captions; with 0 there is none.
+        num_train, num_val, num_test: images of each split; the test split has no captions, and with 0 there is none.
         image_size: side of the pictures, in pixels.
         seed: the same seed gives the same bytes.
 
     Raises:
-        InputError: a number is too small, or `data_dir` holds something else.
+        InputError: `data_dir` holds something else.
     """
-    if num_train < 1 or num_val < 1 or num_test < 0 or image_size < MIN_IMAGE_SIZE:
-        raise InputError(
-            f"cannot render {num_train} training, {num_val} validation and {num_test} test images "
-            f"of {image_size} pixels; ask for at least 1, 1 and 0 images of {MIN_IMAGE_SIZE} pixels"
-        )
     target = Path(data_dir).absolute()
     num_images = {"train": num_train, "val": num_val, "test": num_test}
     settings: dict[str, Any] = {**num_images, "image_size": image_size, "seed": seed}
@@ -72,7 +64,7 @@ def render_pocket(
             if scenes:
                 _write_split(building, split, scenes, first_image_id, image_size, rng)
             first_image_id += len(scenes)
-        _write_json(building / "pocket.json", settings)
+        write_json(building / "pocket.json", settings, indent=None)
         if target.exists():
             shutil.rmtree(target)
         building.rename(target)
@@ -129,22 +121,17 @@ def _write_split(
         captions += [(image_id, caption) for caption in describe_scene(scene, rng)]
     rng.shuffle(captions)
     first_caption_id = (first_image_id - 1) * CAPTIONS_PER_SCENE + 1
-    header = {
+    content: dict[str, Any] = {
         "info": {"description": "Rendered scenes in the COCO 2017 layout", "year": YEAR},
         "licenses": [{"id": 1, "name": "Public domain", "url": ""}],
         "images": images,
     }
-    annotations = [
-        {"image_id": image_id, "id": caption_id, "caption": caption}
-        for caption_id, (image_id, caption) in enumerate(captions, first_caption_id)
-    ]
-    kind, content = (
-        ("image_info", {"categories": []}) if split == "test" else ("captions", {"annotations": annotations})
-    )
-    _write_json(folder / "annotations" / f"{kind}_{split}{YEAR}.json", header | content)
+    if split != "test":
+        content["annotations"] = [
+            {"image_id": image_id, "id": caption_id, "caption": caption}
+            for caption_id, (image_id, caption) in enumerate(captions, first_caption_id)
+        ]
+    kind = "image_info" if split == "test" else "captions"
+    write_json(folder / "annotations" / f"{kind}_{split}{YEAR}.json", content, indent=None)
     truth = [{"image_id": image_id, **asdict(scene)} for image_id, scene in enumerate(scenes, first_image_id)]
-    _write_json(folder / "annotations" / f"scenes_{split}{YEAR}.json", truth)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    write_json(folder / "annotations" / f"scenes_{split}{YEAR}.json", truth, indent=None)

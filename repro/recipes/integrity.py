@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -18,11 +18,8 @@ from repro.data.atomic import sha256_of
 from repro.errors import InputError
 from repro.evaluation.rouge import rouge_scores
 from repro.json_files import read_json
-from repro.record.record import FACTS, GENERATION, ROWS, Recorded, digest_of
+from repro.record.record import FACTS, GENERATION, ROWS, Record, Recorded, digest_of
 from repro.record.writer import checked_files, models_in, prefixed
-
-if TYPE_CHECKING:
-    from repro.recipes.verify import RunRecord
 
 SAME_SCORE = 1e-4  # of ROUGE, 0 to 100: computed again from the same captions it is the same but for the order of a sum
 # Shares of a loss and of a metric of captions, computed again from the weights on the kind of device of the run.
@@ -129,7 +126,7 @@ def evaluated_again(folder: Path, facts: Mapping[str, Any], recorded: Recorded) 
     return problems, [f"evaluated again: loss {again['loss']:.6f}, {apart:+.1e} apart"]
 
 
-def not_repetitions(runs: Sequence[RunRecord]) -> list[str]:
+def not_repetitions(runs: Sequence[Record]) -> list[str]:
     """Find what forbids to take runs for repetitions of one another."""
     usable = [run for run in runs if run.facts]
     seeds = [run.seed for run in usable]
@@ -143,7 +140,7 @@ def not_repetitions(runs: Sequence[RunRecord]) -> list[str]:
     )
 
 
-def mixed(runs: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
+def mixed(runs: Sequence[Record], others: Sequence[Record]) -> list[str]:
     """Find what forbids to compare runs at all: old with new, or with one another."""
     usable = [run for run in (*runs, *others) if run.facts]
     # What a configuration consists of depends on the version of transformers.
@@ -157,7 +154,11 @@ def mixed(runs: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
     return [
         *_different(
             data=[{n: s.get("fingerprint") for n, s in run.facts.get("data", {}).items()} for run in usable],
-            counts=[run.counts for run in usable],
+            steps=[run.facts["num_steps"] for run in usable],
+            parameters=[run.facts["model"]["parameters"] for run in usable],
+            counts=[
+                [(n, s["kept"], s["dropped"], s["images"]) for n, s in run.facts["data"].items()] for run in usable
+            ],
         ),
         *(problem for found in models.values() for problem in _different(models=found)),
         *(
@@ -168,7 +169,7 @@ def mixed(runs: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def other_versions(runs: Sequence[RunRecord], others: Sequence[RunRecord]) -> list[str]:
+def other_versions(runs: Sequence[Record], others: Sequence[Record]) -> list[str]:
     """Say of which versions old and new runs are, where they differ: what an upgrade has changed."""
     found = []
     for name in dict.fromkeys(name for run in (*runs, *others) for name in run.facts.get("versions", {})):

@@ -27,6 +27,7 @@ from repro.data.images import resize_of
 from repro.data.rows import Rows
 from repro.data.sheet import picture_sheet
 from repro.json_files import write_json
+from repro.record.model_card import cut_in_words
 from repro.run.build import build_evaluator, build_training, training_batches
 from repro.run.prepare import PreparedRun, check_run, mesh_of, prepare, read_rows
 from repro.run.settings import Settings
@@ -89,7 +90,11 @@ def check_data(
         drawn = rows.select(np.random.default_rng(settings.seed).permutation(len(rows))[:count])
         picture_sheet(list(zip(drawn["image_path"], drawn["caption"], strict=True))).save(folder / "data_check.png")
     lines = [
-        *(_CHECKED.format(name, **counts) for name, counts in splits.items()),
+        *(
+            f"{name}: {found['read']} rows, {found['kept']} can be used, of {found['images']} images; captions:"
+            f" {cut_in_words(found)}"
+            for name, found in splits.items()
+        ),
         *(f"dropped: {rows} rows, from {first[reason]} on: {reason}" for reason, rows in reasons),
         *([f"training: {settings.num_steps} steps of {settings.train_batch} rows"] if settings.do_train else []),
         _disk_in_words(needs),
@@ -97,12 +102,6 @@ def check_data(
         f"read, decoded and tokenized in {_duration(seconds)}; a run finds it in {settings.cache}",
     ]
     return "\n".join(lines)
-
-
-_CHECKED = (
-    "{}: {read} rows, {kept} can be used, of {images} images; {captions_cut} of {captions} captions are cut at"
-    " {max_length} tokens"
-)
 
 
 def _bytes_on_disk(prepared: PreparedRun, num_images: int) -> dict[str, int]:

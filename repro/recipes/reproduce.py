@@ -17,7 +17,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImag
 
 from repro.config import ARGUMENTS, HALVES, SEVERAL, flags_of, given_flags, make_arguments
 from repro.errors import InputError
-from repro.evaluation.evaluator import Evaluation, caption_of_each_image
+from repro.evaluation.evaluator import Evaluation, caption_of_each_image, some_captions
 from repro.json_files import read_json, write_json
 from repro.pocket.attributes import attribute_accuracy
 from repro.pocket.halves import read_scenes, render_pocket
@@ -190,7 +190,8 @@ def _score_scenes(data_dir: Path, evaluation: Evaluation) -> dict[str, float]:
 
 def _samples(result: RunResult, data_dir: Path | None) -> list[Sample]:
     evaluation = result.evaluations.get("eval")
-    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations) if evaluation else {}
     scenes = read_scenes(data_dir, "val") if data_dir else {}
-    paths = sorted(captions)[:: max(len(captions) // SAMPLES, 1)][:SAMPLES]
-    return [Sample(path, captions[path], scenes[int(Path(path).stem)].in_words() if scenes else "") for path in paths]
+    return [
+        Sample(path, caption, scenes[int(Path(path).stem)].in_words() if scenes else "")
+        for path, caption in (some_captions(evaluation, SAMPLES) if evaluation else {}).items()
+    ]

@@ -24,8 +24,8 @@ from repro.recipes.integrity import (
     not_repetitions,
     other_versions,
 )
-from repro.recipes.targets import Measured, Outcome, Target, against, judge_all, overall, read_targets
-from repro.record.record import FACTS, Recorded, read_record
+from repro.recipes.targets import Measured, Outcome, Run, Target, against, judge_all, overall, read_targets
+from repro.record.record import FACTS, Record, Recorded, read_record
 
 MARKER, MARKER_FORM = "recipe.json", keys(name=str)
 RUN = "run"
@@ -39,9 +39,7 @@ ALSO_COMPARED = ("do_train", "num_replicas", "eval_steps", "max_train_samples", 
 NOT_COMPARED = ("seed", "output_dir", "overwrite_output_dir", "resume", "token", "hub_token")
 # What `repro reproduce` adds for a recipe that makes its own data.
 OF_ITS_FOLDER = ("data_dir", "cache_dir", "encoder_config_name", "decoder_config_name")
-LOOKS = (
-    "each look at so many runs is paid for; a number that was named before the first run, --seeds N, tells with fewer"
-)
+LOOKS = "each look at so many runs is paid for; a number named before the first run, --seeds N, tells with fewer"
 # Of a run's facts; whatever else may be missing has a meaning.
 NEEDED = ("flags", "data", "model", "num_steps", "num_replicas")
 OUTCOME = ("wanted", "measured", "difference", "interval", "verdict", "reason")  # what `--json` writes of an outcome
@@ -49,42 +47,11 @@ EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)  # what is known before the run is ov
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """A run as its files tell it."""
-
-    folder: Path
-    facts: dict[str, Any]  # `run.json`
-    recorded: Recorded
-    problems: tuple[str, ...] = ()  # why nothing can be concluded from it
-    notes: tuple[str, ...] = ()  # what differs from the recipe and is allowed to
-
-    @property
-    def seed(self) -> int:
-        return self.facts["flags"]["seed"]
-
-    def measured(self, target: Target) -> Measured:
-        return measured(target, self.facts, self.recorded.rows)
-
-    @property
-    def minutes(self) -> float | None:
-        """What the run took, start-up, evaluations and saved models included."""
-        return self.facts["seconds"] / 60 if "seconds" in self.facts else None
-
-    @property
-    def counts(self) -> dict[str, float | None]:
-        return {name: values_of(Target(name, ""), self.facts, ()).get("") for name in COUNTS}
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        return tuple(row["loss"] for row in self.recorded.rows if "loss" in row)
-
-
-@dataclass(frozen=True)
 class Verification:
     """What runs come to."""
 
     recipe: str
-    runs: tuple[RunRecord, ...]
+    runs: tuple[Record, ...]
     outcomes: tuple[Outcome, ...]
     problems: tuple[str, ...]  # of the runs, by folder; with any, nothing was judged
     notes: tuple[str, ...] = ()
@@ -135,7 +102,7 @@ def verify(
     targets = read_targets(content["targets"])
     notes = [_time(run, content) for run in runs if run.minutes is not None]
     if not problems:
-        targets = against(targets, [run.measured for run in others]) if others else targets
+        targets = against(targets, [measures(run.facts, run.recorded.rows) for run in others]) if others else targets
         for run in (*runs, *others):
             found = contradictions(run.folder, run.recorded)
             if content.get("recompute", False) if recompute is None else recompute:
@@ -146,11 +113,12 @@ def verify(
         notes += [f"losses equal those of {', '.join(same)}, step for step"] * bool(same)
     notes += other_versions(runs, others) if others else []
     notes += [LOOKS] * (seeds is None and len(runs) > 1)
-    outcomes = [] if problems else judge_all(targets, [run.measured for run in runs], named=seeds is not None)
+    found_of = [measures(run.facts, run.recorded.rows) for run in ([] if problems else runs)]
+    outcomes = judge_all(targets, found_of, named=seeds is not None) if found_of else []
     return Verification(content["name"], tuple(runs), tuple(outcomes), tuple(problems), tuple(notes))
 
 
-def _time(run: RunRecord, recipe: Mapping[str, Any]) -> str:
+def _time(run: Record, recipe: Mapping[str, Any]) -> str:
     published = recipe.get("reported", {}).get("minutes")
     beside = f"; published: {published['value']} ({published['source']})" if published else ""
     return f"{run.folder}: {run.minutes:.1f} minutes{beside}; time is reported and never judged"
@@ -165,7 +133,6 @@ class Watcher:
     def __init__(self, recipe: Mapping[str, Any]) -> None:
         self._recipe = recipe
         self._targets = [target for target in read_targets(recipe["targets"]) if target.metric in EARLY]
-        self._is_of_recipe: bool | None = None
 
     def __call__(self, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Look at a run, given what will be its `run.json`, and its rows so far.
@@ -173,11 +140,9 @@ class Watcher:
         Raises:
             RunStopped: a count, a learning rate or the losses so far fail.
         """
-        if self._is_of_recipe is None:
-            self._is_of_recipe = not _flags_that_differ(facts, self._recipe)[0]
-        if not self._is_of_recipe:
+        if _flags_that_differ(facts, self._recipe)[0]:
             return
-        outcomes = judge_all(self._targets, [lambda target: measured(target, facts, rows)])
+        outcomes = judge_all(self._targets, [measures(facts, rows)])
         failed = [outcome for outcome in outcomes if outcome.verdict is Verdict.FAIL]
         if failed:
             raise RunStopped(
@@ -186,7 +151,7 @@ class Watcher:
             )
 
 
-def read_run(folder: Path, recipe: Mapping[str, Any]) -> RunRecord:
+def read_run(folder: Path, recipe: Mapping[str, Any]) -> Record:
     """Read a run, and find what forbids conclusions from it."""
     if (folder / RUN).is_dir():
         folder = folder / RUN
@@ -194,20 +159,24 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> RunRecord:
     facts = record.facts
     lacks = [f"{FACTS}: has no {name}" for name in NEEDED if record.facts and name not in facts]
     if record.problems or lacks:
-        return RunRecord(folder, {}, Recorded([]), (*record.problems, *lacks))
+        return Record(folder, {}, Recorded([]), [*record.problems, *lacks])
     recorded = record.recorded.up_to(facts["num_steps"])
     problems, notes = _flags_that_differ(facts, recipe)
     if not facts.get("finished"):
         problems.append("the run is not finished; --resume auto goes on with it")
     else:
         problems += missing_of_record(folder, facts, recorded)
-    return RunRecord(folder, facts, recorded, tuple(problems), tuple(notes))
+    return Record(folder, facts, recorded, problems, notes)
 
 
-def measured(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Measured:
-    """Read what a target is about from a run's facts and rows."""
-    split = facts.get("data", {}).get(FINGERPRINTS.get(target.metric, ""), {})
-    return Measured(int(facts["flags"]["seed"]), values_of(target, facts, rows), split.get("fingerprint"))
+def measures(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Run:
+    """What a run of these facts and rows measured of a target."""
+
+    def of(target: Target) -> Measured:
+        split = facts.get("data", {}).get(FINGERPRINTS.get(target.metric, ""), {})
+        return Measured(int(facts["flags"]["seed"]), values_of(target, facts, rows), split.get("fingerprint"))
+
+    return of
 
 
 def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

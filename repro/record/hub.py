@@ -19,10 +19,10 @@ from huggingface_hub.utils.logging import set_verbosity_error
 
 from repro.json_files import PARTIAL
 from repro.masking import learn, masked
-from repro.record.writer import LOCK, NON_FINITE, REPORT, STATE, log, models_in
+from repro.record.writer import ATTENTION, LOCK, NON_FINITE, REPORT, STATE, log, models_in
 
 # What stays here of a run's folder: states, where the images are, and the report with small copies of them.
-LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ".*")
+LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ATTENTION, ".*")
 CARD = "README.md"
 THREAD = "hub"
 AGAIN = (408, 429)  # of the answers 400 to 499, those that may be different next time

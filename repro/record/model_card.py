@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from repro import __version__
 from repro.data.sources import COCO_NAMES
-from repro.evaluation.evaluator import Evaluation, caption_of_each_image
+from repro.evaluation.evaluator import Evaluation, some_captions
 from repro.models.weights import SAFETENSORS_FILE
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, template
@@ -200,9 +199,7 @@ def cut_in_words(counts: Mapping[str, Any]) -> str:
 
 def _samples(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Choose images that lie evenly among those evaluated, the same every time."""
-    captions = caption_of_each_image(evaluation.image_paths, evaluation.generations)
     rows = list(zip(evaluation.image_paths, evaluation.generations, strict=False))
     labels = {path: row["label"] for path, row in reversed(rows)}  # the first of each image
-    places = np.unique(np.linspace(0, len(captions) - 1, min(SAMPLES, len(captions))).astype(int))
-    paths = [list(captions)[place] for place in places]
-    return [(escaped(Path(path).name), escaped(captions[path]), escaped(labels[path])) for path in paths]
+    found = some_captions(evaluation, SAMPLES).items()
+    return [(escaped(Path(path).name), escaped(caption), escaped(labels[path])) for path, caption in found]

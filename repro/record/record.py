@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -71,9 +71,24 @@ class Recorded:
 class Record:
     """A run's record, as far as it can be read."""
 
+    folder: Path
     facts: dict[str, Any]  # of `run.json`; nothing if that is missing or damaged
     recorded: Recorded
-    problems: list[str]  # what cannot be read, each beginning with the name of its file
+    problems: Sequence[str]  # what cannot be read, each beginning with the name of its file, or forbids conclusions
+    notes: Sequence[str] = ()  # what differs from a recipe and is allowed to
+
+    @property
+    def seed(self) -> int:
+        return self.facts["flags"]["seed"]
+
+    @property
+    def minutes(self) -> float | None:
+        """What the run took, start-up, evaluations and saved models included."""
+        return self.facts["seconds"] / 60 if "seconds" in self.facts else None
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return tuple(row["loss"] for row in self.recorded.rows if "loss" in row)
 
 
 def read_record(folder: Path) -> Record:
@@ -81,7 +96,7 @@ def read_record(folder: Path) -> Record:
     problems: list[str] = []
     facts = read_or_tell(folder / FACTS, keys(**RUN), problems) or {}
     rows = lines_or_tell(folder / ROWS, ROW, problems, check=_check_evaluations)
-    return Record(facts, Recorded(rows), problems)
+    return Record(folder, facts, Recorded(rows), problems)
 
 
 def read_clock(folder: Path) -> float:

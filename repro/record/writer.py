@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from repro.data.atomic import check_writable, remove_empty, sha256_of
 from repro.data.sheet import picture_sheet
 from repro.errors import InputError
-from repro.evaluation.evaluator import Evaluation, caption_of_each_image, coco_results
+from repro.evaluation.evaluator import Evaluation, coco_results, some_captions
 from repro.json_files import PARTIAL, read_json, write_json, write_whole
 from repro.masking import MaskingFormatter
 from repro.record.record import CLOCK, DETAILS, FACTS, GENERATION, ROWS, Recorded, digest_of
@@ -27,10 +27,11 @@ LOCK = "run.lock"
 STATE = "state"
 REPORT = "report.html"
 NON_FINITE = "non_finite.json"
+ATTENTION = "eval_attention.json"
 RUN_FILES = (
     *("log", ROWS, FACTS, "dropped.jsonl", NON_FINITE, CLOCK, STATE, REPORT),
     *("eval_results.json", "eval_generation.json", "eval_captions.json", "eval_images.json"),
-    *("test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
+    *(ATTENTION, "test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
 )
 MODEL = re.compile(r"ckpt_epoch_[0-9]+_step_([0-9]{1,18})")
 # What a run's figures are read from, in its folder and in those of its models.
@@ -242,8 +243,8 @@ class RunWriter:
         self._append([{"step": step, prefix: entry}])
         for name, value in results.items():
             self._tensorboard.add_scalar(name, value, step)
-        if pictures := _some_pictures(evaluation):
-            sheet = np.asarray(picture_sheet(pictures))
+        if pictures := some_captions(evaluation, PICTURES):
+            sheet = np.asarray(picture_sheet(list(pictures.items())))
             self._tensorboard.add_image(f"{prefix}_captions", sheet, step, dataformats="HWC")
         self._tensorboard.flush()
 
@@ -274,13 +275,6 @@ class RunWriter:
             image_paths=image_paths[: entry["rows"]],
             image_ids=image_ids[: entry["rows"]],
         )
-
-
-def _some_pictures(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Choose images that lie evenly among those evaluated, the same every time, with their captions."""
-    captions = list(caption_of_each_image(evaluation.image_paths, evaluation.generations).items())
-    places = np.unique(np.linspace(0, len(captions) - 1, min(PICTURES, len(captions))).astype(int))
-    return [captions[place] for place in places]
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:

@@ -10,12 +10,14 @@ import base64
 import hashlib
 import io
 import json
+import math
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,9 @@ from repro.reports.charts import Published, draw, line_class, number
 from repro.reports.runs import Generated, RunFiles, curves_of, finite, label_and_unit, metric_names
 
 RANKED_BY = "rougeL"
-WORD, COMMONEST = re.compile(r"[^\W_]+(?:['’][^\W_]+)*"), 8
+COMMONEST = 8
+# Of attention: captions, tokens of one, the side of its pictures, how dark they are where nothing is looked at.
+LOOKS, LONGEST_LOOK, LOOK_SIDE, DARKER = 24, 40, 88, 5
 RANKED_CHARACTERS = 2000  # of a caption; what is longer is no caption
 SHOWN = {"best": 12, "worst": 12, "random": 24}
 THUMBNAILS = 200  # in all; further images are found by their texts alone
@@ -98,7 +102,8 @@ def page(
         num_items=len(items),
         chosen=chosen_items(items),
         ranked_by=METRICS[RANKED_BY].label,
-        texts=_texts(generated) if generated else None,
+        repeated=_repeated(generated) if generated else [],
+        looks=list(looks(runs[0])),
         dropped=[(name, run.dropped) for name, run in zip(names, runs, strict=True) if run.dropped.counts],
         settings=_settings(runs),
         data=Markup(embedded_json({"charts": [chart.figures for chart in drawn], "items": _searchable(items)})),
@@ -160,10 +165,14 @@ def thumbnail(reference: str) -> str:
     Raises:
         ImageError, OSError, ValueError: it cannot be read.
     """
-    buffer = io.BytesIO()
     with open_image(reference) as opened:
         image = opened.convert("RGB")
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+    return _address(image)
+
+
+def _address(image: Image.Image) -> str:
+    buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -202,29 +211,27 @@ def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
     return [*rows, ("seconds of evaluation", [sum(filter(finite, seconds)) for seconds in evaluating])]
 
 
-def text_statistics(captions: Sequence[str]) -> dict[str, str]:
-    """What captions, at least one, look like as texts: a model that has collapsed repeats few words and captions."""
-    texts = [tuple(WORD.findall(caption[:RANKED_CHARACTERS].lower())) for caption in captions]
-    lengths, times = [len(words) for words in texts], Counter(texts)
-    return {
-        "captions": f"{len(captions):,}",
-        "words of a caption, mean": f"{np.mean(lengths):.2f}",
-        "words of a caption, median": f"{np.median(lengths):g}",
-        "distinct words": f"{len(set().union(*texts)):,}",
-        "captions that occur once": f"{100 * list(times.values()).count(1) / len(captions):.1f} %",
-    }
+def _repeated(generated: Generated) -> list[tuple[str, int]]:
+    """The captions that are generated most, ties in the order of words; a model that has collapsed has few."""
+    found = sorted(Counter(caption for caption, _ in generated.rows).items(), key=lambda item: (-item[1], item[0]))
+    return [(clip(text), count) for text, count in found[:COMMONEST] if count > 1]
 
 
-def _texts(generated: Generated) -> dict[str, Any]:
-    """Statistics of the captions, generated beside reference, and those that are generated most."""
-    captions, references = zip(*generated.rows, strict=True)
-    ours, theirs = text_statistics(captions), text_statistics(references)
-    # Ties in the order of the words, so that the same run gives the same report.
-    commonest = sorted(Counter(captions).items(), key=lambda item: (-item[1], item[0]))[:COMMONEST]
-    return {
-        "statistics": {name: (value, theirs[name]) for name, value in ours.items()},
-        "repeated": [(clip(text), count) for text, count in commonest if count > 1],
-    }
+def looks(run: RunFiles) -> Iterator[list[tuple[str, str]]]:
+    """Of some captions, each word with a small picture that is bright where the word looks."""
+    for shown in run.attention[:LOOKS]:
+        pairs = [pair for pair in zip(shown["tokens"], shown["weights"], strict=False) if pair[0]][:LONGEST_LOOK]
+        begins = [place for place, (token, _) in enumerate(pairs) if token.startswith(" ") or not place]
+        with suppress(ImageError, OSError, ValueError, LookupError):  # it cannot be read any more
+            with open_image(shown["image_path"]) as opened:
+                image = opened.convert("RGB").resize((LOOK_SIDE, LOOK_SIDE))
+            patches = np.array([list(bytes.fromhex(weights)) for _, weights in pairs], np.float32)
+            dark, strip, side = image.point(lambda value: value // DARKER), [], math.isqrt(patches.shape[1])
+            for begin, end in pairwise([*begins, len(pairs)]):
+                seen = patches[begin:end].mean(axis=0).reshape(side, side).astype(np.uint8)
+                picture = Image.composite(image, dark, Image.fromarray(seen).resize(image.size))
+                strip.append((clip("".join(token for token, _ in pairs[begin:end]), 40), _address(picture)))
+            yield strip
 
 
 def _settings(runs: Sequence[RunFiles]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

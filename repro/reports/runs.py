@@ -16,10 +16,11 @@ from repro.json_files import keys
 from repro.record.metrics import METRICS, name_of
 from repro.record.record import DETAILS, FACTS, GENERATION, ROWS, Record, lines_or_tell, read_or_tell, read_record
 from repro.record.sanitize import clip
-from repro.record.writer import models_in, step_of_model
+from repro.record.writer import ATTENTION, models_in, step_of_model
 from repro.reports.charts import POINTS, Chart, Line, Published, thinned
 
 IMAGES = keys(image_path=list[str])
+LOOKED: Any = list[keys(image_path=str, tokens=list[str], weights=list[str])]  # type: ignore[misc]
 NOTED_DROPPED = 100  # dropped rows that are listed; the others are counted
 
 
@@ -41,12 +42,13 @@ class Generated:
     image_paths: list[str]  # of the same rows; shorter, or empty, where that is not recorded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFiles(Record):
     """What a run's folder holds."""
 
     dropped: DroppedRows
     generated: Generated | None  # the last captions, None if there are none
+    attention: list[dict[str, Any]]  # `eval_attention.json`
 
     @property
     def final(self) -> dict[str, Any]:
@@ -83,7 +85,8 @@ def read_run_folder(folder: Path) -> RunFiles:
     if "finished" not in record.facts:
         problems.append("the run is not finished, or its end was not recorded")
     dropped, generated = _dropped(folder / "dropped.jsonl", problems), _generated(folder, problems)
-    return RunFiles(record.facts, record.recorded, problems, dropped, generated)
+    looks = (read_or_tell(folder / ATTENTION, LOOKED, problems) if (folder / ATTENTION).exists() else None) or []
+    return RunFiles(**{**vars(record), "problems": problems}, dropped=dropped, generated=generated, attention=looks)
 
 
 def finite(value: Any) -> bool:

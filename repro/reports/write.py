@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,7 @@ def _published(targets: Sequence[Mapping[str, Any]]) -> dict[str, Published]:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' names, with as much of the paths before them as tells them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(found[-length:]) for found in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{'/'.join(found)} ({place})" for place, found in enumerate(parts, start=1)]
+    places = [folder.resolve() for folder in folders]
+    common = os.path.commonpath([place.parent for place in places])
+    names = [place.relative_to(common).as_posix() for place in places]
+    return names if len(set(names)) == len(names) else [f"{name} ({n})" for n, name in enumerate(names, start=1)]

@@ -17,9 +17,10 @@ import numpy as np
 
 from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
-from repro.evaluation.evaluator import Evaluation, Evaluator
+from repro.evaluation.evaluator import Evaluation, Evaluator, word_attention
+from repro.json_files import write_json
 from repro.record.hub import HubUploader
-from repro.record.writer import NON_FINITE, STATE, RunWriter, log, prefixed
+from repro.record.writer import ATTENTION, NON_FINITE, STATE, RunWriter, log, prefixed
 from repro.run import resume
 from repro.run.build import Training, build_evaluator, build_training
 from repro.run.prepare import PreparedRun, log_preparation, prepare
@@ -118,6 +119,10 @@ def run(
             params, evaluations = put(prepared.pretrained.params, replicated(prepared.mesh)), {}
             if settings.do_eval:
                 evaluations["eval"] = evaluate(params, "eval", step=0, folder=own)
+        evaluated, shown = evaluations.get("eval"), settings.attention_pictures
+        if evaluated and jax.process_count() == 1:
+            looks = word_attention(prepared.pretrained, params, prepared.splits["validation"], evaluated, shown)
+            write_json(own / ATTENTION, looks, indent=None)
         if settings.do_predict:
             evaluations["test"] = evaluate(params, "test", step=settings.num_steps, folder=own)
         facts |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(writer.seconds(), 1)}
