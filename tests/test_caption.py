@@ -510,10 +510,10 @@ def test_help_comes_within_a_second_and_without_jax():
         "try: main(['caption', '--help'])\n"
         "except SystemExit: sys.exit(bool({'jax', 'transformers', 'datasets'} & set(sys.modules)))"
     )
-    started = time.perf_counter()
+    before = sum(os.times()[2:4])  # of processors, by processes that have ended: other tests run beside this one
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--num_return_sequences" in done.stdout
-    assert time.perf_counter() - started < 1
+    assert sum(os.times()[2:4]) - before < 1
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly(model, pictures):
