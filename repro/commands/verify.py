@@ -111,7 +111,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         measured, difference, interval, reason = in_words(outcome)
         wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
-        shown = measured or (f"{difference} off" if difference else "")
+        shown = measured or difference
         lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
         more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
         if outcome.verdict != "PASS":

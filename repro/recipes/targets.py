@@ -99,7 +99,7 @@ class Target:
         if self.margin is not None:
             return f"{f'{self.value:g}' if self.values is None else f'{len(self.values)} values'} ± {self.margin:g}"
         if self.tolerance is not None:
-            return f"{self.value:.12g}" if self.value is not None else "the reference's values"
+            return f"{self.value:.12g}" if self.value is not None else f"reference's ± {self.tolerance:g}"
         if self.high is None:
             return f"at least {self.low:g}"
         return f"at most {self.high:g}" if self.low is None else f"{self.low:g} to {self.high:g}"
