@@ -148,6 +148,6 @@ def test_captions_are_ordered_filtered_and_enlarged(opened):
 
 def test_without_scripts_the_page_can_be_read(opened):
     page = opened(java_script_enabled=False)
-    assert "first 3 at step 1" in page.locator(".summary").first.inner_text()
+    assert "one: 3 at step 1" in page.locator(".summary").first.inner_text()
     assert page.locator(".card").count() > 5
     assert page.locator(".search").is_hidden()

@@ -24,7 +24,7 @@ RANKED_BY = "rougeL"
 WORD = re.compile(r"([^\W_]+(?:['’][^\W_]+)*)")
 RANKED_CHARACTERS = 2000  # of a caption; what is longer is no caption
 REFERENCES = 5  # of an image, that are shown
-FOLDERS = {"validation": "val", "test": "test"}  # of rendered scenes
+STEM = lru_cache(maxsize=65_536)(PorterStemmer().stem)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Said:
     caption: str
     score: float  # mean of the rows' `RANKED_BY`, F x 100
     earlier: tuple[tuple[int | None, str], ...] = ()  # (step, caption) of evaluations before
-    claims: tuple[tuple[str, bool], ...] = ()  # of a rendered scene: kind of attribute, whether it is true
-    counts: tuple[tuple[int, int], ...] = ()  # of a rendered scene: objects of one kind, said and true
+    claims: Sequence[tuple[str, bool]] = ()  # of a rendered scene: kind of attribute, whether it is true
+    counts: Sequence[tuple[int, int]] = ()  # of a rendered scene: objects of one kind, said and true
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Item:
 
     def pieces(self, said: Said) -> list[str]:
         """Cut a caption where words that a reference has begin and end: others, such words, others, and so on."""
-        known = {_stem(word) for text in self.references for word in WORD.findall(text[:RANKED_CHARACTERS].lower())}
+        known = {STEM(word) for text in self.references for word in WORD.findall(text[:RANKED_CHARACTERS].lower())}
         pieces = [""]
         for place, text in enumerate(WORD.split(clip(said.caption))):
-            matches = place % 2 == 1 and _stem(text.lower()) in known
+            matches = place % 2 == 1 and STEM(text.lower()) in known
             pieces += [] if text.isspace() or matches == (len(pieces) % 2 == 0) else [""]
             pieces[-1] += text
         return pieces
@@ -101,9 +101,11 @@ def _of_run(generated: Generated, *, alone: bool) -> list[tuple[Any, int, str, S
         caption, path = generated.rows[rows[0]][0], image if isinstance(image, str) else ""
         texts = tuple(generated.rows[row][1] for row in rows)
         earlier = tuple((step, old[rows[0]]) for step, old in generated.earlier)
-        judged = _judged(caption, scenes[path]) if path in scenes else ((), ())
+        claims, scene = mentioned(caption[:RANKED_CHARACTERS]), scenes.get(path)
+        told = judge(claims, scene) if scene else []
+        counts = [(of.count, len(of.objects(scene))) for of in claims.phrases if of.count] if scene else []
         name = image if alone or not path else "/".join(path.split("/")[-2:])
-        made.append(((name, texts), rows[0], path, Said(caption, float(ranked[rows].mean()), earlier, *judged)))
+        made.append(((name, texts), rows[0], path, Said(caption, float(ranked[rows].mean()), earlier, told, counts)))
     return made
 
 
@@ -111,16 +113,10 @@ def _scenes(generated: Generated) -> dict[str, Scene]:
     """Read what images show that were rendered, by path; others have nothing beside them that says it."""
     try:
         folder = Path(generated.image_paths[0]).parents[1]
-        found = read_scenes(folder, FOLDERS[generated.split])
+        found = read_scenes(folder, generated.split.replace("validation", "val"))
         return {path: found[int(Path(path).stem)] for path in set(generated.image_paths)}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
-
-
-def _judged(caption: str, scene: Scene) -> tuple[tuple[tuple[str, bool], ...], tuple[tuple[int, int], ...]]:
-    claims = mentioned(caption[:RANKED_CHARACTERS])
-    counts = [(phrase.count, len(phrase.objects(scene))) for phrase in claims.phrases if phrase.count]
-    return tuple(judge(claims, scene)), tuple(counts)
 
 
 def count_table(items: Sequence[Item], run: int) -> list[tuple[str, list[str]]]:
@@ -145,11 +141,3 @@ def text_statistics(captions: Sequence[str]) -> dict[str, str]:
         "most frequent caption": f"{clip(most, 80) or '(empty)'}, {count:,} times" if count > 1 else "each once",
         "captions that occur once": f"{100 * list(times.values()).count(1) / len(captions):.1f} %",
     }
-
-
-@lru_cache(maxsize=65_536)
-def _stem(word: str) -> str:
-    return _STEMMER.stem(word)
-
-
-_STEMMER = PorterStemmer()

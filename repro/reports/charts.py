@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from repro.record.metrics import METRICS
 from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names
 
 POINTS = 500  # of a line: more cannot be told apart on a screen
+RINGS = "rings and the shade behind them: what is wanted"
 FEWEST = 3  # evaluations that make a curve; fewer are in a table
 
 
@@ -45,19 +46,13 @@ class Chart:
     further: bool = False  # folded away, behind all others
 
     @property
-    def figures(self) -> Any:
-        """All of it for JSON, rounded; what is not finite is null."""
-        return _rounded(asdict(self))
-
-    @property
     def summary(self) -> str:
         """The chart in words."""
-        said = []
-        for line in self.lines:
-            at = {"first": 0, "last": -1, "least": int(np.argmin(line.y)), "most": int(np.argmax(line.y))}
-            places = (f"{word} {number(line.y[place])} at step {line.x[place]:,.0f}" for word, place in at.items())
-            said.append(f"{line.name}: {', '.join(places)}.")
-        return " ".join(said)
+        return " ".join(
+            f"{line.name}: {number(line.y[0])} at step {line.x[0]:,.0f}, {number(line.y[-1])} at {line.x[-1]:,.0f},"
+            f" between {number(min(line.y))} and {number(max(line.y))}."
+            for line in self.lines
+        )
 
 
 def curves_of(runs: Sequence[RunFiles], wanted: Mapping[str, Line]) -> list[Chart]:
@@ -69,7 +64,6 @@ def curves_of(runs: Sequence[RunFiles], wanted: Mapping[str, Line]) -> list[Char
     last = max(1, *(run.last_step for run in runs))
     size = max(-(-max(len(run.recorded.steps) for run in runs) // POINTS), 1)
     averaged = f"each point is the mean of {size} steps, the shade their range" if size > 1 else ""
-    bars = "bars: the mean's 95 % bootstrap interval"
     kinds = [
         ("loss", "Training loss", METRICS["loss"].unit, averaged, [_of_steps(run, "loss", size) for run in runs]),
         ("learning_rate", "Learning rate", "", "", [_of_steps(run, "learning_rate", size) for run in runs]),
@@ -78,50 +72,47 @@ def curves_of(runs: Sequence[RunFiles], wanted: Mapping[str, Line]) -> list[Char
         found = [_of_evaluations(run, metric) for run in runs]
         if max(len(columns.get("x", ())) for columns in found) >= FEWEST:
             label, unit = label_and_unit(metric)
-            note = bars if any("low" in columns for columns in found) else ""
+            note = "bars: the mean's 95 % bootstrap interval" * any("low" in columns for columns in found)
             kinds.append((f"eval_{metric}", f"Validation: {label}", unit, note, found))
-    speeds = [_columns(run.speed, "x", "y") for run in runs]
+    speeds = [columns_of(run.speed, "x", "y") for run in runs]
     kinds.append(("speed", "Speed", "rows a second", "between logged steps, without evaluations", speeds))
     charts = []
     for key, title, unit, note, found in kinds:
         lines = [Line(runs[place].name, place, **columns) for place, columns in enumerate(found) if columns]
         equal = [line.name for line in lines[1:] if (line.x, line.y) == (lines[0].x, lines[0].y)]
-        notes = [note, f"{', '.join(equal)}: equal to {lines[0].name}" if equal else ""]
-        notes += ["rings and shade behind them: what is wanted" if key in wanted else ""]
-        further = key.startswith("eval_") and key[5:] not in METRICS
-        if lines:
-            charts.append(
-                Chart(key, title, unit, lines, wanted.get(key), "; ".join(filter(None, notes)), last, further)
-            )
+        notes = [note, f"{', '.join(equal)}: equal to {lines[0].name}" if equal else "", RINGS * (key in wanted)]
+        said, further = "; ".join(filter(None, notes)), key.startswith("eval_") and key[5:] not in METRICS
+        charts += [Chart(key, title, unit, lines, wanted.get(key), said, last, further)] if lines else []
     return sorted(charts, key=lambda chart: chart.further)
 
 
 def _of_steps(run: RunFiles, name: str, size: int) -> dict[str, Any]:
     rows = [(row["step"], row[name]) for row in run.recorded.steps if finite(row.get(name))]
     steps, values = np.array(rows, float).reshape(-1, 2).T
-    return _columns(zip(*thinned(steps, values, size), strict=True), "x", "y", "low", "high")
+    return columns_of(zip(*thinned(steps, values, size), strict=True), "x", "y", "low", "high")
 
 
 def _of_evaluations(run: RunFiles, metric: str) -> dict[str, Any]:
     found = {step: row for step, row in run.evaluations.items() if finite(row.get(metric))}
     ranges = [row.get("rouge_intervals", {}).get(metric, ()) for row in found.values()]
-    values = _columns(((step, row[metric]) for step, row in found.items()), "x", "y")
+    values = columns_of(((step, row[metric]) for step, row in found.items()), "x", "y")
     if values and all(ends and all(map(finite, ends)) for ends in ranges):
-        values |= _columns(ranges, "low", "high")
+        values |= columns_of(ranges, "low", "high")
     return {**values, "dotted": True} if values else {}
 
 
-def _columns(rows: Iterable[Sequence[float]], *names: str) -> dict[str, list[Any]]:
+def columns_of(rows: Iterable[Sequence[float]], *names: str) -> dict[str, Any]:
     """Turn rows into named columns; there are none without rows."""
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=False))
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Round what is in figures for JSON; what is not finite is null."""
     if isinstance(value, float):
         return (int(value) if value == int(value) else float(f"{value:.5g}")) if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def thinned(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
@@ -140,8 +131,6 @@ def thinned(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
 
 def number(value: float) -> str:
     """Write a number as briefly as its size allows."""
-    if not math.isfinite(value):
-        return "not finite"
-    if abs(value) >= 1000:
+    if abs(value) >= 1000 and math.isfinite(value):
         return f"{value:,.0f}"
     return f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"

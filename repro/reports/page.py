@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from typing import Any
 
@@ -19,28 +20,21 @@ from markupsafe import Markup
 from PIL import Image
 
 from repro.data.images import ImageError, open_image
-from repro.recipes.equivalence import Verdict
 from repro.recipes.verify import Verification, in_words
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, embedded_json, template
 from repro.reports.captions import RANKED_BY, REFERENCES, Item, count_table, ranked_items, text_statistics
-from repro.reports.charts import Line, curves_of, number
+from repro.reports.charts import Line, curves_of, number, rounded
 from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names, spread, words
 
 THUMBNAILS = 200  # about so many in all; further images are found by their texts alone
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 78
 KEY_METRICS = ("loss", "rouge2", "rougeL")
 VERSIONS = ("repro", "python", "jax", "flax", "optax", "transformers")
-TRAINING = ("num_train_epochs", "learning_rate", "warmup_steps", "protocol", "dtype", "seed")
+TRAINING = {"num_train_epochs": "epochs", "learning_rate": "learning rate", "protocol": "protocol", "seed": "seed"}
 TIMES = {"startup": "start-up", "train": "training", "waiting_for_input": "of that waiting for input"}
 # Facts of `run.json` that are no settings: what came of the run, and when.
 RESULTS = re.compile(r"checksums|parts|started|finished|stopped|.*seconds|.*_bytes|train_rows_per_second")
-MEANINGS = {
-    Verdict.PASS: "Every target is met: what was measured is {claim}.",
-    Verdict.FAIL: "What was measured differs from the recipe by more than chance explains: {failed}.",
-    Verdict.CANNOT_TELL: "Nothing was found to differ, and too little is known to say that the recipe is reproduced.",
-}
-Rows = list[tuple[str, list[str]]]  # of a table: label, and a value for each column
 
 
 def page(
@@ -61,9 +55,14 @@ def page(
     charts = curves_of(runs, wanted)
     items = with_thumbnails(ranked_items([run.generated for run in runs]))
     names, ranked_by = [run.name for run in runs], METRICS[RANKED_BY].label
-    differing, settings = _settings(runs)
-    found = [chart.figures for chart in charts], [_searchable(item) for item in items]
-    data = {"names": names, "ranked_by": ranked_by, "charts": found[0], "items": found[1]}
+    # Of one run all evaluations are shown, of several the last ones.
+    evaluations = [(run.name, run.final) for run in runs]
+    if len(runs) == 1:
+        evaluations = [(f"step {step}", row) for step, row in spread(list(runs[0].evaluations.items()))]
+    texts = [(run.name, [caption for caption, _ in run.generated.rows]) for run in runs if run.generated]
+    texts += [("references", [text for _, text in run.generated.rows]) for run in runs if run.generated][:1]
+    settings = _rows([_settings(run) for run in runs])
+    figures = {"charts": rounded([asdict(chart) for chart in charts]), "items": list(map(_searchable, items))}
     folder = files("repro.reports") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return template("repro.reports", "report.html", autoescape=True, clip=clip, words=words).render(
@@ -74,23 +73,22 @@ def page(
         title=clip(", ".join(names), 160),
         runs=runs,
         names=names,
-        key_figures=_key_figures(runs),
-        overview=_overview(runs),
+        key_figures=_rows([_key_figures(run) for run in runs]),
+        overview=_rows([_overview(run) for run in runs]),
         verdict=verdict,
-        meaning=_meaning(verdict) if verdict else "",
         outcomes=[(outcome, in_words(outcome)) for outcome in verdict.outcomes] if verdict else [],
         no_verdict=no_verdict,
-        seeds=[(words(row["seed"]), [words(value) for value in row.values()][1:]) for row in seeds],
-        seed_names=list(seeds[0])[1:] if seeds else [],
+        seeds=seeds,
         charts=charts,
-        metrics=_metrics(runs),
+        evaluations=[name for name, _ in evaluations],
+        metrics=[_rows([_metrics(row, known=known) for _, row in evaluations]) for known in (True, False)],
         items=items,
         ranked_by=ranked_by,
         counts=[(name, rows) for place, name in enumerate(names) if (rows := count_table(items, place))],
-        texts=_texts(runs),
-        differing=differing,
-        settings=settings,
-        data=Markup(embedded_json(data)),
+        texts=([name for name, _ in texts], _rows([text_statistics(captions) for _, captions in texts])),
+        differing=[(": ".join(name), values) for name, values in settings if len(set(values)) > 1],
+        settings=[(group, (key, values[:1])) for (group, key), values in settings if len(set(values)) == 1],
+        data=Markup(embedded_json({"names": names, "ranked_by": ranked_by, **figures})),
     )
 
 
@@ -99,14 +97,13 @@ def with_thumbnails(items: list[Item]) -> list[Item]:
     each = THUMBNAILS // 4
     between = range(each, len(items) - each, max(len(items) // (2 * each), 1))
     wanted = {*range(each), *range(len(items) - each, len(items)), *between}
-    return [_with_thumbnail(item) if place in wanted and item.image else item for place, item in enumerate(items)]
-
-
-def _with_thumbnail(item: Item) -> Item:
-    try:
-        return replace(item, thumbnail=thumbnail(item.image))
-    except (ImageError, OSError, ValueError) as error:  # it cannot be read any more
-        return replace(item, problem=clip(str(error), 120))
+    found = list(items)
+    for place in wanted & {place for place, item in enumerate(items) if item.image}:
+        try:
+            found[place] = replace(items[place], thumbnail=thumbnail(items[place].image))
+        except (ImageError, OSError, ValueError) as error:  # it cannot be read any more
+            found[place] = replace(items[place], problem=clip(str(error), 120))
+    return found
 
 
 def thumbnail(reference: str) -> str:
@@ -123,87 +120,61 @@ def thumbnail(reference: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _figure(value: Any) -> str:
-    return number(value) if finite(value) else ""
+def _rows(columns: Sequence[Mapping[Any, str]]) -> list[tuple[Any, list[str]]]:
+    """Set columns beside one another: a row for each name that one of them has."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "") for column in columns]) for name in names]
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60) if 0 <= seconds < 1e9 else (0, 0)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _key_figures(run: RunFiles) -> dict[tuple[str, str], str]:
+    """What a run comes to, or has come to, by (label, unit)."""
+    found: dict[tuple[str, str], Any] = {label_and_unit(name): run.final.get(name) for name in KEY_METRICS}
+    if not run.final and run.recorded.steps:
+        found = {("training loss", METRICS["loss"].unit): run.recorded.steps[-1]["loss"]}
+    rates = [rate for _, rate in run.speed] or [math.nan]
+    found["speed", "rows a second"] = run.facts.get("train_rows_per_second", sum(rates) / len(rates))
+    return {name: number(value) for name, value in found.items() if finite(value)}
 
 
-def _meaning(verdict: Verification) -> str:
-    """Say in one sentence what a verdict is."""
-    if verdict.problems:
-        return f"Nothing was judged, for {verdict.problems[0]}"
-    failed = [outcome.target.name for outcome in verdict.outcomes if outcome.verdict is Verdict.FAIL]
-    return MEANINGS[verdict.verdict].format(claim=verdict.claim, failed=", ".join(failed))
-
-
-def _key_figures(runs: Sequence[RunFiles]) -> list[tuple[str, str, list[str]]]:
-    """(label, unit, value of each run) of what runs come to, or have come to."""
-    rows = [(*label_and_unit(name), [run.final.get(name) for run in runs]) for name in KEY_METRICS]
-    if not any(run.final for run in runs):
-        rows = [
-            (
-                "training loss",
-                METRICS["loss"].unit,
-                [next((s["loss"] for s in run.recorded.steps[::-1]), None) for run in runs],
-            )
-        ]
-    rows.append(("speed", "rows a second", [run.rows_per_second for run in runs]))
-    return [(label, unit, list(map(_figure, values))) for label, unit, values in rows if any(map(finite, values))]
-
-
-def _overview(runs: Sequence[RunFiles]) -> Rows:
-    """What, when, how long, where and with what, one row a fact."""
-    columns = [_facts(run) for run in runs]
-    return [(label, [column[label] for column in columns]) for label in columns[0] if any(c[label] for c in columns)]
-
-
-def _facts(run: RunFiles) -> dict[str, str]:
-    facts, flags = run.facts, run.facts.get("flags", {})
-    model, versions = facts.get("model"), facts.get("versions", {})
-    times = {label: facts[f"{name}_seconds"] for name, label in TIMES.items() if f"{name}_seconds" in facts}
+def _overview(run: RunFiles) -> dict[str, str]:
+    """What, when, how long, where and with what."""
+    facts, flags, model = run.facts, run.facts.get("flags", {}), run.facts.get("model")
+    times = {"in all": run.seconds, **{label: facts.get(f"{name}_seconds") for name, label in TIMES.items()}}
     times["evaluation"] = sum(row["seconds"] for row in run.evaluations.values())
-    parts = [f"{label} {_duration(seconds)}" for label, seconds in times.items() if finite(seconds)]
     splits = [
         f"{split}: {of['kept']:,} rows of {of['images']:,} images"
         + f", {of['dropped']:,} dropped" * (of["dropped"] > 0)
         for split, of in facts.get("data", {}).items()
     ]
-    return {
+    versions = {name: version for name, version in facts.get("versions", {}).items() if name in VERSIONS}
+    found = {
         "state": f"{run.state[0]}, {run.progress}",
         "model": f"{model['parameters']:,} parameters, {words(model['implementation'])}" if model else "",
         "data": clip("; ".join(splits)),
-        "training": ", ".join(f"{name.replace('_', ' ')} {words(flags[name])}" for name in TRAINING if name in flags),
-        "began": words(facts["started"]).replace("T", " ").replace("+0000", " UTC") if "started" in facts else "",
-        "took": f"{_duration(run.seconds)}: {', '.join(parts)}",
+        "training": ", ".join(f"{label} {words(flags[name])}" for name, label in TRAINING.items() if name in flags),
+        "began": words(facts.get("started", "")).replace("T", " ").replace("+0000", " UTC"),
+        "took": ", ".join(f"{label} {_duration(time)}" for label, time in times.items() if time and finite(time)),
         "computed on": "; ".join(words(facts[name]) for name in ("devices", "platform") if name in facts),
-        "versions": ", ".join(f"{name} {words(versions[name])}" for name in VERSIONS if name in versions),
+        "versions": words(versions),
     }
+    return {label: value for label, value in found.items() if value}
 
 
-def _metrics(runs: Sequence[RunFiles]) -> tuple[list[str], Rows, Rows]:
-    """The evaluations of one run, or the last ones of several: names, and a row for each metric, known and further."""
-    columns = {run.name: run.final for run in runs}
-    if len(runs) == 1:
-        columns = {f"step {step}": row for step, row in spread(list(runs[0].evaluations.items()))}
-    found: dict[bool, Rows] = {True: [], False: []}
-    for name in dict.fromkeys(name for row in columns.values() for name in metric_names(row)):
-        label = ", ".join(filter(None, label_and_unit(name)))
-        found[name in METRICS].append((label, [_figure(row.get(name)) for row in columns.values()]))
-    return list(columns), found[True], found[False]
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes > 59
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
-def _texts(runs: Sequence[RunFiles]) -> tuple[list[str], Rows]:
-    """Statistics of the captions as texts, those of each run beside the references."""
-    rows = {run.name: run.generated.rows for run in runs if run.generated}
-    texts = {name: [caption for caption, _ in found] for name, found in rows.items()}
-    texts |= {"reference": [reference for _, reference in next(iter(rows.values()))]} if rows else {}
-    counted = [text_statistics(found) for found in texts.values()]
-    return list(texts), [(label, [column[label] for column in counted]) for label in (counted[0] if counted else ())]
+def _metrics(row: Mapping[str, Any], *, known: bool) -> dict[str, str]:
+    """Metrics of an evaluation, those that have a label or the others."""
+    names = [name for name in metric_names(row) if (name in METRICS) == known]
+    return {", ".join(filter(None, label_and_unit(name))): number(row[name]) for name in names}
 
 
 def _searchable(item: Item) -> list[Any]:
@@ -215,18 +186,14 @@ def _searchable(item: Item) -> list[Any]:
     return [item.name, [clip(text) for text in item.references[:REFERENCES]], said, item.thumbnail, item.problem]
 
 
-def _settings(runs: Sequence[RunFiles]) -> tuple[Rows, list[tuple[str, Rows]]]:
-    """What `run.json` says, one row a fact: what differs between runs, and the rest by group, in one column."""
-    groups: dict[str, dict[str, list[str]]] = {}
-    for place, run in enumerate(runs):
-        for name, value in run.facts.items():
-            group = groups.setdefault(clip(name, 60) if isinstance(value, Mapping) else "run", {})
-            for key, inner in value.items() if isinstance(value, Mapping) else [(name, value)]:
-                if not RESULTS.fullmatch(name):
-                    group.setdefault(clip(key, 60), ["not set"] * len(runs))[place] = words(inner)
-    differing = [(f"{g}: {key}", row) for g, rows in groups.items() for key, row in rows.items() if len(set(row)) > 1]
-    same = {g: [(key, row[:1]) for key, row in rows.items() if len(set(row)) == 1] for g, rows in groups.items()}
-    return differing, [(group, rows) for group, rows in same.items() if rows]
+def _settings(run: RunFiles) -> dict[tuple[str, str], str]:
+    """What `run.json` says of how the run was to be, by (group, name)."""
+    return {
+        (clip(name, 60) if isinstance(value, Mapping) else "run", clip(key, 60)): words(inner)
+        for name, value in run.facts.items()
+        if not RESULTS.fullmatch(name)
+        for key, inner in (value.items() if isinstance(value, Mapping) else [(name, value)])
+    }
 
 
 def _hash(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a page knows of its runs: their folders, as far as they can be read, and the curves that they give."""
+"""What a page knows of its runs: their folders, as far as they can be read."""
 
 from __future__ import annotations
 
@@ -15,17 +15,7 @@ from filelock import FileLock, Timeout
 
 from repro.json_files import keys
 from repro.record.metrics import METRICS, name_of
-from repro.record.record import (
-    DETAILS,
-    FACTS,
-    GENERATION,
-    ROWS,
-    Record,
-    lines_or_tell,
-    read_clock,
-    read_or_tell,
-    read_record,
-)
+from repro.record.record import DETAILS, GENERATION, Record, lines_or_tell, read_clock, read_or_tell, read_record
 from repro.record.sanitize import clip
 from repro.record.writer import LOCK, models_in, step_of_model
 
@@ -33,14 +23,6 @@ IMAGES = keys(image_path=list[str])
 NOTED_DROPPED = 100  # dropped rows that are listed; the others are counted
 DEEPEST = 3  # objects in objects of `run.json` that are written out
 SHOWN_EVALUATIONS = 6  # of a run, that are shown beside one another
-
-
-@dataclass(frozen=True)
-class DroppedRows:
-    """Rows that were left out."""
-
-    counts: Counter[tuple[str, str]]  # by (split, reason)
-    first: list[dict[str, Any]]  # some of the rows themselves
 
 
 @dataclass(frozen=True)
@@ -58,7 +40,8 @@ class Generated:
 class RunFiles(Record):
     """What a run's folder holds."""
 
-    dropped: DroppedRows
+    dropped: Counter[tuple[str, str]]  # rows that were left out, by (split, reason)
+    first_dropped: list[dict[str, Any]]  # some of these rows
     generated: Generated | None  # None if there are no captions
     name: str  # that tells it from others on the page
     is_at_work: bool  # whether a process holds the run's lock
@@ -108,37 +91,26 @@ class RunFiles(Record):
             if batch and later > step and end > begin
         ]
 
-    @property
-    def rows_per_second(self) -> float | None:
-        """The speed of training, its mean where the run has not said it."""
-        rates = [rate for _, rate in self.speed]
-        return self.facts.get("train_rows_per_second") or (sum(rates) / len(rates) if rates else None)
-
-
-def holds_a_run(folder: Path) -> bool:
-    """Tell whether there is anything of a run to report."""
-    return (folder / FACTS).exists() or (folder / ROWS).exists()
-
 
 def read_run_folder(folder: Path, name: str = "") -> RunFiles:
     """Read a run's folder; nothing in it is so broken that this fails."""
     record = read_record(folder)
     problems = list(record.problems)
-    dropped, generated = _dropped(folder / "dropped.jsonl", problems), _generated(folder, problems)
-    held, seconds = _is_held(folder / LOCK), record.facts.get("seconds") or read_clock(folder)
-    return RunFiles(record.facts, record.recorded, problems, dropped, generated, clip(name, 80), held, seconds)
+    path, generated = folder / "dropped.jsonl", _generated(folder, problems)
+    rows = lines_or_tell(path, dict[str, Any], problems) if path.exists() else []
+    dropped = Counter(map(_why_dropped, rows)), rows[:NOTED_DROPPED]
+    held = (folder / LOCK).exists() and _is_held(folder / LOCK)
+    seconds = record.facts.get("seconds") or read_clock(folder)
+    return RunFiles(record.facts, record.recorded, problems, *dropped, generated, clip(name, 80), held, seconds)
 
 
 def _is_held(lock: Path) -> bool:
     """Tell whether a process holds a lock, by trying to take it."""
     try:
-        if lock.exists():
-            FileLock(lock).acquire(timeout=0).lock.release()
-    except Timeout:
-        return True
-    except OSError:  # the folder is another's, or its file system has no locks
-        pass
-    return False
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError) as error:  # an OSError: the folder is another's, or its file system has no locks
+        return isinstance(error, Timeout)
 
 
 def finite(value: Any) -> bool:
@@ -146,14 +118,9 @@ def finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _dropped(path: Path, problems: list[str]) -> DroppedRows:
-    counts: Counter[tuple[str, str]] = Counter()
-    rows = lines_or_tell(path, dict[str, Any], problems) if path.exists() else []
-    for row in rows:
-        # What a reason says of one row alone follows a colon, or is a path in it.
-        reason = str(row.get("reason") or "not said").replace(str(row.get("image_path") or "…"), "…")
-        counts[words(row.get("split")), reason] += 1
-    return DroppedRows(counts, rows[:NOTED_DROPPED])
+def _why_dropped(row: Mapping[str, Any]) -> tuple[str, str]:
+    # What a reason says of one row alone follows a colon, or is a path in it.
+    return words(row.get("split")), words(row.get("reason")).replace(words(row.get("image_path")), "…")
 
 
 def spread(found: Sequence[Any], most: int = SHOWN_EVALUATIONS) -> list[Any]:

@@ -11,10 +11,11 @@ from repro.errors import InputError
 from repro.recipes import read_recipe
 from repro.recipes.targets import Target, read_targets
 from repro.recipes.verify import RUN, Verification, verify
+from repro.record.record import FACTS, ROWS
 from repro.record.writer import REPORT, log
-from repro.reports.charts import Line
+from repro.reports.charts import Line, columns_of
 from repro.reports.page import page
-from repro.reports.runs import holds_a_run, read_run_folder
+from repro.reports.runs import read_run_folder
 
 
 def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = None) -> None:
@@ -32,9 +33,15 @@ def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = 
             raise InputError(f"{folder}: is not a folder; name a reproduction's, or a run's.")
     places = [folder / RUN if (folder / RUN).is_dir() else folder for folder in folders]
     for place in places:
-        if not holds_a_run(place):
+        if not any((place / name).exists() for name in (FACTS, ROWS)):
             raise InputError(f"{place}: holds no run (no run.json, no metrics.jsonl); name a run's --output_dir.")
-    verdict, reason = _verdict(folders, recipe)
+    verdict, reason = None, ""
+    try:
+        verdict = verify(folders, recipe=recipe, recompute=False)
+    except InputError as error:  # it is not known against what
+        if recipe is not None:
+            raise
+        reason = str(error)
     content = read_recipe(verdict.recipe) if verdict else {"targets": []}
     runs = [read_run_folder(place, name) for place, name in zip(places, _names(folders), strict=True)]
     last = max(run.facts.get("num_steps", run.last_step) for run in runs)
@@ -52,16 +59,6 @@ def report_at_end(folder: Path, runs: Sequence[Path] = ()) -> None:
         log.warning("no report: %s: %s; `repro report %s` tries again", type(error).__name__, error, folder)
 
 
-def _verdict(folders: Sequence[Path], recipe: str | None) -> tuple[Verification | None, str]:
-    """Verify, if it is known against what; else the reason why it is not."""
-    try:
-        return verify(folders, recipe=recipe, recompute=False), ""
-    except InputError as error:
-        if recipe is not None:
-            raise
-        return None, str(error)
-
-
 def _wanted(targets: Sequence[Target], verdict: Verification | None, last: int) -> dict[str, Line]:
     """Find what a recipe wants of each metric: values by step, and how far from them a run may be.
 
@@ -75,18 +72,14 @@ def _wanted(targets: Sequence[Target], verdict: Verification | None, last: int) 
     for target in targets:
         reach = reaches.get(target.name) or target.margin or target.tolerance or 0.0
         at = last if target.step is None else target.step
-        values = dict(target.values or {}) or ({} if target.value is None else {str(at): target.value})
+        values = target.values or ({} if target.value is None else {str(at): target.value})
         points = [(int(step), value, value - reach, value + reach) for step, value in values.items()]
-        if target.low is not None or target.high is not None:
-            low, high = (
-                -math.inf if target.low is None else target.low,
-                math.inf if target.high is None else target.high,
-            )
-            points = [(at, math.nan, low, high)]
-        if points:
-            found.setdefault(target.metric, []).extend(points)
-    lines = {metric: [list(column) for column in zip(*sorted(points), strict=True)] for metric, points in found.items()}
-    return {metric: Line("wanted", -1, x, y, low, high) for metric, (x, y, low, high) in lines.items()}
+        low, high = target.low, target.high
+        if low is not None or high is not None:
+            points = [(at, math.nan, -math.inf if low is None else low, math.inf if high is None else high)]
+        found.setdefault(target.metric, []).extend(points)
+    columns = {metric: columns_of(sorted(points), "x", "y", "low", "high") for metric, points in found.items()}
+    return {metric: Line("wanted", -1, **values) for metric, values in columns.items() if values}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

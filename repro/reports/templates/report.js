@@ -27,7 +27,8 @@
     const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-9);
     return Array.from({ length: last - first + 1 }, (_, place) => (first + place) * step);
   };
-  const logTicks = (low, high) => {
+  const logTicks = (low, high) => {  // of logarithms; what is less than a factor of 5 is nearly linear
+    if (high - low < 0.7) return ticks(10 ** low, 10 ** high).map(Math.log10);
     const factors = high - low > 3 ? [1] : [1, 1.5, 2, 3, 5, 7];
     const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, place) => Math.floor(low) + place);
     return powers.flatMap((power) => factors.map((factor) => power + Math.log10(factor))).filter((y) => y >= low && y <= high);
@@ -42,17 +43,15 @@
   const nearest = (places, x) => places.reduce((best, place, i) => Math.abs(place - x) < Math.abs(places[best] - x) ? i : best, 0);
   const boxes = [...document.querySelectorAll("[data-toggle]")];
 
-  data.charts.forEach((chart, index) => {
-    const figure = document.getElementById(`chart-${index}`), whole = [0, chart.last], { wanted } = chart;
+  data.charts.forEach((chart) => {
+    const figure = document.getElementById(`chart-${chart.key}`), whole = [0, chart.last], { wanted } = chart;
     const steps = [...new Set(chart.lines.flatMap((line) => line.x))].sort((a, b) => a - b);
     const axes = svg("g", { class: "axes" }), cursor = svg("line", { class: "cursor", y2: "100%" }), brush = svg("rect", { class: "brush", height: "100%" });
     const inner = svg("svg", { class: "inner", viewBox: `0 0 ${SIDE} ${SIDE}`, preserveAspectRatio: "none" });
     const named = { role: "img", "aria-labelledby": `${chart.key}-title`, "aria-describedby": `${chart.key}-summary` };
     const plot = svg("svg", { class: "plot", ...named }, axes, inner, brush, cursor);
     const frame = make("div", "frame", plot), reading = make("p", "reading"), tools = make("p", "tools");
-    frame.tabIndex = 0;
-    frame.setAttribute("role", "group");
-    frame.setAttribute("aria-labelledby", `${chart.key}-title`);
+    for (const [name, value] of [["tabindex", 0], ["role", "group"], ["aria-labelledby", `${chart.key}-title`]]) frame.setAttribute(name, value);
     reading.setAttribute("aria-live", "polite");
     figure.querySelector(".summary").classList.add("hidden");
     figure.append(frame, reading, tools);
@@ -140,8 +139,7 @@
       if (Math.abs(across(to) - across(from)) > 0.02) zoom((from + to) / 2, Math.abs(to - from));
       leave();
     });
-    on("pointerleave", leave);
-    on("blur", leave);
+    ["pointerleave", "blur"].forEach((name) => on(name, leave));
     on("keydown", (event) => {
       const width = view[1] - view[0], moves = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length - 1, "+": at, "-": at };
       if (!(event.key in moves)) return;
@@ -153,9 +151,7 @@
     });
 
     const button = (words, label, act) => {
-      const made = make("button", "", words);
-      made.type = "button";
-      made.setAttribute("aria-label", `${label}: ${chart.title}`);
+      const made = Object.assign(make("button", "", words), { type: "button", ariaLabel: `${label}: ${chart.title}` });
       made.addEventListener("click", () => act(made));
       tools.append(made, " ");
     };
@@ -170,10 +166,8 @@
       // A spreadsheet would compute what begins like a formula.
       const head = columns.map(([name]) => `"${name.replace(/^[=+@-]/, "'$&").replaceAll('"', '""')}"`);
       const rows = steps.map((step) => [step, ...columns.map(([, x, values]) => values[x.indexOf(step)] ?? "")]);
-      const link = make("a");
-      link.href = URL.createObjectURL(new Blob([[["step", ...head], ...rows, ""].join("\n")], { type: "text/csv" }));
-      link.download = `${chart.key}.csv`;
-      link.click();
+      const text = new Blob([[["step", ...head], ...rows, ""].join("\n")], { type: "text/csv" });
+      Object.assign(make("a"), { href: URL.createObjectURL(text), download: `${chart.key}.csv` }).click();
     });
     draw();
   });
@@ -191,7 +185,7 @@
   });
   const text = (tag, name, words) => { const made = make(tag, name, words); made.dir = "auto"; return made; };
   const saidBy = (of, run) => {
-    const entry = make("div", "said"), key = svg("svg", { class: `key ${colour(run)}`, viewBox: "0 0 32 8" }, svg("path", { class: "line", d: "M0 4L32 4" }));
+    const entry = make("div", "said"), key = svg("svg", { class: `key ${colour(run)}`, viewBox: "0 0 48 8" }, svg("path", { class: "line", d: "M0 4L48 4" }));
     if (several) entry.append(make("p", "score", key, " ", make("bdi", "", data.names[run])));
     if (!of) return entry;
     const [pieces, score, , claims] = of, caption = text("p", "caption", pieces.join("") ? "" : "(empty)");
