@@ -13,16 +13,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TextIO
-
-import numpy as np
-from PIL import Image
+from typing import IO, TYPE_CHECKING, TextIO
 
 from repro.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Of images. `FORMATS` are Pillow's names of the only formats that are opened: none starts a program, or takes memory
 # beyond its pixels.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
+URL_SCHEMES = ("http://", "https://")
 IMAGE_BYTES = 96 << 20  # an image's file, or a zip file's list of members (train2017.zip's has 12 MB)
 DOWNLOAD_BYTES = 32 << 20  # an image that is fetched
 IMAGE_PIXELS = 110_000_000  # also half-way through a resize; phones make 108 million; WebP takes 16 bytes for each
@@ -127,8 +128,6 @@ class CheckedJson(io.IOBase):
     """
 
     _IGNORED = bytes(set(range(256)) - set(b'"[]{},'))
-    _STEP = np.zeros(256, np.int8)
-    _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 
     def __init__(self, opened: IO[bytes], list_depth: int = 2) -> None:
         self._opened, self._list_depth = opened, list_depth
@@ -138,6 +137,8 @@ class CheckedJson(io.IOBase):
         self._opened.close()
 
     def read(self, size: int = -1) -> bytes:
+        import numpy as np  # which takes longer than the help of a command may
+
         chunk = self._opened.read(size)
         text = self._rest + chunk
         if b"\\" in text:
@@ -148,7 +149,9 @@ class CheckedJson(io.IOBase):
         if len(signs):
             quotes = self._in_string + np.cumsum(signs == ord('"'), dtype=np.int32)
             outside = (quotes & 1) == 0
-            depths = self._depth + np.cumsum(self._STEP[signs] * outside, dtype=np.int32)
+            braces = signs | 32  # of brackets, too
+            steps = (braces == ord("{")).astype(np.int8) - (braces == ord("}"))
+            depths = self._depth + np.cumsum(steps * outside, dtype=np.int32)
             self._in_string, self._depth = int(quotes[-1] & 1), int(depths[-1])
             if depths.max() > JSON_DEPTH:
                 raise Refused(f"is nested more than {JSON_DEPTH} deep")

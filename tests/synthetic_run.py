@@ -16,9 +16,10 @@ def write_run(
     *,
     num_steps: int = 40,
     dropped: Sequence[dict] = (),
+    num_evaluations: int = 1,
     **facts: object,
 ) -> Path:
-    """Write a run of some steps and one evaluation of rows (image path, generated caption, reference)."""
+    """Write a run of some steps and evaluations of rows (image path, generated caption, reference)."""
     with RunWriter(folder) as writer:
         writer.train_steps(
             {"step": step, "loss": 3 / step, "learning_rate": 1e-3 / step}
@@ -27,15 +28,17 @@ def write_run(
         )
         for step in range(10, num_steps + 1, 10):
             writer.train_scalars(step, {"loss": 3 / step, "learning_rate": 1e-3 / step}, seconds=0.5 * step)
-        evaluation = Evaluation(
-            metrics={"loss": 2.5, "attribute_accuracy": 0.9, "rouge2": 14.0},
-            details={"rows": len(rows), "rouge_intervals": {"rouge2": [13.0, 15.0]}},
-            generations=[{"label": label, "pred": caption} for _, caption, label in rows],
-            image_paths=[],
-            image_ids=[],
-        )
-        checkpoint = folder / f"ckpt_epoch_1_step_{num_steps}"
-        writer.evaluation("eval", evaluation, step=num_steps, folder=checkpoint, seconds=2.0)
+        for place in range(1, num_evaluations + 1):
+            earlier = "" if place == num_evaluations else f" at {place}"
+            evaluation = Evaluation(
+                metrics={"loss": 2.5, "attribute_accuracy": 0.9, "rouge2": 14.0},
+                details={"rows": len(rows), "rouge_intervals": {"rouge2": [13.0, 15.0]}},
+                generations=[{"label": label, "pred": caption + earlier} for _, caption, label in rows],
+                image_paths=[],
+                image_ids=[],
+            )
+            step = num_steps * place // num_evaluations
+            writer.evaluation("eval", evaluation, step=step, folder=folder / f"ckpt_epoch_1_step_{step}", seconds=2.0)
         writer.images("eval", [path for path, _, _ in rows], [""] * len(rows))
         known = {
             "flags": {"seed": 42, "per_device_train_batch_size": 4, "learning_rate": 3e-5},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import tempfile
 import time
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from repro.__main__ import main
 from repro.errors import InputError
 from repro.json_files import write_json
 from repro.record.sanitize import visible
-from repro.reports.charts import nice_ticks, thinned
-from repro.reports.page import SHOWN, chosen_items, looks, ranked_items
-from repro.reports.runs import Generated, metric_names, read_run_folder
+from repro.record.writer import locked
+from repro.reports.captions import ranked_items
+from repro.reports.charts import thinned
+from repro.reports.page import THUMBNAILS, looks, with_thumbnails
+from repro.reports.runs import Generated, metric_names, read_run_folder, words
 from repro.reports.write import write_report
 
 HOSTILE = [
@@ -71,20 +75,18 @@ def test_a_run_is_told_with_its_curves_captions_and_settings(tmp_path, golden_in
     page = report(write_run(tmp_path / "mine", rows))
     holds_nothing_of_others(page)
     data = read_data(page)
-    assert [chart["key"] for chart in data["charts"]] == [
-        *("loss", "learning_rate", "eval_loss", "eval_rouge2", "speed", "eval_attribute_accuracy"),
-    ]
-    before, folded = page.split('<details class="further">')
-    assert "Validation: ROUGE-2" in before
-    assert "Validation: attribute accuracy" in folded, (
-        "a metric without a name of the field's does not push others down"
+    assert [chart["key"] for chart in data["charts"]] == ["loss", "learning_rate", "speed"], (
+        "one evaluation is no curve"
     )
+    before, folded = page.split("<summary>Further metrics")
+    assert "ROUGE-2, F x 100" in before
+    assert "attribute accuracy" in folded, "a metric without a name of the field's does not push others down"
     assert data["charts"][0]["lines"][0]["y"][0] == 3
-    assert set(data["charts"][4]["lines"][0]["y"]) == {16.0}, "10 steps of 8 rows in 5 seconds"
+    assert set(data["charts"][2]["lines"][0]["y"]) == {16.0}, "10 steps of 8 rows in 5 seconds"
     assert len(data["items"]) == len(pictures)
     assert data["items"][0][0] in {path.name for path in pictures}
     assert page.count("data:image/jpeg") >= len(pictures)
-    assert "add --recipe NAME" in page
+    assert page.index('class="tiles"') < page.index("finished, step 40") < page.index("add --recipe NAME")
 
 
 def test_runs_are_overlaid_and_told_apart(tmp_path):
@@ -94,15 +96,15 @@ def test_runs_are_overlaid_and_told_apart(tmp_path):
     data = read_data(report(tmp_path / "a", tmp_path / "b"))
     loss = data["charts"][0]
     assert [line["name"] for line in loss["lines"]] == ["a", "b"]
-    assert loss["x"] == [0, 2500]
+    assert loss["last"] == 2500
     assert len(loss["lines"][1]["x"]) <= 500
 
 
-def test_the_published_figures_are_drawn_in_and_a_verdict_is_given(tmp_path):
+def test_what_a_recipe_wants_is_drawn_in_and_a_verdict_is_given(tmp_path):
     from repro.recipes import read_recipe
 
     recipe = read_recipe("coco2017")
-    folder = write_run(tmp_path / "run", [("a.jpg", "a dog", "a dog")], num_steps=120)
+    folder = write_run(tmp_path / "run", [("a.jpg", "a dog", "a dog")], num_steps=120, num_evaluations=3)
     facts = json.loads((folder / "run.json").read_text()) | {
         "data": {"train": {"kept": 1, "dropped": 0, "images": 1, "fingerprint": "x"}},
         "model": {"implementation": "native", "parameters": 1},
@@ -111,11 +113,13 @@ def test_the_published_figures_are_drawn_in_and_a_verdict_is_given(tmp_path):
     facts["flags"] |= {"dtype": "float32"}
     (folder / "run.json").write_text(json.dumps(facts))
     page = report(folder, recipe="coco2017")
-    assert "<strong>CANNOT TELL</strong>" in page
-    published = {chart["key"]: chart["published"] for chart in read_data(page)["charts"]}
+    assert ">CANNOT TELL</strong>" in page
+    assert "Nothing was judged" in page
+    wanted = {chart["key"]: chart["wanted"] for chart in read_data(page)["charts"]}
     losses = next(t for t in recipe["targets"] if t["metric"] == "loss" and "margin" in t)["values"]
-    assert published["loss"][0]["x"] == [int(step) for step in losses]
-    assert published["eval_rouge2"][0]["y"] == [14.64]
+    assert wanted["loss"]["x"] == [int(step) for step in losses]
+    assert [wanted["eval_rouge2"][end] for end in ("x", "y", "low", "high")] == [[2000], [14.64], [14.34], [14.94]]
+    assert len(wanted["learning_rate"]["x"]) == 18
 
 
 @settings(max_examples=10)
@@ -169,12 +173,25 @@ def test_a_broken_run_is_reported_as_such(tmp_path, name, content):
     assert 'class="problem"' in page or content == b""
 
 
-def test_an_unfinished_run_is_reported(tmp_path):
-    folder = write_run(tmp_path / "run", [("a.jpg", "a dog", "a dog")])
-    facts = json.loads((folder / "run.json").read_text())
+@pytest.mark.parametrize(
+    ("stopped", "held", "said"),
+    [
+        ({}, True, "running</strong>"),
+        ({}, False, "crashed</strong>"),
+        ({"stopped": "Interrupted: by SIGTERM"}, False, "interrupted</strong>"),
+        ({"stopped": "RunStopped: a loss is not finite"}, False, "stopped</strong>"),
+    ],
+)
+def test_running_interrupted_and_crashed_are_told_apart(tmp_path, stopped, held, said):
+    folder = write_run(tmp_path / "run", [("a.jpg", "a dog", "a dog")], num_steps=283)
+    facts = json.loads((folder / "run.json").read_text()) | {"num_steps": 2342, **stopped}
     del facts["finished"]
     (folder / "run.json").write_text(json.dumps(facts))
-    assert "the run is not finished" in report(folder)
+    with locked(folder) if held else nullcontext():
+        page = report(folder)
+    assert said in page
+    assert "step 283 of 2342" in page
+    assert locked(folder).__enter__() is None, "the report lets go of the lock that it tried"
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):
@@ -192,29 +209,66 @@ def test_the_command_writes_into_the_first_folder(tmp_path, capsys):
     assert str(folder / "report.html") in capsys.readouterr().out
 
 
-def test_items_are_ranked_and_none_is_shown_twice():
-    rows = [("a dog", "a dog"), ("a dog", "a big dog"), ("a cat", "two trees")] + [("x", f"y {i}") for i in range(90)]
-    paths = ["a.jpg", "a.jpg", "b.jpg", *(f"{i}.jpg" for i in range(90))]
-    items = ranked_items(Generated("validation", 1, rows, paths))
+def test_items_are_ranked_and_the_ends_have_pictures(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    rows = [("a dog", "a dog"), ("a dog", "a big dog"), ("a cat", "two trees")] + [("x", f"y {i}") for i in range(900)]
+    paths = [str(tmp_path / name) for name in ("a.jpg", "a.jpg", "b.jpg", *(f"{i}.jpg" for i in range(900)))]
+    items = with_thumbnails(ranked_items([Generated("validation", 1, rows, paths)]))
     assert items[0].references == ("a dog", "a big dog")
-    assert items[0].score == pytest.approx((100 + 80) / 2)
-    chosen = chosen_items(items)
-    assert {kind: len(found) for kind, found in chosen.items()} == SHOWN
-    places = [item.place for found in chosen.values() for item in found]
-    assert len(places) == len(set(places))
+    assert items[0].scores == pytest.approx([(100 + 80) / 2])
+    assert items[0].thumbnail
+    looked_for = [item for item in items if item.thumbnail or item.problem]
+    assert looked_for[-1] == items[-1]
+    assert len(looked_for) <= THUMBNAILS
+
+
+def test_runs_stand_side_by_side_and_captions_that_differ_come_first():
+    paths = [["/one/val/a.jpg", "/one/val/b.jpg"], ["/two/val/b.jpg", "/two/val/a.jpg", "/two/val/c.jpg"]]
+    rows = [[("a dog", "a dog"), ("a cat", "a cats")], [("a cow", "a cats"), ("a dog", "a dog"), ("x", "y")]]
+    items = ranked_items([Generated("validation", 1, *each) for each in zip(rows, paths, strict=True)])
+    assert [[said and said.caption for said in item.said] for item in items] == [
+        *(["a cat", "a cow"], ["a dog", "a dog"], [None, "x"])
+    ]
+    assert [items[0].pieces(said) for said in items[0].said] == [["", "a cat", ""], ["", "a ", "cow"]], "stems match"
+
+
+def test_only_settings_that_differ_are_compared_and_no_value_is_pythons(tmp_path):
+    rows = [("a.jpg", "a dog", "a dog")]
+    flags = {"seed": 1, "per_device_train_batch_size": 4, "learning_rate": 3e-5, "push": True, "mesh": {"data": 2}}
+    write_run(tmp_path / "a", rows, flags=flags | {"dropout": None}, dropped=[{"split": None}])
+    write_run(tmp_path / "b", rows, flags=flags | {"dropout": 0.5})
+    page = report(tmp_path / "a", tmp_path / "b")
+    differing = page.split("<h3>What differs</h3>")[1].split("</table>")[0]
+    assert "flags: dropout" in differing
+    assert "learning_rate" not in differing
+    shown = page.split("<main>")[1].split("<script")[0]
+    assert not re.search(r"\b(None|True|False)\b|[{}]|&#39;", shown)
+    assert words({"a": {"b": {"c": {"d": 1}}}, "e": [], "f": 2.0}) == "a b c …, e none, f 2"
+
+
+def test_the_caption_at_each_evaluation_is_kept(tmp_path):
+    page = report(write_run(tmp_path / "run", [("a.jpg", "a dog", "a dog")], num_evaluations=40))
+    steps = [step for step, _ in read_data(page)["items"][0][2][0][2]]
+    assert steps == [1, 8, 16, 24, 32]
+    assert "a dog at 8" in page
+
+
+def test_what_captions_claim_of_rendered_scenes_is_judged(tmp_path):
+    data = tmp_path / "data"
+    (data / "annotations").mkdir(parents=True)
+    item = {"shape": "star", "colour": "red", "size": "big", "position": "top left", "centre": [0.2, 0.2]}
+    scenes = [{"image_id": 7, "objects": [item, item | {"position": "top right"}], "background": "white"}]
+    (data / "annotations" / "scenes_val2017.json").write_text(json.dumps(scenes))
+    path = str(data / "val2017" / "000000000007.jpg")
+    page = report(write_run(tmp_path / "run", [(path, "three red stars", "two red stars")]))
+    assert read_data(page)["items"][0][2][0][3] == [["colour", True], ["shape", True], ["count", False]]
+    assert '<th scope="row">said 3</th><td class="n" data-name="true 0">0</td>' in page
 
 
 def test_thinning_keeps_mean_and_range_and_leaves_out_what_is_not_finite():
     x, mean, low, high = thinned(np.arange(1, 6), np.array([1.0, 3.0, np.nan, 8.0, 7.0]), 2)
     assert (x.tolist(), mean.tolist()) == ([2, 4, 5], [2, 8, 7])
     assert (low.tolist(), high.tolist()) == ([1, 8, 7], [3, 8, 7])
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_and_within(low, width):
-    ticks = nice_ticks(low, low + width)
-    assert 1 <= len(ticks) <= 10
-    assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in ticks)
 
 
 def test_what_is_said_of_an_evaluation_besides_its_metrics_has_no_curve():

@@ -89,7 +89,7 @@ def test_captions_are_found_by_their_words_and_shown_as_text(opened):
     page = opened()
     page.get_by_label("Find in captions").fill("003.JPG dog")
     expect(page.locator("#found .card")).to_have_count(1)
-    assert page.locator("#found .caption").inner_text() == "a dog number 3"
+    assert page.locator("#found .caption").all_inner_texts() == ["a dog number 3"] * 2
     assert page.locator("#found img").count() == 1
     page.get_by_label("Find in captions").fill("window.hit")
     expect(page.locator("#found .card")).to_have_count(2)
@@ -111,8 +111,43 @@ def test_curves_are_read_by_keyboard_and_runs_hidden(opened):
     assert page.locator(".inner [data-run='1']").first.is_visible()
 
 
+def test_a_chart_is_zoomed_made_logarithmic_and_saved(opened):
+    page = opened()
+    figure = page.locator(".chart").first
+    labels = lambda: figure.locator(".axes text.x").all_text_contents()  # noqa: E731
+    whole = labels()
+    figure.locator(".frame").focus()
+    page.keyboard.press("+")
+    assert labels() != whole
+    figure.get_by_role("button", name="show the whole").click()
+    assert labels() == whole
+    before = figure.locator(".line").first.get_attribute("d")
+    figure.get_by_role("button", name="logarithmic").click()
+    assert figure.locator(".line").first.get_attribute("d") != before
+    with page.expect_download() as saved:
+        figure.get_by_role("button", name="CSV").click()
+    assert saved.value.path().read_text(encoding="utf-8").splitlines()[1].startswith("1,3,")
+
+
+def test_captions_are_ordered_filtered_and_enlarged(opened):
+    page = opened()
+    scores = lambda: [float(text.split()[1]) for text in page.locator("#found .caption + .score").all_inner_texts()]  # noqa: E731
+    page.get_by_label("Order").select_option("worst first")
+    page.get_by_label("Score from").fill("1")
+    expect(page.locator("#found .caption + .score").first).to_have_text("ROUGE-L 66.7")
+    assert min(scores()) >= 1
+    assert scores() == sorted(scores())
+    page.get_by_label("Find in captions").fill("no such caption")
+    expect(page.get_by_role("status")).to_have_text("No image matches.")
+    page.get_by_label("Find in captions").fill("dog")
+    picture = page.locator("#found img").first
+    small = picture.bounding_box()["height"]
+    picture.click()
+    assert picture.bounding_box()["height"] > small
+
+
 def test_without_scripts_the_page_can_be_read(opened):
     page = opened(java_script_enabled=False)
-    assert page.locator(".plot").first.is_visible()
+    assert "one: 3 at step 1" in page.locator(".summary").first.inner_text()
     assert page.locator(".card").count() > 5
     assert page.locator(".search").is_hidden()

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from repro.commands import COMMANDS
 from repro.commands.terminal import printable, start_logging
 from repro.config import COUNT, DTYPES, IMPLEMENTATIONS, LENGTH, flag, make_arguments
-from repro.data.images import URL_SCHEMES
 from repro.errors import InputError
-from repro.limits import LISTED_BYTES
+from repro.limits import LISTED_BYTES, URL_SCHEMES
 from repro.parser import Checked, Parser, add_fields, sentence
 from repro.progress import progress_bar
 

@@ -26,9 +26,8 @@ from PIL import Image, UnidentifiedImageError
 
 from repro import limits
 from repro.errors import InputError
-from repro.limits import Refused
+from repro.limits import URL_SCHEMES, Refused
 
-URL_SCHEMES = ("http://", "https://")
 ZIP, ARROW = "zip://", "arrow://"
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")
 DOWNLOAD_SECONDS = 20

@@ -238,12 +238,13 @@ def word_attention(
         {"image_path", "tokens", "weights"} of each; of a token its attention to the image's patches, row by row, as two
         hexadecimal digits each, ff where it is strongest. Nothing without captions, or of a model that does not tell.
     """
-    found, tokenizer = some_captions(evaluation, number), pretrained.tokenizer
+    found, tokenizer, config = some_captions(evaluation, number), pretrained.tokenizer, pretrained.captioner.config
     ids = tokenizer([*found.values(), ""], padding=True, return_tensors="np").input_ids[:-1]
     if not ids.size or not hasattr(pretrained.captioner, "looks_at"):
         return []
+    ids = ids[:, : config.decoder.max_position_embeddings]  # a caption may be cut into more tokens than it was made of
     rows = np.array([evaluation.image_paths.index(path) for path in found])
-    inputs = shift_right(ids, pretrained.captioner.config.decoder_start_token_id)
+    inputs = shift_right(ids, config.decoder_start_token_id)
     looks = pretrained.captioner.looks_at(params, data.images[data.image_index[rows]], inputs)
     pictures = []
     for path, row_ids, row_looks in zip(found, ids, np.asarray(looks, np.float32), strict=True):

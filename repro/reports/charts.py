@@ -1,50 +1,35 @@
-"""Line charts as SVG, as wide as their page and readable without scripts, with the figures for a script that does more.
-
-The plot is an inner SVG in its own coordinates, 0 to `SIDE` each way, which is stretched; lines keep their width by
-`vector-effect`. Everything that must not be stretched, which is text and rules, is placed outside it by percentages. No
-text reaches the markup but through `Markup.format`, and there are no style attributes, which the page's policy forbids.
-"""
+"""The curves of runs as figures, which the page's script draws, and in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
-SIDE = 10_000
-COLOURS = 6  # in the style sheet, each with its own dashes; further runs begin again with other dashes
-DASH_SETS = 2
-TICKS = 5
-TABLE_ROWS = 24
+from repro.record.metrics import METRICS
+from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names
+
 POINTS = 500  # of a line: more cannot be told apart on a screen
-BANDS = 3  # up to so many runs have their range drawn; more would hide one another
-ROOM = 0.04  # left free above and below, as a share of the height
+RINGS = "rings and the shade behind them: what is wanted"
+FEWEST = 3  # evaluations that make a curve; fewer are in a table
 
 
 @dataclass(frozen=True)
 class Line:
-    """A run's values."""
-
-    name: str  # of the run
-    number: int  # of the run, which decides on colour and dashes
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()  # the range that each value stands for, or nothing
-    high: Sequence[float] = ()
-    dotted: bool = False  # whether each value is marked
-
-
-@dataclass(frozen=True)
-class Published:
-    """Values that a run is held against, at the same places."""
+    """Values of a run, or those that a recipe wants of it."""
 
     name: str
-    x: Sequence[float]
+    number: int  # of the run, which decides on colour and dashes
+    x: Sequence[float]  # steps
     y: Sequence[float]
+    low: Sequence[
+        float
+    ] = ()  # the range that each value stands for, or nothing; of what is wanted, open at an infinity
+    high: Sequence[float] = ()
+    dotted: bool = False  # whether each value is marked
 
 
 @dataclass(frozen=True)
@@ -53,23 +38,81 @@ class Chart:
 
     key: str  # an identifier, unique on the page
     title: str
+    unit: str  # of the vertical axis
     lines: Sequence[Line]
-    published: Sequence[Published] = ()
-    note: str = ""  # what a value is, where the title does not say it
-    last_x: float = 1.0  # where the horizontal axis ends; it begins at 0
+    wanted: Line | None
+    note: str  # what a value, a band or a bar is
+    last: int  # step at which the horizontal axis ends; it begins at 0
     further: bool = False  # folded away, behind all others
 
+    @property
+    def summary(self) -> str:
+        """The chart in words."""
+        return " ".join(
+            f"{line.name}: {number(line.y[0])} at step {line.x[0]:,.0f}, {number(line.y[-1])} at {line.x[-1]:,.0f},"
+            f" between {number(min(line.y))} and {number(max(line.y))}."
+            for line in self.lines
+        )
 
-@dataclass(frozen=True)
-class Drawn:
-    """A chart as the page takes it."""
 
-    chart: Chart
-    svg: Markup
-    summary: str  # the chart in words
-    header: list[str]
-    rows: list[list[str]]  # the chart as a table, about `TABLE_ROWS` of them
-    figures: dict[str, Any] = field(repr=False)  # what a script needs to draw it anew
+def curves_of(runs: Sequence[RunFiles], wanted: Mapping[str, Line]) -> list[Chart]:
+    """Draw up the curves of runs, those of metrics without a label last.
+
+    Args:
+        wanted: what curves are held against, by metric (`loss`, `eval_rouge2`).
+    """
+    last = max(1, *(run.last_step for run in runs))
+    size = max(-(-max(len(run.recorded.steps) for run in runs) // POINTS), 1)
+    averaged = f"each point is the mean of {size} steps, the shade their range" if size > 1 else ""
+    kinds = [
+        ("loss", "Training loss", METRICS["loss"].unit, averaged, [_of_steps(run, "loss", size) for run in runs]),
+        ("learning_rate", "Learning rate", "", "", [_of_steps(run, "learning_rate", size) for run in runs]),
+    ]
+    for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
+        found = [_of_evaluations(run, metric) for run in runs]
+        if max(len(columns.get("x", ())) for columns in found) >= FEWEST:
+            label, unit = label_and_unit(metric)
+            note = "bars: the mean's 95 % bootstrap interval" * any("low" in columns for columns in found)
+            kinds.append((f"eval_{metric}", f"Validation: {label}", unit, note, found))
+    speeds = [columns_of(run.speed, "x", "y") for run in runs]
+    kinds.append(("speed", "Speed", "rows a second", "between logged steps, without evaluations", speeds))
+    charts = []
+    for key, title, unit, note, found in kinds:
+        lines = [Line(runs[place].name, place, **columns) for place, columns in enumerate(found) if columns]
+        equal = [line.name for line in lines[1:] if (line.x, line.y) == (lines[0].x, lines[0].y)]
+        notes = [note, f"{', '.join(equal)}: equal to {lines[0].name}" if equal else "", RINGS * (key in wanted)]
+        said, further = "; ".join(filter(None, notes)), key.startswith("eval_") and key[5:] not in METRICS
+        charts += [Chart(key, title, unit, lines, wanted.get(key), said, last, further)] if lines else []
+    return sorted(charts, key=lambda chart: chart.further)
+
+
+def _of_steps(run: RunFiles, name: str, size: int) -> dict[str, Any]:
+    rows = [(row["step"], row[name]) for row in run.recorded.steps if finite(row.get(name))]
+    steps, values = np.array(rows, float).reshape(-1, 2).T
+    return columns_of(zip(*thinned(steps, values, size), strict=True), "x", "y", "low", "high")
+
+
+def _of_evaluations(run: RunFiles, metric: str) -> dict[str, Any]:
+    found = {step: row for step, row in run.evaluations.items() if finite(row.get(metric))}
+    ranges = [row.get("rouge_intervals", {}).get(metric, ()) for row in found.values()]
+    values = columns_of(((step, row[metric]) for step, row in found.items()), "x", "y")
+    if values and all(ends and all(map(finite, ends)) for ends in ranges):
+        values |= columns_of(ranges, "low", "high")
+    return {**values, "dotted": True} if values else {}
+
+
+def columns_of(rows: Iterable[Sequence[float]], *names: str) -> dict[str, Any]:
+    """Turn rows into named columns; there are none without rows."""
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=False))
+
+
+def rounded(value: Any) -> Any:
+    """Round what is in figures for JSON; what is not finite is null."""
+    if isinstance(value, float):
+        return (int(value) if value == int(value) else float(f"{value:.5g}")) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def thinned(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
@@ -86,149 +129,8 @@ def thinned(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
     return x[:, -1], np.nanmean(y, axis=1), np.nanmin(y, axis=1), np.nanmax(y, axis=1)
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within a range, about `TICKS` of them."""
-    raw = (high - low) / (TICKS - 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [place * step for place in range(first, last + 1)]
-
-
 def number(value: float) -> str:
     """Write a number as briefly as its size allows."""
-    if not math.isfinite(value):
-        return "not finite"
-    size = abs(value)
-    if size >= 1000:
+    if abs(value) >= 1000 and math.isfinite(value):
         return f"{value:,.0f}"
-    if 0 < size < 1e-3:
-        return f"{value:.3g}"
-    return f"{value:.4g}"
-
-
-def draw(chart: Chart) -> Drawn:
-    """Draw a chart of at least one finite value."""
-    axes = _Axes((0.0, float(chart.last_x)), _limits(chart))
-    banded = len(chart.lines) <= BANDS
-    curves = [_line(line, axes, banded=banded) for line in chart.lines]
-    svg = Markup(
-        '<svg class="plot" role="img" aria-labelledby="{key}-title" aria-describedby="{key}-summary">'
-        '<g class="axes">{axes}</g>'
-        '<svg class="inner" viewBox="0 0 {side} {side}" preserveAspectRatio="none" width="100%" height="100%">{inner}'
-        '</svg><line class="cursor" y1="0" y2="100%" x1="0" x2="0"/></svg>'
-    ).format(
-        key=chart.key,
-        axes=Markup("").join(_labels(axes)),
-        side=SIDE,
-        inner=Markup("").join([*curves, *(_published(found, axes) for found in chart.published)]),
-    )
-    figures = {
-        "key": chart.key,
-        "x": axes.x,
-        "y": axes.y,
-        "lines": [{"name": line.name, "number": line.number, **_rounded(line)} for line in chart.lines],
-        "published": [{"name": found.name, **_rounded(found)} for found in chart.published],
-    }
-    header, rows = _table(chart)
-    return Drawn(chart, svg, _summary(chart), header, rows, figures)
-
-
-def line_class(run: int) -> str:
-    """The style sheet's classes of a run's colour and dashes."""
-    return f"run c{run % COLOURS} d{run % COLOURS + (run // COLOURS) % DASH_SETS * COLOURS}"
-
-
-def _limits(chart: Chart) -> tuple[float, float]:
-    values = [value for line in chart.lines for value in (*line.y, *line.low, *line.high)]
-    values += [value for found in chart.published for value in found.y]
-    low, high = min(values), max(values)
-    room = (high - low) * ROOM or abs(high) * ROOM or ROOM
-    # A quantity that is never negative is not given negative room.
-    return (low - room if low < 0 else max(low - room, 0.0)), high + room
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """The first and the last value of each axis."""
-
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    def path(self, x: Iterable[float], y: Iterable[float]) -> str:
-        """The points of a line, without the command that begins it."""
-        points = zip(x, y, strict=True)
-        return "L".join(f"{round(SIDE * _share(a, self.x))} {round(SIDE * (1 - _share(b, self.y)))}" for a, b in points)
-
-    def dots(self, x: Iterable[float], y: Iterable[float]) -> str:
-        """A path of no length at each point: with round ends it is a dot that is not stretched."""
-        return "".join(f"M{self.path([a], [b])}h0" for a, b in zip(x, y, strict=True))
-
-
-def _share(value: float, limits: tuple[float, float]) -> float:
-    return (value - limits[0]) / (limits[1] - limits[0])
-
-
-def _line(line: Line, axes: _Axes, *, banded: bool) -> Markup:
-    parts = []
-    if line.dotted and len(line.low):
-        ranges = zip(line.x, line.low, line.high, strict=True)
-        parts.append(("range", "".join(f"M{axes.path([x, x], [low, high])}" for x, low, high in ranges)))
-    elif banded and len(line.low):
-        there, back = axes.path(line.x, line.high), axes.path(line.x[::-1], line.low[::-1])
-        parts.append(("band", f"M{there}L{back}Z"))
-    parts.append(("line", f"M{axes.path(line.x, line.y)}"))
-    if line.dotted or len(line.x) == 1:
-        parts.append(("dots", axes.dots(line.x, line.y)))
-    paths = Markup("").join(Markup('<path class="{}" d="{}"/>').format(*part) for part in parts)
-    return Markup('<g class="{}" data-run="{}">{}</g>').format(line_class(line.number), line.number, paths)
-
-
-def _published(found: Published, axes: _Axes) -> Markup:
-    return Markup(
-        '<g class="published" data-run="published"><path class="ring" d="{0}"/><path class="hole" d="{0}"/></g>'
-    ).format(axes.dots(found.x, found.y))
-
-
-def _labels(axes: _Axes) -> Iterable[Markup]:
-    for value in nice_ticks(*axes.y):
-        yield Markup('<line x1="0" x2="100%" y1="{0}" y2="{0}"/><text x="-8" y="{0}" dy="0.32em">{1}</text>').format(
-            f"{100 * (1 - _share(value, axes.y)):.2f}%", number(value)
-        )
-    for value in nice_ticks(*axes.x):
-        if value == int(value):
-            yield Markup('<text class="x" x="{:.2f}%" y="100%" dy="1.6em">{}</text>').format(
-                100 * _share(value, axes.x), f"{value:,.0f}"
-            )
-
-
-def _summary(chart: Chart) -> str:
-    said = []
-    for line in chart.lines:
-        y = np.asarray(line.y)
-        text = f"{line.name}: {number(y[0])} at step {line.x[0]:,.0f}"
-        if len(y) > 1:
-            text += (
-                f", {number(y[-1])} at step {line.x[-1]:,.0f};"
-                f" least {number(y.min())} at {line.x[int(y.argmin())]:,.0f},"
-                f" most {number(y.max())} at {line.x[int(y.argmax())]:,.0f}"
-            )
-        said.append(text)
-    return ". ".join(said) + "."
-
-
-def _table(chart: Chart) -> tuple[list[str], list[list[str]]]:
-    sets: list[Line | Published] = [*chart.lines, *chart.published]
-    columns = [dict(zip(found.x, found.y, strict=True)) for found in sets]
-    steps = sorted({x for line in chart.lines for x in line.x})
-    shown = {*steps[:: max(len(steps) // TABLE_ROWS, 1)], steps[-1], *(x for found in chart.published for x in found.x)}
-    rows = [
-        [f"{step:,.0f}", *(number(values[step]) if step in values else "" for values in columns)]
-        for step in sorted(shown)
-    ]
-    return ["step", *(found.name for found in sets)], rows
-
-
-def _rounded(found: Line | Published) -> dict[str, list[float]]:
-    values = {"x": found.x, "y": found.y}
-    return {axis: [int(v) if v == int(v) else float(f"{v:.5g}") for v in found] for axis, found in values.items()}
+    return f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"

@@ -1,7 +1,7 @@
 """The report of runs: one HTML file that needs nothing else, made of plain values.
 
-Whatever comes from captions, file names and flags goes through `untrusted` and Jinja's escaping, and the page's policy
-lets no script run but its own: a browser refuses every other, and every request.
+Whatever comes from captions, file names and flags goes through `clip` and Jinja's escaping, and the page's policy lets
+no script run but its own: a browser refuses every other, and every request.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import math
-import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
+from datetime import timedelta
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any
@@ -25,138 +24,90 @@ from markupsafe import Markup
 from PIL import Image
 
 from repro.data.images import ImageError, open_image
-from repro.evaluation.rouge import TYPES, rouge_scores
+from repro.recipes.verify import Verification, in_words
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, embedded_json, template
-from repro.reports.charts import Published, draw, line_class, number
-from repro.reports.runs import Generated, RunFiles, curves_of, finite, label_and_unit, metric_names
+from repro.reports.captions import RANKED_BY, REFERENCES, Item, count_table, ranked_items
+from repro.reports.charts import Line, curves_of, number, rounded
+from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names, spread, words
 
-RANKED_BY = "rougeL"
-COMMONEST = 8
+THUMBNAILS = 200  # about so many in all; further images are found by their texts alone
+THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 78
 # Of attention: captions, tokens of one, the side of its pictures, how dark they are where nothing is looked at.
 LOOKS, LONGEST_LOOK, LOOK_SIDE, DARKER = 24, 40, 88, 5
-RANKED_CHARACTERS = 2000  # of a caption; what is longer is no caption
-SHOWN = {"best": 12, "worst": 12, "random": 24}
-THUMBNAILS = 200  # in all; further images are found by their texts alone
-THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 78
-REFERENCES = 5  # of an image, that are shown
-DATA = {"kept": "rows", "captions": "rows with a caption", "captions_cut": "captions cut to the greatest length"}
-TIMES = {
-    "startup_seconds": "seconds before the first step",
-    "train_seconds": "seconds of training",
-    "waiting_for_input_seconds": "of them waiting for input",
-    "train_rows_per_second": "rows a second",
-}
-
-
-@dataclass(frozen=True)
-class Item:
-    """An evaluated image, or a row where images are not known."""
-
-    place: int  # in the order of evaluation
-    image: str  # reference to the image, or nothing
-    caption: str
-    references: tuple[str, ...]
-    score: float  # mean of the rows' `RANKED_BY`, F x 100
-    thumbnail: str = ""  # address of a picture, or nothing
-    problem: str = ""  # why there is no picture, if one was looked for
+KEY_METRICS = ("loss", "rouge2", "rougeL")
+VERSIONS = ("repro", "python", "jax", "flax", "optax", "transformers")
+TRAINING = {"num_train_epochs": "epochs", "learning_rate": "learning rate", "protocol": "protocol", "seed": "seed"}
+TIMES = {"startup": "start-up", "train": "training", "waiting_for_input": "of that waiting for input"}
+# Facts of `run.json` that are no settings: what came of the run, and when.
+RESULTS = re.compile(r"checksums|parts|started|finished|stopped|.*seconds|.*_bytes|train_rows_per_second")
 
 
 def page(
     runs: Sequence[RunFiles],
-    names: Sequence[str],
     *,
-    verdict: Mapping[str, Any] | None,
-    no_verdict: str = "",
-    published: Mapping[str, Published],
+    verdict: Verification | None,
+    no_verdict: str,
+    wanted: Mapping[str, Line],
+    seeds: Sequence[Mapping[str, Any]],
 ) -> str:
     """Make the report.
 
     Args:
-        names: of the runs, distinct.
-        verdict: `repro.recipes.verify.as_json`; None where runs are of no recipe.
-        no_verdict: why there is none.
-        published: what curves are held against, by metric (`loss`, `eval_rouge2`).
+        verdict: None where runs are of no recipe; `no_verdict` says why.
+        wanted: what curves are held against, by metric (`loss`, `eval_rouge2`).
+        seeds: the runs from which the recipe's targets come, their values by metric.
     """
-    names = [clip(name, 80) for name in names]
-    drawn = [draw(chart) for chart in sorted(curves_of(runs, names, published), key=lambda chart: chart.further)]
-    captioning = next((place for place, run in enumerate(runs) if run.generated), 0)
-    generated = runs[captioning].generated
-    items = with_thumbnails(ranked_items(generated)) if generated else []
+    charts = curves_of(runs, wanted)
+    items = with_thumbnails(ranked_items([run.generated for run in runs]))
+    names, ranked_by = [run.name for run in runs], METRICS[RANKED_BY].label
+    # Of one run all evaluations are shown, of several the last ones.
+    evaluations = [(run.name, run.final) for run in runs]
+    if len(runs) == 1:
+        evaluations = [(f"step {step}", row) for step, row in spread(list(runs[0].evaluations.items()))]
+    settings = _rows([_settings(run) for run in runs])
+    figures = {"charts": rounded([asdict(chart) for chart in charts]), "items": list(map(_searchable, items))}
     folder = files("repro.reports") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    return template("repro.reports", "report.html", autoescape=True, number=_number, clip=clip).render(
+    return template("repro.reports", "report.html", autoescape=True, clip=clip, words=words).render(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}';"
         " base-uri 'none'; form-action 'none'",
         style=Markup(style),
         script=Markup(script),
         title=clip(", ".join(names), 160),
-        names=[(name, line_class(place)) for place, name in enumerate(names)],
+        runs=runs,
+        names=names,
+        key_figures=_rows([_key_figures(run) for run in runs]),
+        overview=_rows([_overview(run) for run in runs]),
         verdict=verdict,
+        outcomes=[(outcome, in_words(outcome)) for outcome in verdict.outcomes] if verdict else [],
         no_verdict=no_verdict,
-        problems=[(name, clip(problem)) for name, run in zip(names, runs, strict=True) for problem in run.problems],
-        charts=drawn,
-        final=_final_table(runs),
-        generated=generated,
-        generated_by=names[captioning],
-        num_items=len(items),
-        chosen=chosen_items(items),
-        ranked_by=METRICS[RANKED_BY].label,
-        repeated=_repeated(generated) if generated else [],
+        seeds=seeds,
+        charts=charts,
+        evaluations=[name for name, _ in evaluations],
+        metrics=[_rows([_metrics(row, known=known) for _, row in evaluations]) for known in (True, False)],
+        items=items,
+        ranked_by=ranked_by,
+        counts=[(name, rows) for place, name in enumerate(names) if (rows := count_table(items, place))],
         looks=list(looks(runs[0])),
-        dropped=[(name, run.dropped) for name, run in zip(names, runs, strict=True) if run.dropped.counts],
-        settings=_settings(runs),
-        data=Markup(embedded_json({"charts": [chart.figures for chart in drawn], "items": _searchable(items)})),
+        differing=[(": ".join(name), values) for name, values in settings if len(set(values)) > 1],
+        settings=[(group, (key, values[:1])) for (group, key), values in settings if len(set(values)) == 1],
+        data=Markup(embedded_json({"names": names, "ranked_by": ranked_by, **figures})),
     )
-
-
-def ranked_items(generated: Generated) -> list[Item]:
-    """Join the rows that have an image and a caption in common, best first."""
-    # The longest common subsequence takes memory with the square of the length.
-    scores = rouge_scores(
-        *([text[:RANKED_CHARACTERS] for text in texts] for texts in zip(*generated.rows, strict=True))
-    )
-    ranked = scores.rows[:, TYPES.index(RANKED_BY)]
-    groups: dict[tuple[Any, str], list[int]] = {}
-    for place, (caption, _) in enumerate(generated.rows):
-        image = generated.image_paths[place] if place < len(generated.image_paths) else place
-        groups.setdefault((image, caption), []).append(place)
-    items = [
-        Item(
-            place=rows[0],
-            image=image if isinstance(image, str) else "",
-            caption=caption,
-            references=tuple(generated.rows[row][1] for row in rows),
-            score=float(ranked[rows].mean()),
-        )
-        for (image, caption), rows in groups.items()
-    ]
-    return sorted(items, key=lambda item: (-item.score, item.place))
-
-
-def chosen_items(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """The best, the worst first, and some drawn at random, the same every time; none of them twice."""
-    best = list(items[: SHOWN["best"]])
-    rest = items[len(best) :]
-    worst = list(rest[::-1][: SHOWN["worst"]])
-    others = rest[: len(rest) - len(worst)]
-    drawn = random.Random(0).sample(others, min(SHOWN["random"], len(others)))
-    return {kind: found for kind, found in (("best", best), ("worst", worst), ("random", drawn)) if found}
 
 
 def with_thumbnails(items: list[Item]) -> list[Item]:
-    """Add pictures to the items that are shown, and to as many others as there is room for."""
-    shown = [item for found in chosen_items(items).values() for item in found]
-    others = items[:: max(len(items) // THUMBNAILS, 1)]
-    wanted = {item.place for item in [*shown, *others][:THUMBNAILS] if item.image}
-    return [_with_thumbnail(item) if item.place in wanted else item for item in items]
-
-
-def _with_thumbnail(item: Item) -> Item:
-    try:
-        return replace(item, thumbnail=thumbnail(item.image))
-    except (ImageError, OSError, ValueError) as error:  # it cannot be read any more
-        return replace(item, problem=clip(str(error), 120))
+    """Add pictures to the first and the last items, and to as many between them as there is room for."""
+    each = THUMBNAILS // 4
+    between = range(each, len(items) - each, max(len(items) // (2 * each), 1))
+    wanted = {*range(each), *range(len(items) - each, len(items)), *between}
+    found = list(items)
+    for place in wanted & {place for place, item in enumerate(items) if item.image}:
+        try:
+            found[place] = replace(items[place], thumbnail=thumbnail(items[place].image))
+        except (ImageError, OSError, ValueError) as error:  # it cannot be read any more
+            found[place] = replace(items[place], problem=clip(str(error), 120))
+    return found
 
 
 def thumbnail(reference: str) -> str:
@@ -177,46 +128,6 @@ def _address(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _searchable(items: Iterable[Item]) -> list[list[Any]]:
-    """[file name, caption, references, score, thumbnail] of each, as text that can be shown."""
-    return [
-        [
-            clip(_file_name(item.image), 80),
-            clip(item.caption),
-            [clip(text) for text in item.references[:REFERENCES]],
-            round(item.score, 1),
-            item.thumbnail,
-        ]
-        for item in items
-    ]
-
-
-def _file_name(reference: str) -> str:
-    """The last part of a path, also of one inside an archive (`zip://NAME::ARCHIVE`)."""
-    return reference.partition("::")[0].rpartition("/")[2]
-
-
-def _final_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[Any]]]:
-    """Figures of each run's end, one row a figure."""
-    rows: list[tuple[str, list[Any]]] = [("steps", [run.last_step for run in runs])]
-    for metric in dict.fromkeys(name for run in runs for name in metric_names(run.final)):
-        rows.append((", ".join(filter(None, label_and_unit(metric))), [run.final.get(metric) for run in runs]))
-    rows.append(("rows evaluated", [run.final.get("rows") for run in runs]))
-    for split in ("train", "validation", "test"):
-        counts = [run.facts.get("data", {}).get(split, {}) for run in runs]
-        found = [(f"{split}: {label}", [of.get(name) for of in counts]) for name, label in DATA.items()]
-        rows += [(label, values) for label, values in found if any(values)]
-    rows += [(label, [run.facts.get(name) for run in runs]) for name, label in TIMES.items()]
-    evaluating = [[found.get("seconds") for found in run.recorded.evaluations("eval").values()] for run in runs]
-    return [*rows, ("seconds of evaluation", [sum(filter(finite, seconds)) for seconds in evaluating])]
-
-
-def _repeated(generated: Generated) -> list[tuple[str, int]]:
-    """The captions that are generated most, ties in the order of words; a model that has collapsed has few."""
-    found = sorted(Counter(caption for caption, _ in generated.rows).items(), key=lambda item: (-item[1], item[0]))
-    return [(clip(text), count) for text, count in found[:COMMONEST] if count > 1]
-
-
 def looks(run: RunFiles) -> Iterator[list[tuple[str, str]]]:
     """Of some captions, each word with a small picture that is bright where the word looks."""
     for shown in run.attention[:LOOKS]:
@@ -234,23 +145,71 @@ def looks(run: RunFiles) -> Iterator[list[tuple[str, str]]]:
             yield strip
 
 
-def _settings(runs: Sequence[RunFiles]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """All that `run.json` says, by group, one row a fact."""
-    groups: dict[str, dict[str, list[str]]] = {}
-    for place, run in enumerate(runs):
-        for name, value in run.facts.items():
-            if name in ("checksums", "parts"):
-                continue
-            pairs = value.items() if isinstance(value, Mapping) else [("", value)]
-            group = name if isinstance(value, Mapping) else "run"
-            for key, inner in pairs:
-                row = groups.setdefault(clip(group, 60), {}).setdefault(clip(str(key) or name, 60), [""] * len(runs))
-                row[place] = clip(inner if isinstance(inner, str) else json.dumps(inner, default=str), 200)
-    return [(group, list(rows.items())) for group, rows in groups.items()]
+def _rows(columns: Sequence[Mapping[Any, str]]) -> list[tuple[Any, list[str]]]:
+    """Set columns beside one another: a row for each name that one of them has."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "") for column in columns]) for name in names]
 
 
-def _number(value: Any) -> str:
-    return number(value) if finite(value) else ("" if value is None else clip(str(value), 80))
+def _key_figures(run: RunFiles) -> dict[tuple[str, str], str]:
+    """What a run comes to, or has come to, by (label, unit)."""
+    found: dict[tuple[str, str], Any] = {label_and_unit(name): run.final.get(name) for name in KEY_METRICS}
+    if not run.final and run.recorded.steps:
+        found = {("training loss", METRICS["loss"].unit): run.recorded.steps[-1]["loss"]}
+    rates = [rate for _, rate in run.speed] or [math.nan]
+    found["speed", "rows a second"] = run.facts.get("train_rows_per_second", sum(rates) / len(rates))
+    return {name: number(value) for name, value in found.items() if finite(value)}
+
+
+def _overview(run: RunFiles) -> dict[str, str]:
+    """What, when, how long, where and with what."""
+    facts, flags, model = run.facts, run.facts.get("flags", {}), run.facts.get("model")
+    times = {"in all": run.seconds, **{label: facts.get(f"{name}_seconds") for name, label in TIMES.items()}}
+    times["evaluation"] = sum(row["seconds"] for row in run.evaluations.values())
+    splits = [
+        f"{split}: {of['kept']:,} rows of {of['images']:,} images"
+        + f", {of['dropped']:,} dropped" * (of["dropped"] > 0)
+        for split, of in facts.get("data", {}).items()
+    ]
+    versions = {name: version for name, version in facts.get("versions", {}).items() if name in VERSIONS}
+    found = {
+        "state": f"{run.state[0]}, {run.progress}",
+        "model": f"{model['parameters']:,} parameters, {words(model['implementation'])}" if model else "",
+        "data": clip("; ".join(splits)),
+        "training": ", ".join(f"{label} {words(flags[name])}" for name, label in TRAINING.items() if name in flags),
+        "began": words(facts.get("started", "")).replace("T", " ").replace("+0000", " UTC"),
+        "took": ", ".join(
+            f"{label} {timedelta(seconds=round(time))}" for label, time in times.items() if time and finite(time)
+        ),
+        "computed on": "; ".join(words(facts[name]) for name in ("devices", "platform") if name in facts),
+        "versions": words(versions),
+    }
+    return {label: value for label, value in found.items() if value}
+
+
+def _metrics(row: Mapping[str, Any], *, known: bool) -> dict[str, str]:
+    """Metrics of an evaluation, those that have a label or the others."""
+    names = [name for name in metric_names(row) if (name in METRICS) == known]
+    return {", ".join(filter(None, label_and_unit(name))): number(row[name]) for name in names}
+
+
+def _searchable(item: Item) -> list[Any]:
+    """[name, references, what each run says, thumbnail, problem], as text that can be shown."""
+    said = [
+        of and [item.pieces(of), round(of.score, 1), [(step, clip(old)) for step, old in of.earlier], of.claims]
+        for of in item.said
+    ]
+    return [item.name, [clip(text) for text in item.references[:REFERENCES]], said, item.thumbnail, item.problem]
+
+
+def _settings(run: RunFiles) -> dict[tuple[str, str], str]:
+    """What `run.json` says of how the run was to be, by (group, name)."""
+    return {
+        (clip(name, 60) if isinstance(value, Mapping) else "run", clip(key, 60)): words(inner)
+        for name, value in run.facts.items()
+        if not RESULTS.fullmatch(name)
+        for key, inner in (value.items() if isinstance(value, Mapping) else [(name, value)])
+    }
 
 
 def _hash(text: str) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from repro.data.atomic import whole_file
 from repro.errors import InputError
 from repro.recipes import read_recipe
-from repro.recipes.verify import RUN, as_json, verify
+from repro.recipes.targets import Target, read_targets
+from repro.recipes.verify import RUN, Verification, verify
+from repro.record.record import FACTS, ROWS
 from repro.record.writer import REPORT, log
-from repro.reports.charts import Published
+from repro.reports.charts import Line, columns_of
 from repro.reports.page import page
-from repro.reports.runs import holds_a_run, read_run_folder
+from repro.reports.runs import read_run_folder
 
 
 def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = None) -> None:
@@ -32,11 +34,20 @@ def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = 
             raise InputError(f"{folder}: is not a folder; name a reproduction's, or a run's.")
     places = [folder / RUN if (folder / RUN).is_dir() else folder for folder in folders]
     for place in places:
-        if not holds_a_run(place):
+        if not any((place / name).exists() for name in (FACTS, ROWS)):
             raise InputError(f"{place}: holds no run (no run.json, no metrics.jsonl); name a run's --output_dir.")
-    verdict, reason, targets = _verdict(folders, recipe)
-    runs = [read_run_folder(place) for place in places]
-    text = page(runs, _names(folders), verdict=verdict, no_verdict=reason, published=_published(targets))
+    verdict, reason = None, ""
+    try:
+        verdict = verify(folders, recipe=recipe, recompute=False)
+    except InputError as error:  # it is not known against what
+        if recipe is not None:
+            raise
+        reason = str(error)
+    content = read_recipe(verdict.recipe) if verdict else {"targets": []}
+    runs = [read_run_folder(place, name) for place, name in zip(places, _names(folders), strict=True)]
+    last = max(run.facts.get("num_steps", run.last_step) for run in runs)
+    wanted = _wanted(read_targets(content["targets"]), verdict, last)
+    text = page(runs, verdict=verdict, no_verdict=reason, wanted=wanted, seeds=content.get("seeds", ()))
     with whole_file(output, "the report") as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -49,28 +60,27 @@ def report_at_end(folder: Path, runs: Sequence[Path] = ()) -> None:
         log.warning("no report: %s: %s; `repro report %s` tries again", type(error).__name__, error, folder)
 
 
-def _verdict(
-    folders: Sequence[Path], recipe: str | None
-) -> tuple[dict[str, Any] | None, str, Sequence[Mapping[str, Any]]]:
-    """Verify, if it is known against what; else the reason why it is not."""
-    try:
-        done = verify(folders, recipe=recipe, recompute=False)
-    except InputError as error:
-        if recipe is not None:
-            raise
-        return None, str(error), ()
-    return as_json(done), "", read_recipe(done.recipe)["targets"]
+def _wanted(targets: Sequence[Target], verdict: Verification | None, last: int) -> dict[str, Line]:
+    """Find what a recipe wants of each metric: values by step, and how far from them a run may be.
 
-
-def _published(targets: Sequence[Mapping[str, Any]]) -> dict[str, Published]:
-    """Find what a recipe's targets say of single steps: the logged losses, and evaluations at a step."""
-    found: dict[str, dict[int, float]] = {}
+    Args:
+        verdict: whose bands take the place of margins.
+        last: the step of what is measured at the end.
+    """
+    outcomes = verdict.outcomes if verdict else ()
+    reaches = {of.target.name: (of.interval[1] - of.interval[0]) / 2 for of in outcomes if of.interval and of.band}
+    found: dict[str, list[tuple[float, ...]]] = {}
     for target in targets:
-        if target["metric"] == "loss" and "margin" in target and "values" in target:
-            found["loss"] = {int(step): value for step, value in target["values"].items()}
-        elif "value" in target and "margin" in target and "step" in target:
-            found.setdefault(target["metric"], {})[target["step"]] = target["value"]
-    return {metric: Published("published", list(at), list(at.values())) for metric, at in found.items()}
+        reach = reaches.get(target.name) or target.margin or target.tolerance or 0.0
+        at = last if target.step is None else target.step
+        values = target.values or ({} if target.value is None else {str(at): target.value})
+        points = [(int(step), value, value - reach, value + reach) for step, value in values.items()]
+        low, high = target.low, target.high
+        if low is not None or high is not None:
+            points = [(at, math.nan, -math.inf if low is None else low, math.inf if high is None else high)]
+        found.setdefault(target.metric, []).extend(points)
+    columns = {metric: columns_of(sorted(points), "x", "y", "low", "high") for metric, points in found.items()}
+    return {metric: Line("wanted", -1, **values) for metric, values in columns.items() if values}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
