@@ -296,9 +296,6 @@ def _read_flags(path: str) -> list[str]:
             flags = decode(read_file(path, SETTINGS_BYTES), type=FLAGS)
         except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
             raise InputError(f"{path}: cannot be read as flags and their values: {error}") from error
-    for name, value in flags.items():
-        if "\0" in str(value):
-            raise InputError(f"{path}: {name} {value!r} holds a null character, which no name can.")
     return flags_of(flags)
 
 

@@ -51,6 +51,8 @@ class Checked:
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
             allowed, value = field.metadata.get("allowed"), getattr(self, field.name)
+            if "\0" in str(value):
+                raise InputError(f"--{field.name} {value!r}: holds a null character, which no name can.")
             if allowed is not None and value is not None and value not in allowed:
                 raise InputError(f"--{field.name} {value}: must be {allowed}.")
 

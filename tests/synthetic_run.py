@@ -43,6 +43,7 @@ def write_run(
         known = {
             "flags": {"seed": 42, "per_device_train_batch_size": 4, "learning_rate": 3e-5},
             "num_replicas": 2,
+            "num_steps": num_steps,
             "train_seconds": 20.0,
             "finished": "2026-01-01T00:00:00+0000",
         }

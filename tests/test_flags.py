@@ -292,8 +292,10 @@ def test_a_name_that_no_file_can_have_is_refused_in_words(
 def test_a_null_character_in_a_file_of_flags_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "flags.json"
     file.write_text('{"output_dir": "a\\u0000b", "do_train": true}')
+    with pytest.raises(InputError, match="null character"):
+        make_arguments(ARGUMENTS, {"output_dir": "a\0b"})
     assert main(["train", str(file)]) == 2
-    assert "output_dir 'a\\x00b' holds a null character" in capsys.readouterr().err
+    assert "--output_dir 'a\\x00b': holds a null character" in capsys.readouterr().err
 
 
 # Metrics.

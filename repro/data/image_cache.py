@@ -44,8 +44,7 @@ Result = TypeVar("Result")
 Decoded = np.ndarray | ImageError
 Decoding = Iterator[tuple[int, Result]]  # with each image its place among the references
 Decode = Callable[[Iterable[int]], Decoding[Decoded]]
-# By an image's key its place in `pixels` and the XXH3 of its bytes, or the reason why it cannot be used.
-Index = dict[str, list[Any] | str]
+Index = dict[str, list[Any] | str]  # by an image's key its place and the XXH3 of its bytes, or why it cannot be used
 
 log = logging.getLogger("repro")
 LINE: Any = tuple[str, tuple[Count, str] | str | dict[str, Any]]  # of the index: build and settings, then entries

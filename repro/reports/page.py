@@ -32,6 +32,7 @@ from repro.reports.charts import Line, curves_of, number, rounded
 from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names, spread, words
 
 THUMBNAILS = 200  # about so many in all; further images are found by their texts alone
+EARLIER = 25_000  # captions of earlier evaluations in all; if there are more, those of images with a thumbnail
 THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 192, 78
 # Of attention: captions, tokens of one, the side of its pictures, how dark they are where nothing is looked at.
 LOOKS, LONGEST_LOOK, LOOK_SIDE, DARKER = 24, 40, 88, 5
@@ -66,7 +67,9 @@ def page(
     if len(runs) == 1:
         evaluations = [(f"step {step}", row) for step, row in spread(list(runs[0].evaluations.items()))]
     settings = _rows([_settings(run) for run in runs])
-    figures = {"charts": rounded([asdict(chart) for chart in charts]), "items": list(map(_searchable, items))}
+    has_all = sum(len(of.earlier) for item in items for of in item.said if of) <= EARLIER
+    said = [_searchable(item, with_earlier=has_all or bool(item.thumbnail)) for item in items]
+    figures = {"charts": rounded([asdict(chart) for chart in charts]), "items": said}
     folder = files("repro.reports") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return template("repro.reports", "report.html", autoescape=True, clip=clip, words=words).render(
@@ -163,26 +166,25 @@ def _key_figures(run: RunFiles) -> dict[tuple[str, str], str]:
 
 def _overview(run: RunFiles) -> dict[str, str]:
     """What, when, how long, where and with what."""
-    facts, flags, model = run.facts, run.facts.get("flags", {}), run.facts.get("model")
+    facts, model = run.facts, run.facts.get("model")
+    flags, versions = (facts.get(name, {}) for name in ("flags", "versions"))
     times = {"in all": run.seconds, **{label: facts.get(f"{name}_seconds") for name, label in TIMES.items()}}
     times["evaluation"] = sum(row["seconds"] for row in run.evaluations.values())
+    took = [f"{label} {timedelta(seconds=round(time))}" for label, time in times.items() if time and finite(time)]
     splits = [
         f"{split}: {of['kept']:,} rows of {of['images']:,} images"
         + f", {of['dropped']:,} dropped" * (of["dropped"] > 0)
         for split, of in facts.get("data", {}).items()
     ]
-    versions = {name: version for name, version in facts.get("versions", {}).items() if name in VERSIONS}
     found = {
         "state": f"{run.state[0]}, {run.progress}",
         "model": f"{model['parameters']:,} parameters, {words(model['implementation'])}" if model else "",
         "data": clip("; ".join(splits)),
         "training": ", ".join(f"{label} {words(flags[name])}" for name, label in TRAINING.items() if name in flags),
-        "began": words(facts.get("started", "")).replace("T", " ").replace("+0000", " UTC"),
-        "took": ", ".join(
-            f"{label} {timedelta(seconds=round(time))}" for label, time in times.items() if time and finite(time)
-        ),
+        "began": words(facts["started"]).replace("T", " ").replace("+0000", " UTC") if "started" in facts else "",
+        "took": ", ".join(took),
         "computed on": "; ".join(words(facts[name]) for name in ("devices", "platform") if name in facts),
-        "versions": words(versions),
+        "versions": ", ".join(f"{name} {words(versions[name])}" for name in VERSIONS if name in versions),
     }
     return {label: value for label, value in found.items() if value}
 
@@ -193,12 +195,12 @@ def _metrics(row: Mapping[str, Any], *, known: bool) -> dict[str, str]:
     return {", ".join(filter(None, label_and_unit(name))): number(row[name]) for name in names}
 
 
-def _searchable(item: Item) -> list[Any]:
+def _searchable(item: Item, *, with_earlier: bool) -> list[Any]:
     """[name, references, what each run says, thumbnail, problem], as text that can be shown."""
-    said = [
-        of and [item.pieces(of), round(of.score, 1), [(step, clip(old)) for step, old in of.earlier], of.claims]
-        for of in item.said
-    ]
+    said: list[Any] = []
+    for of in item.said:
+        earlier = [(step, clip(text)) for step, text in of.earlier] if of and with_earlier else []
+        said.append(of and [item.pieces(of), round(of.score, 1), earlier, of.claims])
     return [item.name, [clip(text) for text in item.references[:REFERENCES]], said, item.thumbnail, item.problem]
 
 
