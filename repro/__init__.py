@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from repro.interface import Judgement, Result, report, reproduce, train, verify
+    from repro.interface import Result, report, reproduce, train, verify
     from repro.models.captioning import Caption, Captioner
+    from repro.recipes.verify import Verification
 
 __version__ = "0.1.0"
-__all__ = ["Caption", "Captioner", "Judgement", "Result", "report", "reproduce", "train", "verify"]
+__all__ = ["Caption", "Captioner", "Result", "Verification", "report", "reproduce", "train", "verify"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,7 +17,8 @@ def __getattr__(name: str) -> object:
 
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    place = "models.captioning" if name.startswith("Caption") else "interface"
+    places = {"Caption": "models.captioning", "Captioner": "models.captioning", "Verification": "recipes.verify"}
+    place = places.get(name, "interface")
     return getattr(import_module(f"repro.{place}"), name)
 
 

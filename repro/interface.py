@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from repro.commands.terminal import figures, start_logging
-from repro.commands.verify import table
 from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments
 from repro.data.images import ImageError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
@@ -35,45 +34,24 @@ PICTURES = 4  # that a notebook shows
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What runs come to, held against a recipe.
-
-    Attributes:
-        verdict: PASS, FAIL or CANNOT TELL.
-        claim: what a PASS says.
-        problems: why nothing was judged, if there are any.
-        table: targets, figures and verdicts, as text.
-    """
-
-    verdict: str
-    claim: str
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    table: str = field(repr=False)
-
-    def _repr_html_(self) -> str:
-        return _as_html("\n".join([f"{self.verdict}  {self.claim}", *self.problems, self.table]))
-
-
-@dataclass(frozen=True)
 class Result:
     """A finished run.
 
     Attributes:
         folder: of the reproduction or the run.
         metrics: of the last evaluation and of the prediction, such as `eval_rouge2`.
-        judgement: against the recipe; None of a run without one.
+        verification: against the recipe; None of a run without one.
     """
 
     folder: Path
     metrics: dict[str, float]
-    judgement: Judgement | None = None
+    verification: verifying.Verification | None = None
     _run: RunResult = field(repr=False, kw_only=True)
 
     @property
     def verdict(self) -> str | None:
         """PASS, FAIL or CANNOT TELL; None of a run without a recipe."""
-        return self.judgement.verdict if self.judgement else None
+        return self.verification.verdict if self.verification else None
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -96,7 +74,7 @@ class Result:
         evaluations = self._run.evaluations
         lines = [line for found in evaluations.values() for line in figures(found.metrics)]
         pictures = _pictures(evaluations["eval"]) if "eval" in evaluations else ""
-        return (self.judgement._repr_html_() if self.judgement else "") + _as_html("\n".join(lines)) + pictures
+        return (self.verification._repr_html_() if self.verification else "") + _as_html("\n".join(lines)) + pictures
 
 
 def train(*, progress: bool = True, **flags: Flag) -> Result:
@@ -130,7 +108,7 @@ def reproduce(
     start_logging()
     done = recipes.reproduce(recipe, Path(output_dir or f"repro-{recipe}"), given, keep_going=keep_going)
     report_at_end(done.folder)
-    return Result(done.folder, done.result.metrics, _judgement(done.verification), _run=done.result)
+    return Result(done.folder, done.result.metrics, done.verification, _run=done.result)
 
 
 def verify(
@@ -139,14 +117,14 @@ def verify(
     against: Sequence[str | os.PathLike[str]] = (),
     seeds: int | None = None,
     recompute: bool | None = None,
-) -> Judgement:
+) -> verifying.Verification:
     """Hold finished runs against a recipe's targets, or `against` other runs, as `repro verify`.
 
     Raises:
         InputError: a folder is not there, or no recipe is known.
     """
     folders, reference = [Path(run) for run in runs], [Path(run) for run in against]
-    return _judgement(verifying.verify(folders, recipe=recipe, reference=reference, seeds=seeds, recompute=recompute))
+    return verifying.verify(folders, recipe=recipe, reference=reference, seeds=seeds, recompute=recompute)
 
 
 def report(
@@ -167,10 +145,6 @@ def _given(flags: dict[str, Flag], command: str) -> dict[str, object]:
     written = flags_of(flags)
     learn_flags(written)
     return given_flags(ARGUMENTS, written, command=command)
-
-
-def _judgement(found: verifying.Verification) -> Judgement:
-    return Judgement(found.verdict.value, found.claim, found.problems, found.notes, table(found.outcomes))
 
 
 def _as_html(text: str) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -19,3 +23,24 @@ def progress_bar(iterable: Any = None, *, progress: bool, **settings: Any) -> An
         settings["unit"] = f" {settings['unit']}s"
     shown = progress and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     return tqdm(iterable, disable=not shown, **settings)
+
+
+@contextmanager
+def waiting(what: str, *, progress: bool = True) -> Iterator[None]:
+    """Log what is begun, and until the block ends show the seconds of what has no steps to count."""
+    if progress:
+        logging.getLogger("repro").info(what)
+    with progress_bar(progress=progress, bar_format="  {elapsed}", leave=False) as clock:
+        done = threading.Event()
+
+        def tick() -> None:
+            while not done.wait(1):
+                clock.refresh()
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from repro.__main__ import main
 from repro.commands.terminal import coloured, figures
-from repro.commands.verify import WIDTH, table
 from repro.config import ARGUMENTS, parse_arguments
+from repro.errors import InputError
+from repro.progress import waiting
 from repro.recipes import read_recipe, recipe_names
 from repro.recipes.equivalence import Verdict
 from repro.recipes.targets import Outcome, Target, read_targets
+from repro.recipes.verify import WIDTH, table
 from repro.run.step_log import in_short
 
 
@@ -116,3 +120,20 @@ def test_the_first_line_comes_before_jax_and_nobody_waits_for_a_hub_that_is_not_
     settings = {name: value for name, value in os.environ.items() if not name.lower().endswith(("_proxy", "_offline"))}
     settings["HF_ENDPOINT"] = "http://127.0.0.1:9"
     subprocess.run([sys.executable, "-c", code], env=settings, check=True)
+
+
+def test_what_has_no_steps_to_count_is_shown_by_a_clock_that_leaves_nothing(capsys, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(logging.getLogger("repro"), "propagate", True)
+
+    @waiting("reading")
+    def fail() -> None:
+        time.sleep(2.5)
+        raise InputError("not there")
+
+    with caplog.at_level("INFO", "repro"), pytest.raises(InputError):
+        fail()
+    *_, last, cleared, empty = (shown := capsys.readouterr().err).split("\r")
+    assert caplog.messages == ["reading"]
+    assert [text for text in shown.split("\r") if text.strip()] == ["  00:00", "  00:01", "  00:02"]
+    assert (last.strip(), cleared.strip(), empty) == ("00:02", "", "")

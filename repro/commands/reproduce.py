@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     from repro.recipes import read_recipe
 
     models = [name for flag, name in {**read_recipe(recipe)["flags"], **given}.items() if flag.endswith("_or_path")]
-    start_logging(f"recipe {recipe} in {folder}: starting JAX and transformers", models=models)
+    first = f"recipe {recipe} in {folder}: starting JAX and transformers"
+    start_logging(first, models=models, imports=("repro.recipes.reproduce", "repro.reports.write"))
     from repro.recipes.reproduce import leaving_nothing, reproduce, reproduce_seeds, started
     from repro.reports.write import report_at_end
 
@@ -76,10 +77,10 @@ def main(argv: list[str]) -> int:
     done = reproduce(recipe, folder, given, keep_going=own.keep_going)
     report_at_end(folder)
     print("\ncaptions of validation images")
-    for sample in done.samples:
-        print(f"  {Path(sample.image_path).name}  {sample.caption}")
-        if sample.truth:
-            print(f"{'shows:':>18}  {textwrap.shorten(sample.truth, 58, placeholder=' …')}")
+    for image_path, caption, truth in done.samples:
+        print(f"  {Path(image_path).name}  {caption}")
+        if truth:
+            print(f"{'shows:':>18}  {textwrap.shorten(truth, 58, placeholder=' …')}")
     evaluation = done.result.evaluations.get("eval")
     if evaluation and not done.verification.outcomes:
         print("\nvalidation", *figures(evaluation.metrics), sep="\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from repro.masking import MaskingFormatter
+from repro.progress import waiting
 
 GREEN, RED, YELLOW = "32", "31", "33"
 COLOURS = {"PASS": GREEN, "FAIL": RED, "CANNOT TELL": YELLOW, "error:": RED, "stopped:": RED}
@@ -41,13 +43,16 @@ def stay_offline_without_hub(*names: str | None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def start_logging(first: str = "", *, quiet: bool = False, models: Iterable[str | None] = ()) -> None:
+def start_logging(
+    first: str = "", *, quiet: bool = False, models: Iterable[str | None] = (), imports: Iterable[str] = ()
+) -> None:
     """Log to the terminal around the progress bars, and quieten what the libraries say about their own future.
 
     Args:
-        first: is said at once, before what takes seconds to import.
+        first: is said at once.
         quiet: do not log to the terminal.
         models: that are to be read.
+        imports: modules that take seconds to import, which is done here, under a clock.
     """
     # transformers would import PyTorch where it is installed, for seconds and nothing.
     os.environ.setdefault("USE_TORCH", "0")
@@ -67,12 +72,13 @@ def start_logging(first: str = "", *, quiet: bool = False, models: Iterable[str 
         terminal = Terminal()
         terminal.setFormatter(MaskingFormatter())
         logger.addHandler(terminal)
-    if first:
-        logger.info(first)
-    stay_offline_without_hub(*models)
-    from transformers.utils import logging as transformers_logging
+    with waiting(first, progress=bool(first) and not quiet):
+        stay_offline_without_hub(*models)
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+        for module in imports:
+            importlib.import_module(module)
 
 
 def printable(text: str, stream: TextIO) -> str:

@@ -21,9 +21,8 @@ def main(argv: list[str]) -> int:
     if args.deterministic:
         make_deterministic(os.environ)
     models = [value for name, value in vars(parsed[0]).items() if name.startswith((*HALVES, "model_name"))]
-    start_logging(
-        f"run in {args.output_dir}: starting JAX and transformers", quiet=bool(args.process_id), models=models
-    )
+    first = f"run in {args.output_dir}: starting JAX and transformers"
+    start_logging(first, quiet=bool(args.process_id), models=models, imports=("repro.run.train",))
     from repro.training.processes import is_first, start_processes
 
     start_processes(**{name: getattr(args, name) for name in SEVERAL})

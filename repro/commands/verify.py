@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import sys
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repro.commands import COMMANDS
 from repro.commands.terminal import coloured, start_logging
 from repro.parser import Parser, sentence
 
-if TYPE_CHECKING:
-    from repro.recipes.targets import Outcome, Target
-
 STATUS_OF_VERDICT = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
-WIDTH = 78  # columns of the table of verdicts
-LABELS = {
-    "train_dropped": "training rows left out",
-    "train_fingerprint": "training rows' fingerprint",
-    "validation_fingerprint": "validation rows' fingerprint",
-    "num_steps": "steps",
-    "loss": "training losses",
-    "learning_rate": "learning rates",
-    "eval_rows": "validation rows",
-    "eval_loss": "validation loss",
-}
 EPILOG = "The exit status is 0 for PASS, 1 for FAIL and 2 for CANNOT TELL."
 
 
@@ -95,35 +79,9 @@ def conclude(verification: Any) -> int:
     for problem in verification.problems:
         print(f"cannot tell: {problem}")
     if verification.outcomes:
-        print(coloured(table(verification.outcomes), sys.stdout))
+        print(coloured(verification.table, sys.stdout))
     claim = f", {verification.claim}" if verification.claim else ""
     number = len(verification.runs)
     end = f"{number} run{'s' * (number > 1)} of {verification.recipe}{claim}"
     print(coloured(f"\n{verification.verdict}: {end}", sys.stdout))
     return STATUS_OF_VERDICT[verification.verdict]
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Lay outcomes out as text of at most `WIDTH` columns; `--json` has all figures."""
-    from repro.recipes.verify import in_words
-
-    lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"]
-    for outcome in outcomes:
-        measured, difference, interval, reason = in_words(outcome)
-        wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
-        shown = measured or difference
-        lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
-        more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
-        if outcome.verdict != "PASS":
-            more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
-        lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)
-
-
-def label(target: Target) -> str:
-    """What people call a target."""
-    from repro.record.metrics import name_of
-
-    name = target.metric.removeprefix("eval_").replace("train_", "training ")
-    text = LABELS.get(target.metric) or name_of(name)
-    return text if target.step is None else f"{text} at step {target.step}"

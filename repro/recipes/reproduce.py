@@ -31,22 +31,13 @@ SAMPLES = 6
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A validation image, what is generated for it, and what it shows."""
-
-    image_path: str
-    caption: str
-    truth: str
-
-
-@dataclass(frozen=True)
 class Reproduction:
     """A recipe that was run."""
 
     folder: Path
     result: RunResult
     verification: Verification
-    samples: list[Sample]  # some captions; none where nothing was generated
+    samples: list[tuple[str, str, str]]  # some images, their captions, and what they show, as far as that is known
 
 
 def reproduce(
@@ -188,10 +179,10 @@ def _score_scenes(data_dir: Path, evaluation: Evaluation) -> dict[str, float]:
     return attribute_accuracy(list(captions.values()), [scenes[int(Path(path).stem)] for path in captions])
 
 
-def _samples(result: RunResult, data_dir: Path | None) -> list[Sample]:
+def _samples(result: RunResult, data_dir: Path | None) -> list[tuple[str, str, str]]:
     evaluation = result.evaluations.get("eval")
     scenes = read_scenes(data_dir, "val") if data_dir else {}
     return [
-        Sample(path, caption, scenes[int(Path(path).stem)].in_words() if scenes else "")
+        (path, caption, scenes[int(Path(path).stem)].in_words() if scenes else "")
         for path, caption in (some_captions(evaluation, SAMPLES) if evaluation else {}).items()
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import textwrap
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,10 +27,22 @@ from repro.recipes.integrity import (
     other_versions,
 )
 from repro.recipes.targets import Measured, Outcome, Run, Target, against, judge_all, overall, read_targets
+from repro.record.metrics import name_of
 from repro.record.record import FACTS, Record, Recorded, read_record
 
 MARKER, MARKER_FORM = "recipe.json", keys(name=str)
 RUN = "run"
+WIDTH = 78  # columns of the table of verdicts
+LABELS = {
+    "train_dropped": "training rows left out",
+    "train_fingerprint": "training rows' fingerprint",
+    "validation_fingerprint": "validation rows' fingerprint",
+    "num_steps": "steps",
+    "loss": "training losses",
+    "learning_rate": "learning rates",
+    "eval_rows": "validation rows",
+    "eval_loss": "validation loss",
+}
 BY_STEP = ("loss", "learning_rate")
 OF_TRAIN = {"rows": "kept", "dropped": "dropped", "images": "images"}
 COUNTS = (*(f"train_{what}" for what in OF_TRAIN), "num_steps", "parameters")
@@ -48,7 +62,7 @@ EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)  # what is known before the run is ov
 
 @dataclass(frozen=True)
 class Verification:
-    """What runs come to."""
+    """What runs come to, held against a recipe; a notebook shows it as a table."""
 
     recipe: str
     runs: tuple[Record, ...]
@@ -67,6 +81,15 @@ class Verification:
         if self.verdict is not Verdict.PASS:
             return ""
         return next((claim for claim, statistical in found.items() if statistical), next(iter(found)))
+
+    @property
+    def table(self) -> str:
+        """Targets, figures and verdicts, as text."""
+        return table(self.outcomes) if self.outcomes else ""
+
+    def _repr_html_(self) -> str:
+        text = "\n".join([f"{self.verdict}  {self.claim}", *self.problems, self.table])
+        return f"<pre>{html.escape(text)}</pre>"
 
 
 def verify(
@@ -238,6 +261,28 @@ def in_words(outcome: Outcome) -> tuple[str, str, str, str]:
         "" if outcome.interval is None else f"{low:+.4g} to {high:+.4g}",
         f" ({outcome.reason})" if outcome.reason else "",
     )
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Lay outcomes out as text of at most `WIDTH` columns; `as_json` has all figures."""
+    lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"]
+    for outcome in outcomes:
+        measured, difference, interval, reason = in_words(outcome)
+        wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
+        shown = measured or difference
+        lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
+        more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
+        if outcome.verdict != "PASS":
+            more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
+        lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def label(target: Target) -> str:
+    """What people call a target."""
+    name = target.metric.removeprefix("eval_").replace("train_", "training ")
+    text = LABELS.get(target.metric) or name_of(name)
+    return text if target.step is None else f"{text} at step {target.step}"
 
 
 def as_json(verification: Verification) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from repro.data.batches import CaptionedImages, RowOrder, prefetch
 from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
+from repro.progress import waiting
 from repro.record.writer import log
 from repro.run.prepare import PreparedRun, at_once_choices, num_beams
 from repro.training.checkpoint import abstract
@@ -116,14 +117,13 @@ def build_training(prepared: PreparedRun) -> Training:
         label_smoothing=settings.label_smoothing_factor,
     )
     sizes = {"num_replicas": settings.replicas, "replica_batch": settings.per_device_train_batch_size}
-    if prepared.progress:
-        log.info("compiling the training step")
-    at_once, step = compile_what_fits(
-        lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
-        at_once_choices(settings, mesh),
-        limit=SHARE * device_bytes(mesh.local_devices[0]),
-        bytes_of=step_bytes,
-    )
+    with waiting("compiling the training step", progress=prepared.progress):
+        at_once, step = compile_what_fits(
+            lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
+            at_once_choices(settings, mesh),
+            limit=SHARE * device_bytes(mesh.local_devices[0]),
+            bytes_of=step_bytes,
+        )
     facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step), "state_bytes": tree_bytes(like)}
     if at_once < settings.replicas:
         size = facts["step_bytes"] / GIBIBYTE
@@ -181,11 +181,10 @@ def build_evaluator(
 
     @cache
     def programs() -> Programs:
-        if prepared.progress:
-            log.info("compiling the evaluation")
-        at_once, found = compile_what_fits(
-            compile_batches, asked or possible[-1:], limit=limit, bytes_of=lambda found: found.num_bytes
-        )
+        with waiting("compiling the evaluation", progress=prepared.progress):
+            at_once, found = compile_what_fits(
+                compile_batches, asked or possible[-1:], limit=limit, bytes_of=lambda found: found.num_bytes
+            )
         if at_once < num_replicas:
             size = found.num_bytes / GIBIBYTE
             log.info("%d of %d device batches are evaluated at once: %.1f GiB", at_once, num_replicas, size)

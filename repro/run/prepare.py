@@ -26,6 +26,7 @@ from repro.masking import masked_command
 from repro.models.beam_search import check_beams
 from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
+from repro.progress import waiting
 from repro.provenance import versions
 from repro.record.record import ROWS
 from repro.record.writer import log
@@ -104,14 +105,12 @@ def prepare(settings: Settings, devices: Sequence[jax.Device], *, progress: bool
     Raises:
         InputError: one of these.
     """
-    say = log.info if progress else lambda _: None
-    say("reading the rows")
-    rows = read_rows(settings)
-    say("reading the model")
-    pretrained = load_or_create(settings, seed=settings.seed)
+    with waiting("reading the rows", progress=progress):
+        rows = read_rows(settings)
+    with waiting("reading the model", progress=progress):
+        pretrained = load_or_create(settings, seed=settings.seed)
     mesh = check_run(settings, pretrained, devices)
     settings.with_rows({name: len(split.dataset) for name, split in rows.items()})
-    say("decoding the images")
     splits: dict[str, CaptionedImages] = {}
     dropped: list[dict[str, Any]] = []
     rebuild = _rebuilding(settings)
