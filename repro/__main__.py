@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from repro import __doc__ as PURPOSE
+from repro.allocator import preload
 from repro.commands import COMMANDS, ELSEWHERE, INPUT_ERROR, SIGNALLED
 from repro.commands.terminal import coloured, printable
 from repro.errors import InputError, Interrupted, RunStopped
@@ -120,6 +121,7 @@ def program() -> None:
     the network crash an interpreter that is taken down around them, and the status would be SIGSEGV's, or hold it up.
     All that is to be kept is on disk by then.
     """
+    preload()
     # transformers 5 says at every start that PyTorch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.excepthook = print_exception

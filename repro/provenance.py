@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repro import __version__
+from repro.allocator import allocator
 
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "huggingface_hub"),
@@ -42,13 +43,20 @@ def _commit() -> str:
         return ""
 
 
+def where() -> str:
+    """Name JAX's backend, the operating system and the allocator; starts JAX."""
+    import jax
+
+    return f"{jax.default_backend()}, {platform.platform()}, {allocator()}"
+
+
 def environment() -> dict[str, Any]:
     """Collect versions, devices and the settings of JAX and XLA that move numbers; starts JAX."""
     import jax
 
     return {
         "versions": versions(),
-        "platform": f"{jax.default_backend()}, {platform.platform()}",
+        "platform": where(),
         "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
         "settings": {
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),

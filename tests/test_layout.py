@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each room imports from itself and from those before it; the modules at the top, but for two, are the foundation.
 ROOMS = ("data", "pocket", "models", "training", "evaluation", "record", "run", "recipes", "reports", "commands")
 FOUNDATION = {
-    *("errors", "json_files", "limits", "masking", "parser", "progress", "protocol", "provenance"),
+    *("allocator", "errors", "json_files", "limits", "masking", "parser", "progress", "protocol", "provenance"),
     *("__init__", "__version__", "__doc__"),
 }
 SEE_FLAGS = ("config", "run", "recipes", "reports", "commands")

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from repro.models.layers import ACTIVATIONS, LayerNorm, Part, attend, by_rows, split_heads, times_transposed
+from repro.models.layers import ACTIVATIONS, Part, attend, by_rows, split_heads, times_transposed
 
 INIT_STDDEV = 0.02  # of the projections' kernels, whatever the configuration says: FlaxGPT2's
 
@@ -130,7 +130,7 @@ class Block(Part):
 
     def setup(self) -> None:
         config, dtype = self.config, self.dtype
-        self.ln_1, self.ln_cross_attn, self.ln_2 = (LayerNorm(config.layer_norm_epsilon, dtype) for _ in range(3))
+        self.ln_1, self.ln_cross_attn, self.ln_2 = (nn.LayerNorm(config.layer_norm_epsilon, dtype) for _ in range(3))
         self.attn = Attention(config, dtype, self.layer)
         self.crossattention = Attention(config, dtype, self.layer, cross=True)
         self.mlp = MLP(config, dtype)
@@ -192,7 +192,7 @@ class Transformer(Part):
         self.wte, self.wpe = embedding(config.vocab_size), embedding(config.max_position_embeddings)
         self.dropout = nn.Dropout(config.embd_pdrop)
         self.h = Blocks(config, dtype, self.remat)
-        self.ln_f = LayerNorm(config.layer_norm_epsilon, dtype)
+        self.ln_f = nn.LayerNorm(config.layer_norm_epsilon, dtype)
 
 
 class GPT2(Part):

@@ -11,24 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Elementwise = Callable[[jax.Array], jax.Array]
-
 # With at most FEW_ROWS rows and WIDE columns or more, XLA:CPU multiplies faster with the rows as its second operand.
 FEW_ROWS, WIDE = 128, 256
-
-
-def with_saved_slope(function: Elementwise) -> Elementwise:
-    """Keep an elementwise function's slope for the backward pass, in the place of all that autodiff would keep."""
-
-    @jax.custom_vjp
-    def apply(x: jax.Array) -> jax.Array:
-        return function(x)
-
-    apply.defvjp(
-        lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),)),
-        lambda slope, cotangent: (cotangent * slope,),
-    )
-    return apply
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -37,8 +21,8 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 # By their names in Hugging Face configurations.
-ACTIVATIONS: dict[str, Elementwise] = {
-    "gelu": with_saved_slope(_gelu),
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _gelu,
     "gelu_new": partial(nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # Hendrycks and Gimpel 2016, section 2
@@ -54,50 +38,6 @@ class Part(nn.Module):
 
     config: Any  # a configuration of transformers, such as a `ViTConfig`
     dtype: Any  # type of the computation; parameters are float32
-
-
-class LayerNorm(nn.Module):
-    """Layer normalization over the last axis with statistics in float32 (Ba et al. 2016).
-
-    The numbers are `flax.linen.LayerNorm`'s; of the input's size, the backward pass keeps the input and nothing else.
-    """
-
-    epsilon: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:])
-        return _normalize(self.epsilon, x.astype(self.dtype), scale, bias)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    return _normalize_forward(epsilon, x, scale, bias)[0]
-
-
-def _normalize_forward(epsilon, x, scale, bias):
-    full = x.astype(jnp.float32)
-    mean = full.mean(axis=-1, keepdims=True)
-    variance = jnp.maximum((full * full).mean(axis=-1, keepdims=True) - mean * mean, 0)
-    inverse = jax.lax.rsqrt(variance + epsilon)
-    scale, bias = (jnp.expand_dims(vector, range(x.ndim - 1)) for vector in (scale, bias))
-    return ((full - mean) * (inverse * scale) + bias).astype(x.dtype), (x, scale, mean, inverse)
-
-
-def _normalize_backward(epsilon, kept, cotangent):
-    x, scale, mean, inverse = kept
-    cotangent = cotangent.astype(jnp.float32)
-    normalized = (x.astype(jnp.float32) - mean) * inverse
-    scaled = cotangent * scale
-    along = normalized * (scaled * normalized).mean(axis=-1, keepdims=True)
-    by_x = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - along)
-    rows = tuple(range(x.ndim - 1))
-    return by_x.astype(x.dtype), (cotangent * normalized).sum(axis=rows), cotangent.sum(axis=rows)
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def by_rows(layer: Callable[[jax.Array], jax.Array], states: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repro.models.layers import ACTIVATIONS, LayerNorm, Part, attend, by_rows, split_heads
+from repro.models.layers import ACTIVATIONS, Part, attend, by_rows, split_heads
 
 
 def weight_init(config: Any) -> jax.nn.initializers.Initializer:
@@ -26,8 +26,8 @@ class ViTPart(Part):
         init = weight_init(self.config)
         return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=init, name=name)
 
-    def layer_norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self.config.layer_norm_eps, self.dtype, name=name)
+    def layer_norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(self.config.layer_norm_eps, self.dtype, name=name)
 
 
 class PatchEmbeddings(ViTPart):

@@ -27,7 +27,7 @@ from repro.models.beam_search import check_beams
 from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Options, Pretrained, Source, create_model, load_model
 from repro.progress import waiting
-from repro.provenance import versions
+from repro.provenance import versions, where
 from repro.record.record import ROWS
 from repro.record.writer import log
 from repro.run.settings import DETERMINISTIC, Settings, is_deterministic, mesh_shape
@@ -223,7 +223,7 @@ def _facts(prepared: PreparedRun, num_read: Mapping[str, int]) -> dict[str, Any]
         "mesh": dict(prepared.mesh.shape),
         "processes": jax.process_count(),
         "deterministic": is_deterministic(prepared.mesh),
-        "platform": f"{jax.default_backend()}, {platform.platform()}, Python {sys.version.split()[0]}",
+        "platform": f"{where()}, Python {platform.python_version()}",
         "versions": versions(),
         "model": {
             "implementation": "native" if isinstance(pretrained.captioner, NativeCaptioner) else "transformers",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
 
 import chex
 import jax
@@ -30,43 +28,15 @@ def token_losses(logits: jax.Array, labels: jax.Array, *, label_smoothing: float
     """
     chex.assert_shape(logits, (*labels.shape, None))
     chex.assert_type(labels, jnp.int32)
-    return _token_losses(label_smoothing, logits, labels)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_losses(label_smoothing: float, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return _losses_and_kept(label_smoothing, logits, labels)[0]
-
-
-def _losses_and_kept(label_smoothing: float, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
     normalizer = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     at_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0].astype(jnp.float32) - normalizer
-    kept = (logits, labels, normalizer)
     if label_smoothing == 0.0:
-        return -at_label, kept
+        return -at_label
     vocabulary = logits.shape[-1]
-    confidence, low = _smoothed_target(label_smoothing, vocabulary)
+    confidence, low = 1.0 - label_smoothing, label_smoothing / (vocabulary - 1)
     least = -(confidence * math.log(confidence) + (vocabulary - 1) * low * math.log(low + LOG_OFFSET))
     elsewhere = logits.astype(jnp.float32).sum(axis=-1) - vocabulary * normalizer - at_label
-    return -(confidence * at_label + low * elsewhere) - least, kept
-
-
-def _loss_gradient(label_smoothing: float, kept: Any, cotangent: jax.Array) -> tuple[jax.Array, None]:
-    """Softmax minus target: one array as large as the logits, and the target is never an array at all."""
-    logits, labels, normalizer = kept
-    confidence, low = _smoothed_target(label_smoothing, logits.shape[-1])
-    is_label = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(labels.ndim)) == labels[..., None]
-    probability = jnp.exp(logits.astype(jnp.float32) - normalizer[..., None])
-    gradient = cotangent[..., None] * (probability - jnp.where(is_label, confidence, low))
-    return gradient.astype(logits.dtype), None
-
-
-_token_losses.defvjp(_losses_and_kept, _loss_gradient)
-
-
-def _smoothed_target(label_smoothing: float, vocabulary: int) -> tuple[float, float]:
-    """The target's value at the label, and everywhere else."""
-    return 1.0 - label_smoothing, label_smoothing / (vocabulary - 1)
+    return -(confidence * at_label + low * elsewhere) - least
 
 
 def row_losses(
