@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO
+from urllib.parse import unquote
 
 from repro.errors import InputError
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # Of images. `FORMATS` are Pillow's names of the only formats that are opened: none starts a program, or takes memory
 # beyond its pixels.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "TGA")
+IMAGE_SUFFIXES = (  # of the files that are taken from a folder; a file that is named may have any
+    *(".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
+)
 URL_SCHEMES = ("http://", "https://")
 IMAGE_BYTES = 96 << 20  # an image's file, or a zip file's list of members (train2017.zip's has 12 MB)
 DOWNLOAD_BYTES = 32 << 20  # an image that is fetched
@@ -54,6 +59,19 @@ RECORDED_BYTES = 1 << 26  # each file of a run that a report reads
 TILE_WIDTH, TILE_LENGTH = 322, 323
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+
+
+def local_path(text: str, flag: str = "") -> str:
+    """Give a path without `~/` or `file://`; an InputError refuses the address of what is elsewhere."""
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme.lower() == "file":
+        return unquote(rest.removeprefix("localhost"))
+    if separator and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        raise InputError(
+            f"{flag}{text}: is an address, and only files of this machine are read and written; mount or copy what is"
+            " there, and name its path (of a model or data set on the Hub, its id)."
+        )
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 class Refused(OSError):

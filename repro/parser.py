@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from repro.errors import InputError
+from repro.limits import local_path
 
 COLUMN_OF_HELP = 34
 # What transformers' HfArgumentParser reads as true and as false.
@@ -46,11 +47,13 @@ class Numbers:
 
 
 class Checked:
-    """A dataclass of flags; every number in it is one that its flag takes."""
+    """A dataclass of flags; every number in it is one that its flag takes, and no text an address but the Hub's ids."""
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
             allowed, value = field.metadata.get("allowed"), getattr(self, field.name)
+            if isinstance(value, str):
+                object.__setattr__(self, field.name, local_path(value, f"--{field.name} "))
             if "\0" in str(value):
                 raise InputError(f"--{field.name} {value!r}: holds a null character, which no name can.")
             if allowed is not None and value is not None and value not in allowed:
@@ -74,6 +77,7 @@ class Parser(argparse.ArgumentParser):
             lines = "\n  repro ".join(["examples:", *examples])
             settings["epilog"] = "\n\n".join(filter(None, [settings.get("epilog"), lines]))
         super().__init__(**{"allow_abbrev": False, "formatter_class": shape, **settings})
+        self.register("type", Path, lambda text: Path(local_path(text)))
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         if "_ARGCOMPLETE" in os.environ:  # a shell asks, and is answered by the end of this process
@@ -164,9 +168,8 @@ def add_fields(
         if kind is bool:
             settings |= {"type": _truth, "nargs": "?", "const": True}
         if not settings["choices"]:
-            settings["metavar"] = (
-                field.metadata.get("metavar") or METAVARS.get(kind) or METAVARS.get(word, word.upper())
-            )
+            shown = field.metadata.get("metavar") or METAVARS.get(kind)
+            settings["metavar"] = shown or METAVARS.get(word, word.upper())
         place.add_argument(f"--{field.name}", **settings)
         if field.default is True:
             place.add_argument(

@@ -90,8 +90,9 @@ def no_readable_image(place: Workplace) -> dict[str, str]:
     return {}
 
 
-def null_caption(place: Workplace) -> dict[str, str]:
-    place.rows[3]["caption"] = None
+def null_captions(place: Workplace) -> dict[str, str]:
+    for row in place.rows:
+        row["caption"] = None
     place.write_rows()
     return {}
 
@@ -187,7 +188,7 @@ CASES: list[tuple[Callable[[Workplace], dict[str, str | None]], tuple[str, ...]]
     (empty_data_folder, ("empty", "zip")),
     (missing_annotations, ("captions_train2017.json", "annotations_trainval2017.zip")),
     (no_readable_image, ("no row is left of 6", "Check the paths", "0.png")),
-    (null_caption, ("row 3", "null", "take the row out")),
+    (null_captions, ("no row is left for the train split", "it has no caption")),
     (block_size, ("--block_size 3", "multiple", "2 rows")),
     (batch_larger_than_data, ("7 rows", "6 rows", "--per_device_train_batch_size")),
     (eval_batch_larger_than_data, ("6 rows", "batch of 7", "--protocol exact")),

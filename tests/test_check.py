@@ -100,12 +100,27 @@ def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path
     report = check(flags, "--protocol=current", "--do_train")
     assert set(report["splits"]) == {"train"}
     assert (report["splits"]["train"]["dropped"], report["splits"]["train"]["kept"]) == (10, 50)
-    assert {(found["rows"], found["first"]) for found in report["reasons"]} == {(5, str(broken)), (5, str(gray))}
+    assert {(found["rows"], *found["examples"]) for found in report["reasons"]} == {(5, str(broken)), (5, str(gray))}
     assert report["num_steps"] == 50 // 8 * 3
     out = capsys.readouterr().out
-    assert f"dropped: 5 rows, from {gray} on: mode L is not RGB" in out
+    assert f"dropped: 5 rows, such as {gray}: mode L is not RGB" in out
     assert str(broken) in out
     assert check(flags, "--protocol=exact", "--do_train")["splits"]["train"]["kept"] == 55
+
+
+def test_reasons_are_grouped_by_kind_with_three_examples(flags: list[str], tmp_path: Path, capsys) -> None:
+    missing = sorted((tmp_path / "coco" / "train2017").iterdir())[:4]
+    for image in missing:
+        image.unlink()
+    file = tmp_path / "coco" / "annotations" / "captions_train2017.json"
+    content = json.loads(file.read_text())
+    kept = [image for image in content["images"] if image["file_name"] != missing[0].name][:-2]
+    file.write_text(json.dumps({**content, "images": kept}))
+    report = check(flags, "--do_train")
+    assert [(found["rows"], len(found["examples"])) for found in report["reasons"]] == [(15, 3)] * 2
+    lost = next(found for found in report["reasons"] if found["reason"].startswith("No such file"))
+    assert set(lost["examples"]) == set(map(str, missing[1:]))
+    assert f"dropped: 15 rows, such as {', '.join(lost['examples'])}: No such file" in capsys.readouterr().out
 
 
 def test_limits_and_faults_are_those_of_the_run(flags: list[str], capsys) -> None:

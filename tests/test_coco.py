@@ -232,6 +232,28 @@ def test_any_coco_json_finds_its_images(coco: Path, zipped: Path, tmp_path: Path
     assert table["caption"][:] == named["caption"][:]
 
 
+@pytest.mark.parametrize("style", ["absolute", "windows", "literal"])
+def test_absolute_names_and_those_of_windows_are_found(coco: Path, style: str) -> None:
+    """Names join as `os.path.join` does it; one that has a backslash itself is taken as it is."""
+
+    def edit(content: dict) -> None:
+        for image in content["images"]:
+            place = coco / "val2017" / image["file_name"]
+            image["file_name"] = str(place) if style == "absolute" else f"val2017\\{place.name}"
+            if style == "literal":
+                place.rename(coco / image["file_name"])
+
+    table = read_json(change(coco, edit), "validation")
+    assert len(table) == 10
+    assert all(read_image(name).size == (16, 16) for name in table["image_path"])
+
+
+def test_a_number_that_is_none_is_shown_with_what_to_write(coco: Path) -> None:
+    path = change(coco, lambda content: content["annotations"][1].update(caption=float("nan")))
+    with pytest.raises(InputError, match=rf'{path.name}: .*"caption": NaN.*write null for NaN'):
+        read_json(path, "validation")
+
+
 def test_a_coco_json_without_annotations_serves_prediction(coco: Path) -> None:
     table = read_json(coco / "annotations" / "image_info_test2017.json", "test")
     assert table["caption"][:] == [None, None]

@@ -50,6 +50,30 @@ def test_every_number_has_a_range_that_is_held_and_told(kind, field) -> None:
         assert getattr(kind(**{field.name: value}), field.name) == value
 
 
+TEXTS = [(kind, field) for kind, field in FIELDS if str in get_args(get_type_hints(kind)[field.name])]
+
+
+@pytest.mark.parametrize(("kind", "field"), TEXTS, ids=name_of)
+def test_no_flag_takes_an_address_and_each_takes_home(kind, field, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for address in ("gs://bucket/run", "s3://b/x.jsonl", "HTTPS://host/model"):
+        with pytest.raises(InputError, match=f"--{field.name} {address}: is an address"):
+            kind(**{field.name: address})
+    for written, path in (("~/x", "/home/me/x"), ("file:///a%20b/x", "/a b/x"), ("a/b:c", "a/b:c"), ("~x", "~x")):
+        assert getattr(kind(**{field.name: written}), field.name) == path
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["data coco --data_dir gs://b/x", "data pocket gs://b/x", "verify gs://b/x", "report runs --output gs://b/x"],
+)
+def test_no_argument_takes_an_address(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    assert "gs://b/x: is an address" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

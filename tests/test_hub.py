@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -19,7 +20,7 @@ from repro.__main__ import main
 from repro.models.weights import SAFETENSORS_FILE
 from repro.recipes.selftest import command_line, read_case
 from repro.record import hub
-from repro.record.hub import HubUploader, Patience, status_of, tried
+from repro.record.hub import HubUploader, Patience, answer_of, tried
 
 TOKEN = "hf_aVerySecretTokenOfTheTests"
 BARE_TOKEN = "a-token-of-another-kind/+=42"
@@ -331,17 +332,33 @@ def test_attempts_pause_twice_as_long_each_time(monkeypatch):
     def attempt() -> str:
         raise TimeoutError("read timed out")
 
-    assert tried(attempt, attempts=4, pause=2.0) == ("", "TimeoutError: read timed out", None)
+    assert tried(attempt, Patience()) == ("", "TimeoutError: read timed out", None)
     assert pauses == [2.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize(("asked", "waits"), [("100", 100), ("1", 2), ("9000", 240), ("soon", 2), (None, 2)])
+def test_a_hub_is_waited_for_as_long_as_it_asks_within_the_bound(monkeypatch, asked, waits):
+    pauses: list[float] = []
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+
+    def attempt() -> str:
+        if pauses:
+            return "address"
+        error = Exception("slow down")
+        error.response = SimpleNamespace(status_code=429, headers={"Retry-After": asked} if asked else {})
+        raise error
+
+    assert tried(attempt, Patience()) == ("address", "", None)
+    assert pauses == [waits]
 
 
 def test_the_status_is_found_behind_other_errors():
     refusal = Exception("refused")
-    refusal.response = type("Response", (), {"status_code": 403})
+    refusal.response = SimpleNamespace(status_code=403, headers={})
     other = RuntimeError("Error while uploading 'x' to the Hub.")
     other.__cause__ = refusal
-    assert status_of(other) == 403
-    assert status_of(ValueError()) is None
+    assert answer_of(other) == (403, 0)
+    assert answer_of(ValueError()) == (None, 0)
 
 
 @pytest.fixture(scope="module")

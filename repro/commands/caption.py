@@ -19,15 +19,10 @@ from repro.commands import COMMANDS
 from repro.commands.terminal import printable, start_logging
 from repro.config import COUNT, DTYPES, IMPLEMENTATIONS, LENGTH, flag, make_arguments
 from repro.errors import InputError
-from repro.limits import LISTED_BYTES, URL_SCHEMES
+from repro.limits import IMAGE_SUFFIXES, LISTED_BYTES, URL_SCHEMES
 from repro.parser import Checked, Parser, add_fields, sentence
 from repro.progress import progress_bar
 
-# Of the files that are taken from a folder; a file that is named may have any.
-SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tga", ".tif", ".tiff", ".webp"),
-)
 LIST = "-"
 NOT_ALL = 1  # exit status: there is an image without captions
 WIDEST_NAME = 40
@@ -161,13 +156,13 @@ def _expanded(path: str, skipped: dict[str, int]) -> Iterator[Found]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith("."):
-                is_image = name.lower().endswith(SUFFIXES)
+                is_image = name.lower().endswith(IMAGE_SUFFIXES)
                 images += [os.path.join(folder, name)] * is_image
                 others += not is_image
     if others:
         skipped[path] = others
     if not images and not problems:
-        problems.append(Found(path, f"holds no images ({', '.join(name[1:] for name in SUFFIXES)})"))
+        problems.append(Found(path, f"holds no images ({', '.join(name[1:] for name in IMAGE_SUFFIXES)})"))
     yield from sorted([*map(Found, images), *problems], key=itemgetter(0))
 
 

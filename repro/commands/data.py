@@ -29,34 +29,15 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="repro data", description=sentence(COMMANDS["data"]))
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds")
     kinds.add_parser("check", help=CHECK, add_help=False)
-    coco = kinds.add_parser(
-        "coco",
-        help="download COCO 2017",
-        description="Download COCO 2017. An interrupted download goes on where it was, and a file has its name only"
-        " when it is whole and its MD5 is right.",
-    )
-    coco.add_argument(
-        "--data_dir", type=Path, required=True, metavar="FOLDER", help="where the files are put, and left as zips"
-    )
-    coco.add_argument(
-        "--splits",
-        nargs="+",
-        default=SPLITS,
-        choices=SPLITS,
-        metavar="SPLIT",
-        help=f"some of {', '.join(SPLITS)} (default: all)",
-    )
-    coco.add_argument(
-        "--max_images", type=int, metavar="N", help="only the first images of each split (default: the zips, 27 GB)"
-    )
-    coco.add_argument(
-        "--base_url", nargs="+", metavar="URL", help="servers to try in turn (default: http://images.cocodataset.org)"
-    )
-    pocket = kinds.add_parser(
-        "pocket",
-        help="render captioned scenes",
-        description="Render scenes of coloured shapes with five captions each, in the layout of COCO 2017.",
-    )
+    about = "Download COCO 2017. It goes on where it was interrupted; a file has its name only when it is whole."
+    coco = kinds.add_parser("coco", help="download COCO 2017", description=about)
+    coco.add_argument("--data_dir", type=Path, required=True, metavar="FOLDER", help="where the zips are put, and left")
+    which = f"some of {', '.join(SPLITS)} (default: all)"
+    coco.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, metavar="SPLIT", help=which)
+    coco.add_argument("--max_images", type=int, metavar="N", help="each split's first images (default: zips, 27 GB)")
+    coco.add_argument("--base_url", nargs="+", metavar="URL", help="in turn (default: http://images.cocodataset.org)")
+    about = "Render scenes of coloured shapes with five captions each, in the layout of COCO 2017."
+    pocket = kinds.add_parser("pocket", help="render captioned scenes", description=about)
     pocket.add_argument("folder", type=Path, metavar="FOLDER", help="where they are written")
     add_fields(pocket, PocketArguments)
     if argv[:1] == ["check"]:

@@ -180,7 +180,7 @@ def prepare_split(
         reasons = "; ".join(f"{row['image_path']}: {row['reason']}" for row in dropped[:REASONS_SHOWN])
         raise InputError(
             f"{split}: no row is left of {len(dataset)}, because no image can be read. Check the paths"
-            f" (relative ones are looked up beside the file that names them). {reasons}"
+            f" (relative ones begin in --data_dir or beside the file that names them). {reasons}"
         )
     captions = tokenize_captions(
         column(dataset, "caption"),

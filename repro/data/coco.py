@@ -5,10 +5,12 @@ Annotations are streamed: of a file of any size, only the names of its images ar
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,8 @@ def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> I
 
     def locate(names: Iterable[str]) -> Callable[[str], str]:
         finder = _ImageFinder(file, folders, part)
-        for _, name in zip(range(PROBED), names, strict=False):
-            if finder.find(name) and finder.found:
+        for name in islice(names, PROBED):
+            if finder.find(name) and finder.places:
                 break
         finder.check()
         return finder.find
@@ -180,7 +182,7 @@ def _opened(file: Path, member: str) -> Iterator[CheckedJson]:
             with open_json(file) as opened:
                 yield opened
     except (OSError, ValueError, KeyError, ijson.JSONError, *DAMAGED_ZIP) as error:
-        raise InputError(f"{file}: cannot be read ({one_line(error)}); get it again.") from error
+        raise InputError(f"{file}: cannot be read ({one_line(error)}); mend it, or get it again.") from error
 
 
 def official_images(folder: Path, part: str) -> tuple[str, str]:
@@ -200,32 +202,32 @@ class _ImageFinder:
 
     def __init__(self, source: Path, folders: Sequence[Path], part: str) -> None:
         self._source, self._folders, self._part = source, folders, part
-        self._places: dict[str, Callable[[str], str]] = {}
+        self.places: dict[str, Callable[[str], str]] = {}  # by the folders that names begin with, as they are found
         self._missed: list[str] = []
         self._members: dict[str, set[str]] = {}
 
-    @property
-    def found(self) -> bool:
-        return bool(self._places)
-
     def find(self, name: str) -> str:
         """Give an image's reference; of one that is nowhere, the path where it was looked for first."""
+        if os.path.isabs(name):
+            return name
         top = name.rpartition("/")[0]
-        if top not in self._places and len(self._missed) < PROBED:
+        if "\\" in name and not any(self._is_there(place(name)) for place in self._candidates(top)):
+            return self.find(name.replace("\\", "/"))  # as Windows writes it
+        if top not in self.places and len(self._missed) < PROBED:
             there = (place for place in self._candidates(top) if self._is_there(place(name)))
             if place := next(there, None):
-                self._places[top] = place
+                self.places[top] = place
             else:
                 self._missed.append(name)
-        return self._places.get(top, next(self._candidates(top)))(name)
+        return self.places.get(top, next(self._candidates(top)))(name)
 
     def check(self) -> None:
         """Raise an InputError if images were looked for and none was found."""
-        if self._missed and not self.found:
+        if self._missed and not self.places:
             raise InputError(
                 f"{self._source}: its images are not to be found, the first being {self._missed[0]}; looked in"
-                f" {', '.join(map(str, self._folders))}, and in folders and zips there of the split's name. Name the"
-                " folder that holds them with --data_dir."
+                f" {', '.join(map(str, self._folders))}, and in folders and zips there of the split's name. Give the"
+                " folder that this path begins in as --data_dir."
             )
 
     def _candidates(self, top: str) -> Iterator[Callable[[str], str]]:

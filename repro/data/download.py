@@ -20,6 +20,7 @@ import requests
 
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.errors import InputError
+from repro.json_files import write_json
 from repro.progress import progress_bar
 
 YEAR = "2017"
@@ -233,9 +234,7 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
         content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
     cut = folder / member
     cut.parent.mkdir(exist_ok=True)
-    partial_file = cut.with_suffix(".part")
-    partial_file.write_text(json.dumps(content))
-    partial_file.replace(cut)
+    write_json(cut, content, indent=None)
     return target
 
 

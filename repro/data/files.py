@@ -1,4 +1,4 @@
-"""csv, tsv, json and jsonl files as records, read one by one.
+"""csv, tsv, txt, json and jsonl files, and folders of images with captions beside them, as records, one by one.
 
 Arrow, and so the datasets library, refuses a whole file for one value of another type; here its row is dropped.
 """
@@ -6,18 +6,22 @@ Arrow, and so the datasets library, refuses a whole file for one value of anothe
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from io import TextIOWrapper
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import ijson
 
+from repro import limits
 from repro.errors import InputError
 from repro.json_files import parse
-from repro.limits import LIST_BYTES, RECORD_CHARACTERS, CheckedJson, Lines, open_file
+from repro.limits import IMAGE_SUFFIXES, LIST_BYTES, RECORD_CHARACTERS, CheckedJson, Lines, open_file
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": ","}
+OTHER_SEPARATORS = ",;\t|"  # of spreadsheets, Flickr30k, open_clip: where a header has not its file's own
 FORMATS = (*SEPARATORS, ".json", ".jsonl")
 BOM = b"\xef\xbb\xbf"
 # Numbers as 64 bits hold them, a larger one is an error. Otherwise the parser in C makes Python's integers of any
@@ -26,15 +30,18 @@ EXACT = {"use_float": True}
 
 
 def read_file(path: str) -> Iterator[dict[str, Any]]:
-    """Read the objects of a csv, tsv, json (a list of objects, or one under "data") or jsonl file.
+    """Read the objects of a csv, tsv, txt, json (a list of objects, or one under "data") or jsonl file, or of a folder.
 
     Raises:
         InputError: the file is missing, empty or malformed.
     """
     file = Path(path)
-    if file.suffix in SEPARATORS:
-        records = _separated(file, SEPARATORS[file.suffix])
-    elif file.suffix == ".jsonl" or (prefix := json_prefix(file)) is None:
+    suffix = file.suffix.lower()
+    if file.is_dir():
+        records, suffix = _sidecars(file), ".txt"
+    elif suffix in SEPARATORS:
+        records = _separated(file, SEPARATORS[suffix])
+    elif suffix == ".jsonl" or (prefix := json_prefix(file)) is None:
         records = _lines(file)
     else:
         records = _items(file, prefix)
@@ -50,7 +57,7 @@ def read_file(path: str) -> Iterator[dict[str, Any]]:
             f" example `iconv -f latin1 -t utf-8 {file.name}`."
         ) from error
     except (OSError, ValueError, csv.Error, ijson.JSONError) as error:
-        raise InputError(f"{path}: cannot be read as {file.suffix[1:]}: {one_line(error)}") from error
+        raise InputError(f"{path}: cannot be read as {suffix[1:]}: {one_line(error)} (row {place + 1})") from error
     if place < 0:
         raise InputError(f"{path}: is empty; it needs one object for each caption.")
 
@@ -63,10 +70,6 @@ def open_json(file: Path, list_depth: int = 2) -> CheckedJson:
     return CheckedJson(opened, list_depth)
 
 
-def _open_text(file: Path, newline: str) -> TextIOWrapper:
-    return TextIOWrapper(open_file(file, LIST_BYTES), "utf-8-sig", newline=newline)
-
-
 def stream(opened: CheckedJson, prefix: str) -> Iterator[Any]:
     """Parse the values at a place of a JSON file, one after another."""
     return ijson.items(opened, prefix, **EXACT)
@@ -74,7 +77,8 @@ def stream(opened: CheckedJson, prefix: str) -> Iterator[Any]:
 
 def one_line(error: Exception) -> str:
     """What a parser says, without the drawing under it."""
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return f"{text}; write null for NaN and Infinity, which JSON has not" if re.search("NaN|Infinity", text) else text
 
 
 def json_prefix(file: Path) -> str | None:
@@ -85,44 +89,60 @@ def json_prefix(file: Path) -> str | None:
     Raises:
         InputError: the file is not JSON.
     """
-    lists = []
+    found = None
     try:
         with open_json(file) as opened:
             for prefix, event, _ in ijson.parse(opened, multiple_values=True, **EXACT):
                 if event == "start_array" and prefix in ("", "data", "annotations"):
                     return f"{prefix}.item".lstrip(".")
                 if event == "start_array" and prefix == "images":
-                    lists.append(prefix)
+                    found = "images.item"
                 if event == "end_map" and prefix == "":
                     break
     except (OSError, ValueError, ijson.JSONError) as error:
         raise InputError(f"{file}: cannot be read as json: {one_line(error)}") from error
-    return f"{lists[0]}.item" if lists else None
+    return found
 
 
 def _separated(file: Path, separator: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(RECORD_CHARACTERS)
-    with _open_text(file, newline="") as opened:
+    with TextIOWrapper(open_file(file, LIST_BYTES), "utf-8-sig", newline="") as opened:
         lines = Lines(opened)
-        reader = csv.reader(lines, delimiter=separator, strict=True)
-        header = next(reader, None)
-        if header is None:
-            return
+        first = next(lines, "")
+        if separator not in first:
+            separator = max(OTHER_SEPARATORS, key=first.count)
+        reader = csv.reader(chain([first], lines), delimiter=separator, strict=True)
+        names = next(reader, [])
+        header = [name.strip() for name in names]
         for values in reader:
             lines.taken = 0
-            if not values:
-                continue
-            if len(values) != len(header):
+            if len(values) > len(header):
                 raise ValueError(
                     f"line {reader.line_num} has {len(values)} fields, the header {len(header)}; put values that"
-                    " contain the separator or a line break in double quotes"
+                    f" contain the separator {separator!r} or a line break in double quotes"
                 )
-            # Only an empty cell is null: "NA" and "null" are words that a caption may be.
-            yield {name: value or None for name, value in zip(header, values, strict=True)}
+            if header != names:  # blanks around the separators, as in Flickr30k's results.csv
+                values = [value.strip() for value in values]
+            # Only an empty or missing cell is null: "NA" and "null" are words that a caption may be.
+            if values:
+                yield {name: value or None for name, value in zip_longest(header, values)}
+
+
+def _sidecars(folder: Path) -> Iterator[dict[str, Any]]:
+    """Give each image below a folder, and its captions: the lines of the text file of its name."""
+    files = [file for file in sorted(folder.rglob("*")) if not file.name.startswith(".")]
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    images = {file: file.with_suffix("") for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+    for image, stem in images.items():
+        content = limits.read_file(texts[stem], RECORD_CHARACTERS) if stem in texts else b""
+        lines = content.decode("utf-8-sig", "surrogateescape").splitlines()  # what is not UTF-8 drops its row
+        yield {"image": str(image.relative_to(folder)), "caption": [line.strip() for line in lines if line.strip()]}
+    for stem in sorted(texts.keys() - images.values()):
+        yield {"image": None, "caption": texts[stem].name}
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    with _open_text(file, newline="\n") as opened:
+    with TextIOWrapper(open_file(file, LIST_BYTES), "utf-8-sig", newline="\n") as opened:
         lines = Lines(opened)
         for number, line in enumerate(lines, start=1):
             lines.taken = 0

@@ -38,7 +38,7 @@ def make_rows(
 ) -> Rows:
     """Check records one by one and make a split of them.
 
-    A caption that is not text, or not valid Unicode, drops its row. The test split needs no captions.
+    A caption that is null, not text, or not valid Unicode, drops its row. The test split needs no captions.
 
     Args:
         records: not touched where the file is there already, as it was written.
@@ -46,8 +46,7 @@ def make_rows(
         rebuild: a run's own name, to read again what another run has put into the file; None to take it as it is.
 
     Raises:
-        InputError: a caption is null where captions are learned from or scored, no row is left, or the file cannot be
-            written.
+        InputError: no row is left, or the file cannot be written.
     """
     if file is None:
         sink = pyarrow.BufferOutputStream()
@@ -75,7 +74,7 @@ def _write(sink: Any, records: Iterable[Record], split: str, source: str) -> lis
     num_kept = listed = 0
     with pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
         for record in records:
-            for row in _checked(record, split, source):
+            for row in _checked(record, split):
                 if "reason" in row:
                     names = ("row", "image_path", "caption", "reason")
                     dropped.append({"split": split, **{name: row.get(name) for name in names}})
@@ -87,42 +86,32 @@ def _write(sink: Any, records: Iterable[Record], split: str, source: str) -> lis
                         )
                 else:
                     kept.append(row)
+                    num_kept += 1
             if len(kept) >= CHUNK:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(kept, SCHEMA))
-                num_kept += len(kept)
                 kept.clear()
-        if kept:
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(kept, SCHEMA))
-    if not num_kept + len(kept):
-        raise InputError(
-            f"{source}: no row is left for the {split} split"
-            + (f"; the first was dropped because {dropped[0]['reason']}." if dropped else ".")
-        )
+        writer.write_batch(pyarrow.RecordBatch.from_pylist(kept, SCHEMA))
+    if not num_kept:
+        first = f"; the first was dropped because {dropped[0]['reason']}" if dropped else ""
+        raise InputError(f"{source}: no row is left for the {split} split{first}.")
     return dropped
 
 
-def _checked(record: Record, split: str, source: str) -> Iterator[Record]:
+def _checked(record: Record, split: str) -> Iterator[Record]:
     """Give a record's rows, one for each of its captions, with a reason where one cannot be used."""
     captions = record["caption"]
-    if not isinstance(captions, list):
-        captions = [captions]
-    elif not captions:
-        captions = [None] if split == "test" else [[]]
-    for caption in captions:
-        if caption is None and split != "test" and "reason" not in record:
-            raise InputError(
-                f"{source}: row {record['row']} (counted from 0) has the caption null; give it"
-                " a caption or take the row out of the file."
-            )
-        reason = record.get("reason") or _fault(caption, record["image_path"])
+    for caption in (captions or [None]) if isinstance(captions, list) else [captions]:
+        reason = record.get("reason") or _fault(caption, record["image_path"], split)
         yield {**record, "caption": caption} | ({} if reason is None else {"reason": reason})
 
 
-def _fault(caption: Any, image_path: Any) -> str | None:
+def _fault(caption: Any, image_path: Any, split: str) -> str | None:
     if image_path is None:
         return "it has no image"
+    if caption is None and split != "test":
+        return "it has no caption"
     if caption is not None and not isinstance(caption, str):
-        return "it has no caption" if caption == [] else f"its caption is {type(caption).__name__}, not text"
+        return f"its caption is {type(caption).__name__}, not text"
     if caption and len(caption) > CAPTION_CHARACTERS:
         return f"its caption has {len(caption):,} characters; at most {CAPTION_CHARACTERS:,} are read"
     for what, text in (("caption", caption or ""), ("image's path", image_path)):

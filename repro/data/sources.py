@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
@@ -23,11 +24,15 @@ from repro.data.files import FORMATS, json_prefix, read_file
 from repro.data.images import ARROW, URL_SCHEMES, ZIP
 from repro.data.rows import Record, Rows, make_rows
 from repro.errors import InputError
-from repro.limits import LIST_BYTES, size_of
+from repro.limits import LIST_BYTES, local_path, size_of
 
 COCO_NAMES = ("ydshieh/dummy_coco_dataset", "ydshieh/coco_dataset_script")
-IMAGE_COLUMNS = ("image_path", "image", "file_name", "filename", "path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "sentence", "sentences", "description")
+# Names that columns usually have, and after them those that open_clip, Flickr30k and img2dataset give.
+IMAGE_COLUMNS = (("image_path", "image", "file_name", "filename", "path"), ("filepath", "image_name"))
+CAPTION_COLUMNS = (
+    ("caption", "captions", "text", "txt", "sentence", "sentences", "description"),
+    ("title", "comment", "json.caption"),
+)
 # Of the rows that are kept on disk: to be raised when a reader gives other rows for the same file.
 VERSION = 1
 
@@ -42,6 +47,7 @@ class _Source:
     records: Callable[[], Iterable[Record]]
     files: Sequence[Path]
     settings: tuple[Any, ...]
+    folder: Path | None = None  # that relative image paths begin in, or in --data_dir
 
 
 def load_splits(
@@ -63,7 +69,7 @@ def load_splits(
 ) -> dict[str, Rows]:
     """Load the asked-for splits (`train`, `validation`, `test`) from what the flags name.
 
-    Relative image paths are relative to the file that names them; where there is none, to the working directory.
+    Relative image paths begin in `data_dir`, beside the file that names them, or in the working directory.
 
     Args:
         cache_dir: the datasets library's.
@@ -71,7 +77,7 @@ def load_splits(
         rebuild: see `make_rows`.
 
     Raises:
-        InputError: a source, a split or a column is missing, a caption is null, or an image is on the web.
+        InputError: a source, a split or a column is missing, or an image is on the web.
     """
     files = {"train": train_file, "validation": validation_file, "test": test_file}
     columns = (image_column, caption_column)
@@ -88,12 +94,13 @@ def load_splits(
             raise InputError(
                 f"--dataset_name {dataset_name}: has no split {split!r}, only {', '.join(map(repr, loaded))}."
             )
-        return _table(loaded[split], split, dataset_name, Path(data_dir or dataset_name), columns)
+        return _table(loaded[split], split, dataset_name, Path(dataset_name), columns)
 
     result = {}
     for split, source in [(split, find(split)) for split in splits]:
-        records = _without_urls(source, allowed=allow_image_urls)
-        file = rows_dir / f"{_key(source, split, allow_image_urls)}.arrow" if rows_dir else None
+        roots = [os.path.abspath(root) for root in (data_dir, source.folder, "") if root is not None]
+        records = _located(source, roots, urls_allowed=allow_image_urls)
+        file = rows_dir / f"{_key(source, split, (roots, allow_image_urls))}.arrow" if rows_dir else None
         result[split] = make_rows(records, split=split, source=source.name, file=file, rebuild=rebuild)
     return result
 
@@ -105,113 +112,115 @@ def _official_coco(name: str, year: str, data_dir: str | None, split: str) -> _S
         raise InputError(f"--dataset_name {name} needs --data_dir with the COCO files.")
     folder = coco.check_folder(data_dir)
     file, member = coco.annotation_file(folder, year, split)
-    coco.official_images(folder, coco.SPLIT_NAMES[split] + year)
-    is_folder = (folder / (coco.SPLIT_NAMES[split] + year)).is_dir()
-    return _Source(member, lambda: coco.read_official(folder, year, split), [file], (year, is_folder))
+    images = coco.official_images(folder, coco.SPLIT_NAMES[split] + year)
+    return _Source(member, lambda: coco.read_official(folder, year, split), [file], (year, images))
 
 
 def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | None, columns: Columns) -> _Source:
     if path is None:
         raise InputError(f"no {split} rows: give --{split}_file, or --dataset_name.")
-    file = Path(path)
-    is_table = file.suffix in BUILDERS
-    if not is_table and file.suffix not in FORMATS:
+    file, suffix = Path(path), Path(path).suffix.lower()
+    is_table = suffix in BUILDERS
+    if not is_table and suffix not in FORMATS and not file.is_dir():
         raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *BUILDERS))}.")
-    found = sorted(glob.glob(path)) if is_table and not file.exists() else [path]
-    if not found or not Path(found[0]).exists():
+    found = _expanded(path) if is_table and not file.exists() else [path]
+    if not Path(found[0]).exists():
         raise InputError(f"{path}: there is no such file.")
     if is_table:
         return _table(load_files(found, cache_dir=cache_dir), split, path, file.parent, columns)
 
     def records() -> Iterator[Record]:
-        layout = json_prefix(file) if file.suffix == ".json" else None
+        layout = json_prefix(file) if suffix == ".json" and file.is_file() else None
         if layout in coco.LAYOUTS:
             folders = [*([Path(data_dir)] if data_dir else []), file.parent, file.parent.parent]
             return coco.read_file(file, layout, split, [folder.absolute() for folder in folders])
-        return _select(read_file(path), split, path, file.parent, columns)
+        return _select(read_file(path), split, path, columns)
 
-    return _Source(path, records, [file], (*columns, data_dir and os.path.abspath(data_dir)))
+    if file.is_dir():
+        return _Source(path, records, [file, *sorted(file.rglob("*"))], columns, file)
+    return _Source(path, records, [file], columns, file.parent)
 
 
-def _select(
-    records: Iterator[dict[str, Any]], split: str, source: str, folder: Path, columns: Columns
-) -> Iterator[Record]:
+def _expanded(pattern: str) -> list[str]:
+    """Give the files of a pattern, whose `{000..127}` a shell has not expanded."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if braces is None:
+        return sorted(glob.glob(pattern)) or [pattern]
+    numbers = (f"{number:0{len(braces[1])}}" for number in range(int(braces[1]), int(braces[2]) + 1))
+    return [file for number in numbers for file in _expanded(pattern.replace(braces[0], number, 1))]
+
+
+def _select(records: Iterator[dict[str, Any]], split: str, source: str, columns: Columns) -> Iterator[Record]:
     """Take image and caption from the objects of a file; the first one says which columns there are."""
     first = next(records)
     image, caption = _found_columns(split, source, list(first), columns)
     for row, record in enumerate(chain([first], records)):
         value = record.get(image)
-        yield {
-            "row": row,
-            "image_path": _resolve(value, folder, source, row),
-            "image_id": value,
-            "caption": record.get(caption) if caption else None,
-        }
+        yield {"row": row, "image_path": value, "image_id": value, "caption": record.get(caption) if caption else None}
 
 
 def _table(dataset: Dataset, split: str, source: str, folder: Path, columns: Columns) -> _Source:
     typed = image_columns(dataset)
     if columns[0] is None and len(typed) == 1:
         columns = typed[0], columns[1]
-    image, caption = _found_columns(split, source, dataset.column_names, columns)
-
-    def records() -> Iterator[Record]:
-        for record in read_table(dataset, image, caption):
-            yield record | {"image_path": _resolve(record["image_path"], folder, source, record["row"])}
-
+    others = (field for field in dataset.data.schema if field.name not in typed and pyarrow.types.is_struct(field.type))
+    inner = [f"{field.name}.{part.name}" for field in others for part in field.type]
+    image, caption = _found_columns(split, source, dataset.column_names, columns, inner)
     files = [Path(cached["filename"]) for cached in dataset.cache_files]
-    return _Source(source, records, files, (image, caption, str(folder.absolute())))
+    return _Source(source, lambda: read_table(dataset, image, caption), files, (image, caption), folder)
 
 
-def _found_columns(split: str, source: str, names: Sequence[str], wanted: Columns) -> tuple[str, str | None]:
-    """Tell which columns hold images and captions, which a test split may lack."""
-    image = _column("image", wanted[0], IMAGE_COLUMNS, names, source)
-    if split == "test" and wanted[1] not in names and not set(CAPTION_COLUMNS) & set(names):
+def _found_columns(
+    split: str, source: str, names: Sequence[str], wanted: Columns, inner: Sequence[str] = ()
+) -> tuple[str, str | None]:
+    """Tell which columns hold images and captions, which may be `inner` ones, and which a test split may lack."""
+    image, names = _column("image", wanted[0], IMAGE_COLUMNS, names, source), [*names, *inner]
+    if split == "test" and wanted[1] not in names and set(names).isdisjoint(chain(*CAPTION_COLUMNS)):
         return image, None
     return image, _column("caption", wanted[1], CAPTION_COLUMNS, names, source)
 
 
-def _column(what: str, name: str | None, usual: Sequence[str], names: Sequence[str], source: str) -> str:
+def _column(what: str, name: str | None, usual: Sequence[Sequence[str]], names: Sequence[str], source: str) -> str:
     found = ", ".join(map(repr, names))
     if name is not None and name not in names:
         raise InputError(f"--{what}_column {name!r}: {source} has the columns {found}.")
-    candidates = [column for column in usual if column in names] if name is None else [name]
+    found_usual = ([column for column in tier if column in names] for tier in usual)
+    candidates = next(filter(None, found_usual), []) if name is None else [name]
     if len(candidates) != 1:
-        raise InputError(f"{source}: which column holds the {what}s? Give --{what}_column; there are {found}.")
+        hint = " Images with texts beside them are read as --train_file FOLDER." if os.path.isdir(source) else ""
+        raise InputError(f"{source}: which column holds the {what}s? Give --{what}_column; there are {found}.{hint}")
     return candidates[0]
 
 
-def _resolve(value: Any, folder: Path, source: str, row: int) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise InputError(
-            f"{source}: row {row}: the image column holds {type(value).__name__}; it must hold paths of image files."
-        )
-    if value.startswith((*URL_SCHEMES, ZIP, ARROW)):
-        return value
-    try:
-        beside = folder.absolute() / value
-        return os.path.abspath(value) if not beside.exists() and Path(value).exists() else str(beside)
-    except (OSError, ValueError):  # NUL, or a name too long: decoding will say so
-        return value
-
-
-def _without_urls(source: _Source, *, allowed: bool) -> Iterator[Record]:
+def _located(source: _Source, roots: Sequence[str], *, urls_allowed: bool) -> Iterator[Record]:
     for record in source.records():
-        if not allowed and str(record["image_path"]).startswith(URL_SCHEMES):
+        value, where = record["image_path"], f"{source.name}: row {record['row']}"
+        if value is not None and not isinstance(value, str):
+            kind = type(value).__name__
+            raise InputError(f"{where}: the image column holds {kind}; it must hold paths of image files.")
+        if not urls_allowed and str(value).startswith(URL_SCHEMES):
             raise InputError(
-                f"{source.name}: row {record['row']} has its image at {record['image_path']}; give paths of files, or"
-                " let them be fetched with --allow_image_urls."
+                f"{where} has its image at {value}; give paths of files, or let them be fetched with"
+                " --allow_image_urls."
             )
-        yield record
+        yield record | {"image_path": None if value is None else _place(value, roots)}
 
 
-def _key(source: _Source, split: str, allow_image_urls: bool) -> str:
+def _place(value: str, roots: Sequence[str]) -> str:
+    """Turn what a list says into an image's reference; a relative path is in the first root that has it."""
+    value = local_path(value) if value.startswith("file://") else value
+    if value.startswith((*URL_SCHEMES, ZIP, ARROW)) or os.path.isabs(value):
+        return value
+    names = dict.fromkeys((value, value.replace("\\", "/")))  # as Windows writes it
+    places = [str(Path(root, name)) for name in names for root in roots]
+    return next(filter(os.path.exists, places), places[0])
+
+
+def _key(source: _Source, split: str, settings: Any) -> str:
     """Hash what a split's rows depend on: the files' paths, sizes and times, the settings, the working directory."""
     stamps = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
-    parts = (VERSION, split, stamps, source.settings, allow_image_urls, os.getcwd())
-    return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    parts = repr((VERSION, split, stamps, source.settings, settings))
+    return sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -225,10 +234,8 @@ def load_hub(name: str, config: str | None, data_dir: str | None, **hub: Any) ->
         InputError: it cannot be loaded.
     """
     try:
-        if any((Path(name) / file).is_file() for file in SAVED):
-            loaded = load_from_disk(name)
-        else:
-            loaded = load_dataset(name, config, data_dir=data_dir, **hub)
+        saved = any((Path(name) / file).is_file() for file in SAVED)
+        loaded = load_from_disk(name) if saved else load_dataset(name, config, data_dir=data_dir, **hub)
     except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
         raise InputError(
             f"--dataset_name {name}: cannot be loaded. A Hub id needs a network; otherwise give a"
@@ -246,9 +253,8 @@ def load_files(files: Sequence[str], *, cache_dir: str | None) -> Dataset:
     try:
         for file in files:
             size_of(file, LIST_BYTES)
-        return load_dataset(
-            BUILDERS[Path(files[0]).suffix], data_files={"train": list(files)}, split="train", cache_dir=cache_dir
-        )
+        builder, data_files = BUILDERS[Path(files[0]).suffix.lower()], {"train": list(files)}
+        return load_dataset(builder, data_files=data_files, split="train", cache_dir=cache_dir)
     except Exception as error:
         raise InputError(f"{files[0]}: cannot be read ({type(error).__name__}: {error}).") from error
 
@@ -266,14 +272,17 @@ def image_columns(dataset: Dataset) -> list[str]:
 
 
 def read_table(dataset: Dataset, image_column: str, caption_column: str | None) -> Iterator[Record]:
-    """Give a data set's records; the same image, embedded twice, is one."""
+    """Give a data set's records; the same image, embedded twice, is one. Captions may be in an object, COLUMN.KEY."""
     first_place: dict[bytes, str] = {}
-    row = 0
+    row, column, key = 0, caption_column, ""
+    if column and column not in dataset.column_names:
+        column, _, key = column.partition(".")
     for file in (os.path.abspath(cached["filename"]) for cached in dataset.cache_files):
         in_file = 0
         with pyarrow.memory_map(file) as opened:
             for batch in pyarrow.ipc.open_stream(opened):
-                captions = batch.column(caption_column) if caption_column else pyarrow.nulls(len(batch))
+                captions = batch.column(column) if column else pyarrow.nulls(len(batch))
+                captions = captions.field(key) if key else captions
                 for value, caption in zip(batch.column(image_column), captions, strict=True):
                     image = value.as_py()
                     name = content = image
@@ -283,10 +292,6 @@ def read_table(dataset: Dataset, image_column: str, caption_column: str | None) 
                     if isinstance(content, bytes):
                         here = f"{ARROW}{in_file}/{image_column}::{file}"
                         reference = first_place.setdefault(blake2b(content, digest_size=16).digest(), here)
-                    yield {
-                        "row": row,
-                        "image_path": reference,
-                        "image_id": name if isinstance(name, str) else reference,
-                        "caption": caption.as_py(),
-                    }
+                    image_id = name if isinstance(name, str) else reference
+                    yield {"row": row, "image_path": reference, "image_id": image_id, "caption": caption.as_py()}
                     row, in_file = row + 1, in_file + 1

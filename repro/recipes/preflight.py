@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -37,7 +38,7 @@ from repro.training.steps import count_parameters
 
 # A model is kept in float32 for Flax and for PyTorch; a state holds each parameter with AdamW's two moments.
 BYTES_OF_WEIGHT, BYTES_OF_STATE = 2 * 4, 3 * 4
-REASONS_LISTED = 20
+REASONS_LISTED, EXAMPLES = 20, 3
 STEPS, WARM_UPS = 3, 1
 TIMED_IMAGES = 500
 
@@ -74,11 +75,10 @@ def check_data(
     prepared, seconds = timed(lambda: prepare(settings, jax.devices(), progress=True))
     settings, splits = prepared.settings, prepared.facts["data"]
     needs = _bytes_on_disk(prepared, sum(counts["images"] for counts in splits.values()))
-    first = {row["reason"]: row["image_path"] for row in reversed(prepared.dropped)}
-    reasons = Counter(row["reason"] for row in prepared.dropped).most_common(REASONS_LISTED)
+    reasons = _by_kind(prepared.dropped)
     report = {
         "splits": splits,
-        "reasons": [{"reason": reason, "rows": rows, "first": first[reason]} for reason, rows in reasons],
+        "reasons": reasons,
         "bytes": needs,
         "seconds": round(seconds, 1),
         **{name: getattr(settings, name) for name in ("train_batch", "num_steps", "num_evaluations", "num_models")},
@@ -95,13 +95,25 @@ def check_data(
             f" {cut_in_words(found)}"
             for name, found in splits.items()
         ),
-        *(f"dropped: {rows} rows, from {first[reason]} on: {reason}" for reason, rows in reasons),
+        *(f"dropped: {row['rows']} rows, such as {', '.join(row['examples'])}: {row['reason']}" for row in reasons),
         *([f"training: {settings.num_steps} steps of {settings.train_batch} rows"] if settings.do_train else []),
         _disk_in_words(needs),
         *(f"problem: {problem}" for problem in _lacking_room(settings, needs)),
         f"read, decoded and tokenized in {_duration(seconds)}; a run finds it in {settings.cache}",
     ]
     return "\n".join(lines)
+
+
+def _by_kind(dropped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Count the rows that are dropped for reasons that differ in numbers and names alone, most frequent first."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in dropped:
+        kinds.setdefault(re.sub(r"\d+|'[^']*'", "", row["reason"]), []).append(row)
+    found = []
+    for rows in sorted(kinds.values(), key=len, reverse=True)[:REASONS_LISTED]:
+        names = dict.fromkeys(row["image_path"] or f"row {row['row']}" for row in rows)
+        found.append({"reason": rows[0]["reason"], "rows": len(rows), "examples": [*names][:EXAMPLES]})
+    return found
 
 
 def _bytes_on_disk(prepared: PreparedRun, num_images: int) -> dict[str, int]:

@@ -44,7 +44,7 @@ class Patience:
 
     Attributes:
         at_end: seconds that the end of a run waits for what is not uploaded yet; of several processes the others wait
-            for the first as well, and give up after 300.
+            for the first as well, and give up after 300. No pause that the Hub asks for is longer, either.
     """
 
     attempts: int = 4  # how often, if the Hub answers 500 or more or not at all; what it refuses is not asked for again
@@ -144,7 +144,7 @@ class HubUploader:
                     return
                 job = self._current = self._next
                 self._next = None
-            outcome = tried(partial(self._upload, job), attempts=self._patience.attempts, pause=self._patience.pause)
+            outcome = tried(partial(self._upload, job), self._patience)
             with self._changed:
                 if not self._closed:
                     self._conclude(job, *outcome)
@@ -179,31 +179,30 @@ class HubUploader:
         self._warn(text)
 
 
-def tried(attempt: Callable[[], str], *, attempts: int, pause: float) -> tuple[str, str, int | None]:
-    """Tell an attempt's answer, or the last error with the Hub's status; what is refused is not tried again.
-
-    Args:
-        pause: seconds before the second attempt, and twice as long before each further one.
-    """
+def tried(attempt: Callable[[], str], patience: Patience) -> tuple[str, str, int | None]:
+    """Tell an attempt's answer, or the last error with the Hub's status; what is refused is not tried again."""
+    attempts, pause = patience.attempts, patience.pause
     while True:
         try:
             return attempt(), "", None
         except Exception as error:
-            attempts, status = attempts - 1, status_of(error)
+            attempts, (status, asked) = attempts - 1, answer_of(error)
             if not attempts or (status is not None and 400 <= status < 500 and status not in AGAIN):
                 return "", " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_TEXT], status
-        time.sleep(pause)
+        time.sleep(max(pause, min(asked, patience.at_end)))
         pause *= 2
 
 
-def status_of(error: BaseException | None) -> int | None:
-    """Find the HTTP status that an error comes from: 400 for a name that cannot be one, None without any answer."""
+def answer_of(error: BaseException | None) -> tuple[int | None, float]:
+    """Find an error's HTTP status, 400 for a name that cannot be one, None without answer; and its Retry-After in s."""
     while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
         if status is not None or type(error).__name__ == "HFValidationError":
-            return int(status or 400)
+            asked = getattr(response, "headers", {}).get("Retry-After", "")
+            return int(status or 400), float(asked) if asked.isdecimal() else 0
         error = error.__cause__ or error.__context__
-    return None
+    return None, 0
 
 
 def limit_silence(seconds: float) -> None:
