@@ -94,13 +94,18 @@ class ModelArguments(Checked):
     decoder_model_name_or_path: str | None = _free(None, "Instead of a whole model: the decoder (see create-model).")
     encoder_config_name: str | None = _free(None, "Configuration of the encoder, if not its own.")
     decoder_config_name: str | None = _free(None, "Configuration of the decoder, if not its own.")
-    cache_dir: str | None = _free(None, "Where downloads, rows, tokens and images are kept (default: Hugging Face's).")
+    cache_dir: str | None = _free(
+        None, "Where downloads, rows, tokens and images are kept (default: Hugging Face's cache)."
+    )
     use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
     token: str | None = _free(None, "Hub token, for private models and data sets.", secret=True)
     trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
     dtype: str = flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
     model_implementation: str | None = flag(
-        None, "Further: our ViT with GPT-2, or transformers' Flax class for any pair.", choices=IMPLEMENTATIONS
+        None,
+        "Further: this project's ViT-GPT-2, or transformers' Flax class for any pair (default: native for a ViT with a"
+        " GPT-2).",
+        choices=IMPLEMENTATIONS,
     )
     gradient_checkpointing: bool = _free(False, "Further: recompute activations backward, for less memory (native).")
 
@@ -110,15 +115,20 @@ class DataArguments(Checked):
     """The captioned images, and what is evaluated on them."""
 
     dataset_name: str | None = _free(
-        None, "Hub id or folder; ydshieh/dummy_coco_dataset, ydshieh/coco_dataset_script mean the built-in COCO reader."
+        None,
+        "Hub id or folder of a data set; ydshieh/dummy_coco_dataset and"
+        " ydshieh/coco_dataset_script mean the built-in COCO reader.",
     )
     dataset_config_name: str | None = _free(None, "Its configuration; for COCO the year, 2017.")
-    data_dir: str | None = _free(None, "Folder of COCO's zips or folders, or that the paths in a list begin in.")
+    data_dir: str | None = _free(
+        None, "Folder with COCO's zips or unpacked folders, or in which the relative paths of a list begin."
+    )
     image_column: str | None = _free(None, "Column with the images or their paths.")
     caption_column: str | None = _free(None, "Column with the captions, text or lists of texts.")
     train_file: str | None = _free(
         None,
-        "Training rows: csv, tsv, txt, json (COCO's or Karpathy's too), jsonl, parquet, WebDataset's tar, folder.",
+        "Training rows: csv, tsv, txt, json (also COCO's or Karpathy's), jsonl, parquet, WebDataset's tar, or a folder"
+        " of images with a text beside each.",
     )
     validation_file: str | None = _free(None, "Validation rows, likewise.")
     test_file: str | None = _free(None, "Test rows, likewise.")
@@ -136,7 +146,9 @@ class DataArguments(Checked):
     )
     allow_image_urls: bool = _free(False, "Further: fetch images whose path is a http or https address.")
     predict_with_generate: bool = flag(False, "Generate captions and compute ROUGE.")
-    caption_metrics: bool = flag(False, "Further: BLEU and CIDEr-D too, of a caption an image against all that it has.")
+    caption_metrics: bool = flag(
+        False, "Further: compute BLEU and CIDEr-D too, of one caption of each image against all that it has."
+    )
     attention_pictures: int = _free(
         12, "Further: validation images of which the report shows where each word of their caption looks.", NATURAL
     )
@@ -170,31 +182,44 @@ class TrainingArguments(Checked):
     hub_model_id: str | None = _free(None, "Repository there (default: output_dir's name).")
     hub_token: str | None = _free(None, "Token with write access there.", secret=True)
     protocol: str = flag(
-        "exact", "Further: whose numeric choices: published, current or exact; or changed: published,stop_rule=exact."
+        "exact",
+        "Further: whose numeric choices to follow: published, current or exact; with some changed:"
+        " published,stop_rule=exact.",
     )
     num_replicas: int | None = _free(None, "Further: replicas, whatever computes them (default: devices).", COUNT)
     max_grad_norm: float | None = flag(None, "Further: scale gradients of a larger norm down to it.", POSITIVE)
     log_grad_norm: bool = _free(False, "Further: write the norm of each step's gradient to metrics.jsonl.")
     deterministic: bool = _free(
         False,
-        "Further: same bits in every run on a GPU too, where XLA times no kernels then (CPUs, TPUs need nothing).",
+        "Further: same bits in every run on a GPU too, where XLA then may not choose the fastest kernel by timing"
+        " (CPUs and TPUs need nothing).",
     )
     replicas_at_once: int | None = _free(
         None, "Further: replicas computed at once, the others after them (default: as many as fit the memory).", COUNT
     )
     mesh: str | None = _free(
-        None, "Further: layout of the devices; fsdp cuts the state too (default: all data).", metavar="data=N,fsdp=M"
+        None,
+        "Further: how the devices are laid out; fsdp also cuts parameters and optimizer (default: all data).",
+        metavar="data=N,fsdp=M",
     )
     save_steps: int | None = _free(
-        None, "Further: steps between states, besides those at evaluations and ends of epochs; 0: no state.", NATURAL
+        None,
+        "Further: steps between two states to resume from, besides those at each evaluation and end of epoch; 0: no"
+        " state at all.",
+        NATURAL,
     )
     save_total_limit: int = _free(2, "Further: how many of the last states are kept.", COUNT)
     metric_for_best_model: str | None = _free(None, "Further: keep the state of the best METRIC too.", metavar="METRIC")
     resume: str = _free(
-        "never", "Further: auto goes on after the last state; or a run's or state's folder.", metavar="auto|FOLDER"
+        "never",
+        "Further: auto goes on after the last state in output_dir, if there is one; or the folder of a run or of one"
+        " state.",
+        metavar="auto|FOLDER",
     )
     coordinator: str | None = _free(
-        None, "Further: address of process 0 of several, where no cluster tells them.", metavar="HOST:PORT"
+        None,
+        "Further: address of process 0, if several processes compute the run and no cluster tells them.",
+        metavar="HOST:PORT",
     )
     process_id: int | None = _free(None, "Further: number of this process, from 0.", NATURAL)
     num_processes: int | None = _free(None, "Further: how many processes there are.", COUNT)
