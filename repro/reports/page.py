@@ -24,7 +24,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from repro.data.images import ImageError, open_image
-from repro.recipes.verify import Verification, in_words
+from repro.recipes.verify import Verification, in_words, label
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, embedded_json, template
 from repro.reports.captions import RANKED_BY, REFERENCES, Item, count_table, ranked_items
@@ -83,7 +83,7 @@ def page(
         key_figures=_rows([_key_figures(run) for run in runs]),
         overview=_rows([_overview(run) for run in runs]),
         verdict=verdict,
-        outcomes=[(outcome, in_words(outcome)) for outcome in verdict.outcomes] if verdict else [],
+        outcomes=[(outcome, label(outcome.target), in_words(outcome)) for outcome in verdict.outcomes] if verdict else [],
         no_verdict=no_verdict,
         seeds=seeds,
         charts=charts,
