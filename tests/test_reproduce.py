@@ -199,6 +199,12 @@ def test_several_seeds_are_one_command_that_goes_on_and_one_verdict(
     rows = [(run / "metrics.jsonl").read_bytes() for run in runs]
     assert main(command) == 0, "given again, it goes on from the end of each"
     assert [(run / "metrics.jsonl").read_bytes() for run in runs] == rows
+    (tmp_path / "pocket" / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "pocket")]) == 0
+    assert "seed-4" in (tmp_path / "pocket" / "report.html").read_text()
+    assert main(["verify", str(tmp_path / "pocket"), "--seeds", "2"]) == 0
+    assert "PASS: 2 runs of pocket" in capsys.readouterr().out
     picture = next((tmp_path / "pocket").rglob("val2017/*.jpg"))
     assert main(["caption", str(runs[1].parent), str(picture)]) == 0
     assert "the newest of 1 checkpoint" in capsys.readouterr().err

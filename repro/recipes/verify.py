@@ -92,6 +92,20 @@ class Verification:
         return f"<pre>{html.escape(text)}</pre>"
 
 
+def folders_of_runs(named: Sequence[Path]) -> list[Path]:
+    """Put its seeds' folders in the place of one that `repro reproduce --seeds` made.
+
+    Raises:
+        InputError: one is not a folder.
+    """
+    found: list[Path] = []
+    for folder in named:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: is not a folder; name a reproduction's, or a run's.")
+        found += sorted(folder.glob("seed-*"), key=lambda seed: (len(seed.name), seed.name)) or [folder]
+    return found
+
+
 def verify(
     folders: Sequence[Path],
     *,
@@ -103,7 +117,7 @@ def verify(
     """Hold one run, or several with different seeds, against a recipe.
 
     Args:
-        folders: of reproductions, or of runs, which do not know their recipe.
+        folders: of reproductions, with one seed or several, or of runs, which do not know their recipe.
         recipe: by name; None for the one that the first folder names.
         reference: other runs of the recipe, whose values take the place of the recipe's.
         seeds: how many runs there were to be, decided before the first; None if they are looked at one after another.
@@ -112,9 +126,7 @@ def verify(
     Raises:
         InputError: a folder is not there, or no recipe is named.
     """
-    for folder in (*folders, *reference):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: is not a folder; name a reproduction's, or a run's.")
+    folders, reference = folders_of_runs(folders), folders_of_runs(reference)
     content = read_recipe(recipe) if recipe else _recipe_of(folders[0])
     runs = [read_run(folder, content) for folder in folders]
     others = [read_run(folder, content) for folder in reference]

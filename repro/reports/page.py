@@ -83,7 +83,7 @@ def page(
         key_figures=_rows([_key_figures(run) for run in runs]),
         overview=_rows([_overview(run) for run in runs]),
         verdict=verdict,
-        outcomes=[(outcome, label(outcome.target), in_words(outcome)) for outcome in verdict.outcomes] if verdict else [],
+        outcomes=[(found, label(found.target), in_words(found)) for found in verdict.outcomes] if verdict else [],
         no_verdict=no_verdict,
         seeds=seeds,
         charts=charts,

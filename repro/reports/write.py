@@ -11,7 +11,7 @@ from repro.data.atomic import whole_file
 from repro.errors import InputError
 from repro.recipes import read_recipe
 from repro.recipes.targets import Target, read_targets
-from repro.recipes.verify import RUN, Verification, verify
+from repro.recipes.verify import RUN, Verification, folders_of_runs, verify
 from repro.record.record import FACTS, ROWS
 from repro.record.writer import REPORT, log
 from repro.reports.charts import Line, columns_of
@@ -29,9 +29,7 @@ def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = 
     Raises:
         InputError: a folder is not there or holds no run, or there is no such recipe.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: is not a folder; name a reproduction's, or a run's.")
+    folders = folders_of_runs(folders)
     places = [folder / RUN if (folder / RUN).is_dir() else folder for folder in folders]
     for place in places:
         if not any((place / name).exists() for name in (FACTS, ROWS)):
