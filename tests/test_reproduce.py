@@ -199,12 +199,17 @@ def test_several_seeds_are_one_command_that_goes_on_and_one_verdict(
     rows = [(run / "metrics.jsonl").read_bytes() for run in runs]
     assert main(command) == 0, "given again, it goes on from the end of each"
     assert [(run / "metrics.jsonl").read_bytes() for run in runs] == rows
+    page = (tmp_path / "pocket" / "report.html").read_text()
     (tmp_path / "pocket" / "report.html").unlink()
     capsys.readouterr()
     assert main(["report", str(tmp_path / "pocket")]) == 0
-    assert "seed-4" in (tmp_path / "pocket" / "report.html").read_text()
-    assert main(["verify", str(tmp_path / "pocket"), "--seeds", "2"]) == 0
-    assert "PASS: 2 runs of pocket" in capsys.readouterr().out
+    assert (tmp_path / "pocket" / "report.html").read_text() == page
+    for how in ([], ["--json", str(tmp_path / "again.json")]):
+        assert main(["verify", str(tmp_path / "pocket"), *how]) == 0
+        assert "PASS: 2 runs of pocket" in capsys.readouterr().out
+    told, again = (json.loads(path.read_text()) for path in (tmp_path / "pocket/result.json", tmp_path / "again.json"))
+    assert again["targets"] == told["targets"], "their number was named, here too"
+    assert "each look at so many runs" not in page
     picture = next((tmp_path / "pocket").rglob("val2017/*.jpg"))
     assert main(["caption", str(runs[1].parent), str(picture)]) == 0
     assert "the newest of 1 checkpoint" in capsys.readouterr().err

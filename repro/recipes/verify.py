@@ -120,13 +120,15 @@ def verify(
         folders: of reproductions, with one seed or several, or of runs, which do not know their recipe.
         recipe: by name; None for the one that the first folder names.
         reference: other runs of the recipe, whose values take the place of the recipe's.
-        seeds: how many runs there were to be, decided before the first; None if they are looked at one after another.
+        seeds: how many runs there were to be, decided before the first; None if they are looked at one after another,
+            which those in one folder of `repro reproduce --seeds` are not.
         recompute: evaluate the last models again; None for what the recipe says.
 
     Raises:
         InputError: a folder is not there, or no recipe is named.
     """
-    folders, reference = folders_of_runs(folders), folders_of_runs(reference)
+    named, folders, reference = len(folders), folders_of_runs(folders), folders_of_runs(reference)
+    seeds = len(folders) if seeds is None and named == 1 < len(folders) else seeds
     content = read_recipe(recipe) if recipe else _recipe_of(folders[0])
     runs = [read_run(folder, content) for folder in folders]
     others = [read_run(folder, content) for folder in reference]

@@ -19,24 +19,25 @@ from repro.reports.page import page
 from repro.reports.runs import read_run_folder
 
 
-def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = None) -> None:
+def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = None, seeds: int | None = None) -> None:
     """Report on runs, overlaid.
 
     Args:
         folders: of reproductions, or of runs; whatever state they are in.
         recipe: whose targets they are held against; None for the one that the first folder was made by, if any.
+        seeds: see `verify`.
 
     Raises:
         InputError: a folder is not there or holds no run, or there is no such recipe.
     """
-    folders = folders_of_runs(folders)
+    named, folders = folders, folders_of_runs(folders)
     places = [folder / RUN if (folder / RUN).is_dir() else folder for folder in folders]
     for place in places:
         if not any((place / name).exists() for name in (FACTS, ROWS)):
             raise InputError(f"{place}: holds no run (no run.json, no metrics.jsonl); name a run's --output_dir.")
     verdict, reason = None, ""
     try:
-        verdict = verify(folders, recipe=recipe, recompute=False)
+        verdict = verify(named, recipe=recipe, seeds=seeds, recompute=False)
     except InputError as error:  # it is not known against what
         if recipe is not None:
             raise
@@ -53,7 +54,7 @@ def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = 
 def report_at_end(folder: Path, runs: Sequence[Path] = ()) -> None:
     """Write the report of a finished run, or of several, into a folder; what goes wrong is a warning: they are done."""
     try:
-        write_report(runs or [folder], folder / REPORT)
+        write_report(runs or [folder], folder / REPORT, seeds=len(runs) or None)
     except Exception as error:
         log.warning("no report: %s: %s; `repro report %s` tries again", type(error).__name__, error, folder)
 
