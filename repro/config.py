@@ -94,18 +94,13 @@ class ModelArguments(Checked):
     decoder_model_name_or_path: str | None = _free(None, "Instead of a whole model: the decoder (see create-model).")
     encoder_config_name: str | None = _free(None, "Configuration of the encoder, if not its own.")
     decoder_config_name: str | None = _free(None, "Configuration of the decoder, if not its own.")
-    cache_dir: str | None = _free(
-        None, "Where downloads, rows, tokens and images are kept (default: Hugging Face's cache)."
-    )
+    cache_dir: str | None = _free(None, "Where downloads, rows, tokens and images are kept (default: Hugging Face's).")
     use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
     token: str | None = _free(None, "Hub token, for private models and data sets.", secret=True)
     trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
     dtype: str = flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
     model_implementation: str | None = flag(
-        None,
-        "Further: this project's ViT-GPT-2, or transformers' Flax class for any pair (default: native for a ViT with a"
-        " GPT-2).",
-        choices=IMPLEMENTATIONS,
+        None, "Further: native for a ViT with GPT-2, or transformers' Flax class for any pair.", choices=IMPLEMENTATIONS
     )
     gradient_checkpointing: bool = _free(False, "Further: recompute activations backward, for less memory (native).")
 
@@ -115,14 +110,10 @@ class DataArguments(Checked):
     """The captioned images, and what is evaluated on them."""
 
     dataset_name: str | None = _free(
-        None,
-        "Hub id or folder of a data set; ydshieh/dummy_coco_dataset and"
-        " ydshieh/coco_dataset_script mean the built-in COCO reader.",
+        None, "Hub id or folder; ydshieh/dummy_coco_dataset, ydshieh/coco_dataset_script mean the built-in COCO reader."
     )
     dataset_config_name: str | None = _free(None, "Its configuration; for COCO the year, 2017.")
-    data_dir: str | None = _free(
-        None, "Folder with COCO's zips or unpacked folders, or in which the relative paths of a list begin."
-    )
+    data_dir: str | None = _free(None, "Folder of COCO's zips or folders, or in which a list's relative paths begin.")
     image_column: str | None = _free(None, "Column with the images or their paths.")
     caption_column: str | None = _free(None, "Column with the captions, text or lists of texts.")
     train_file: str | None = _free(
@@ -146,9 +137,7 @@ class DataArguments(Checked):
     )
     allow_image_urls: bool = _free(False, "Further: fetch images whose path is a http or https address.")
     predict_with_generate: bool = flag(False, "Generate captions and compute ROUGE.")
-    caption_metrics: bool = flag(
-        False, "Further: compute BLEU and CIDEr-D too, of one caption of each image against all that it has."
-    )
+    caption_metrics: bool = flag(False, "Further: BLEU and CIDEr-D too, of one caption an image against all it has.")
     attention_pictures: int = _free(
         12, "Further: validation images of which the report shows where each word of their caption looks.", NATURAL
     )
@@ -203,23 +192,15 @@ class TrainingArguments(Checked):
         metavar="data=N,fsdp=M",
     )
     save_steps: int | None = _free(
-        None,
-        "Further: steps between two states to resume from, besides those at each evaluation and end of epoch; 0: no"
-        " state at all.",
-        NATURAL,
+        None, "Further: steps between states, besides those at evaluations and ends of epochs; 0: no state.", NATURAL
     )
     save_total_limit: int = _free(2, "Further: how many of the last states are kept.", COUNT)
     metric_for_best_model: str | None = _free(None, "Further: keep the state of the best METRIC too.", metavar="METRIC")
     resume: str = _free(
-        "never",
-        "Further: auto goes on after the last state in output_dir, if there is one; or the folder of a run or of one"
-        " state.",
-        metavar="auto|FOLDER",
+        "never", "Further: auto resumes output_dir's last state; or a run's or a state's folder.", metavar="auto|FOLDER"
     )
     coordinator: str | None = _free(
-        None,
-        "Further: address of process 0, if several processes compute the run and no cluster tells them.",
-        metavar="HOST:PORT",
+        None, "Further: address of process 0 of several, where no cluster tells them.", metavar="HOST:PORT"
     )
     process_id: int | None = _free(None, "Further: number of this process, from 0.", NATURAL)
     num_processes: int | None = _free(None, "Further: how many processes there are.", COUNT)

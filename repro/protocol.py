@@ -19,38 +19,27 @@ StopRule = Literal["2022", "current", "exact"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """One column of the table."""
+    """One column of the table; where a choice is not given, that of `published`."""
 
     name: str
     # `replica_means` averages sum(loss x mask) / sum(mask) over the replicas; `tokens` divides the sum over all of them
     # by the number of all unmasked tokens.
-    loss_reduction: LossReduction
-    decay_mask: DecayMask  # `2022` decays all but biases and BART's LayerNorm names; else every LayerNorm is spared
-    threefry_partitionable: bool  # which of JAX's two random streams (`jax_threefry_partitionable`)
-    shuffle_without_blocks: bool  # whether `--block_size 0` shuffles; the example then trains in file order
-    convert_to_rgb: bool  # training images of other modes, instead of dropping their rows
-    convert_evaluated_to_rgb: bool  # likewise those that are evaluated and predicted
-    keep_incomplete_batch: bool  # pad and mask the last evaluation batch, instead of dropping it
-    token_eval_loss: bool  # the evaluation loss per token, instead of the unweighted mean of the batches' losses
-    stop_rule: StopRule  # when beam search ends (`repro.models.beam_search`)
-    generate_per_image: bool  # generate once for each distinct image, instead of once for each row
-    always_evaluate_at_end: bool  # evaluate and save at the end of training whatever `--eval_steps` says
+    loss_reduction: LossReduction = "replica_means"
+    # `2022` decays all but biases and BART's LayerNorm names; the other spares every LayerNorm.
+    decay_mask: DecayMask = "2022"
+    threefry_partitionable: bool = False  # which of JAX's two random streams (`jax_threefry_partitionable`)
+    shuffle_without_blocks: bool = False  # whether `--block_size 0` shuffles; the example then trains in file order
+    convert_to_rgb: bool = False  # training images of other modes, instead of dropping their rows
+    convert_evaluated_to_rgb: bool = False  # likewise those that are evaluated and predicted
+    turn_upright: bool = False  # photographs as their EXIF says, instead of looking at them as they are stored
+    keep_incomplete_batch: bool = False  # pad and mask the last evaluation batch, instead of dropping it
+    token_eval_loss: bool = False  # the evaluation loss per token, instead of the plain mean of the batches' losses
+    stop_rule: StopRule = "2022"  # when beam search ends (`repro.models.beam_search`)
+    generate_per_image: bool = False  # generate once for each distinct image, instead of once for each row
+    always_evaluate_at_end: bool = False  # evaluate and save at the end of training whatever `--eval_steps` says
 
 
-PUBLISHED = Protocol(
-    name="published",
-    loss_reduction="replica_means",
-    decay_mask="2022",
-    threefry_partitionable=False,
-    shuffle_without_blocks=False,
-    convert_to_rgb=False,
-    convert_evaluated_to_rgb=False,
-    keep_incomplete_batch=False,
-    token_eval_loss=False,
-    stop_rule="2022",
-    generate_per_image=False,
-    always_evaluate_at_end=False,
-)
+PUBLISHED = Protocol("published")
 CURRENT = replace(
     PUBLISHED,
     name="current",
@@ -65,6 +54,7 @@ EXACT = replace(
     shuffle_without_blocks=True,
     convert_to_rgb=True,
     convert_evaluated_to_rgb=True,
+    turn_upright=True,
     keep_incomplete_batch=True,
     token_eval_loss=True,
     stop_rule="exact",

@@ -93,7 +93,7 @@ def test_a_score_is_the_sum_of_log_probabilities_over_a_power_of_their_number(ca
     parts = dataclasses.replace(parts, captioner=dataclasses.replace(parts.captioner, generation_config=config))
     captioner = Captioner(parts)
     resize = resize_of(parts.image_processor)
-    pixels = np.stack([decode_image(path, resize, convert_to_rgb=True) for path in pictures])
+    pixels = np.stack([decode_image(path, resize, convert_to_rgb=True)[0] for path in pictures])
     settings = {"num_beams": num_beams, "max_length": LENGTH, "num_return_sequences": num_beams}
     tokens = np.asarray(captioner._generate(captioner._params, pixels, **settings).tokens)
     found = captioner(pictures, **settings, batch_size=len(pictures))

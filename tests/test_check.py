@@ -108,6 +108,25 @@ def test_what_cannot_be_used_is_named_with_its_reason(flags: list[str], tmp_path
     assert check(flags, "--protocol=exact", "--do_train")["splits"]["train"]["kept"] == 55
 
 
+def test_turned_photographs_are_counted_and_used_as_the_protocol_says(flags: list[str], tmp_path, capsys):
+    exif, fingerprints = Image.Exif(), []
+    exif[0x0112] = 3  # upside down
+    for path in list((tmp_path / "coco" / "train2017").iterdir())[:5]:
+        Image.open(path).save(path, exif=exif)
+    for protocol, how in (
+        ("exact", "upright"),
+        ("current", "as stored, as by the example; --protocol current,turn_upright=true turns them"),
+        ("current,turn_upright=true", "upright"),
+    ):
+        report = check(flags, f"--protocol={protocol}", "--do_train")
+        assert report["splits"]["train"]["turned"] == 5
+        fingerprints.append(report["splits"]["train"]["fingerprint"])
+        assert (
+            f"train: 5 of 12 images are stored turned, says their EXIF; they are used {how}" in capsys.readouterr().out
+        )
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+
+
 def test_reasons_are_grouped_by_kind_with_three_examples(flags: list[str], tmp_path: Path, capsys) -> None:
     missing = sorted((tmp_path / "coco" / "train2017").iterdir())[:4]
     for image in missing:

@@ -35,9 +35,9 @@ def read_image(reference: str) -> Image.Image:
         return image
 
 
-def read_coco(folder: Path, splits=("train", "validation", "test"), year: str = "2017"):
+def read_coco(folder: Path, splits=("train", "validation", "test"), year: str = "2017", **options):
     name = "ydshieh/coco_dataset_script"
-    return load_splits(splits=splits, dataset_name=name, dataset_config_name=year, data_dir=str(folder))
+    return load_splits(splits=splits, dataset_name=name, dataset_config_name=year, data_dir=str(folder), **options)
 
 
 @pytest.fixture
@@ -87,6 +87,33 @@ def test_rows_come_in_the_order_of_the_annotations(coco: Path) -> None:
     assert rows["image_id"][:] != sorted(rows["image_id"][:])
     assert all(Path(path).is_file() for path in rows["image_path"])
     assert rows["row"][:] == list(range(20))
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_images_unpacked_in_part_beside_the_whole_zip_are_all_found(coco: Path, zipped: Path, official: bool) -> None:
+    some, *_, last = sorted((coco / "train2017").iterdir())
+    (zipped / "train2017").mkdir()
+    for path in (some, last):
+        shutil.copy(path, zipped / "train2017")
+
+    def references() -> list[str]:
+        if official:
+            return read_coco(zipped, splits=["train"], rows_dir=zipped / "rows")["train"].dataset["image_path"][:]
+        path = coco / "annotations" / "captions_train2017.json"
+        return read_json(path, data_dir=str(zipped), rows_dir=zipped / "rows")["image_path"][:]
+
+    if not official:
+        shutil.rmtree(coco / "train2017")
+    found = references()
+    assert {name for name in found if not name.startswith("zip://")} == {
+        str(zipped / "train2017" / path.name) for path in (some, last)
+    }
+    assert len(set(found)) == 4
+    assert all(read_image(name).size == (16, 16) for name in found)
+    with zipfile.ZipFile(zipped / "train2017.zip") as archive:  # the rest, too, and the zip is removed
+        archive.extractall(zipped)
+    (zipped / "train2017.zip").unlink()
+    assert all(Path(name).is_file() for name in references())
 
 
 def test_the_test_split_has_images_and_no_captions(coco: Path) -> None:

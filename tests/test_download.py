@@ -290,7 +290,7 @@ def test_a_part_and_the_whole_do_not_share_a_folder(server: Server, coco: Path, 
     folder = tmp_path / "data"
     settings = {"splits": ["validation"], "base_urls": [server.url], "progress": False}
     download_coco(folder, max_images=1, **settings)
-    with pytest.raises(InputError, match="already holds val2017, and only one of the two would be read"):
+    with pytest.raises(InputError, match="already holds val2017, and the annotations of only one of"):
         download_coco(folder, **settings)
     whole = tmp_path / "whole"
     download_coco(whole, **settings)

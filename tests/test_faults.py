@@ -167,7 +167,7 @@ def test_a_name_with_a_line_break_is_a_name(folder: Folder) -> None:
     (folder.folder / name).write_bytes(photo())
     split, dropped = folder.read(name)
     assert (len(split), dropped) == (2, {})
-    assert split.image_paths(np.array([1])) == [str(folder.folder / name)]
+    assert split.names(np.array([1])) == [str(folder.folder / name)]
 
 
 def test_a_file_that_may_not_be_read_is_dropped(folder: Folder, monkeypatch) -> None:
@@ -208,7 +208,7 @@ def test_rotation_by_exif_is_ignored_as_in_the_reference(folder: Folder) -> None
     for name, options in (("plain.png", {}), ("turned.png", {"exif": exif})):
         (folder.folder / name).write_bytes(photo("PNG", half, **options))
         path = str(folder.folder / name)
-        images.append(decode_image(path, resize_of(folder.image_processor), convert_to_rgb=False))
+        images.append(decode_image(path, resize_of(folder.image_processor), convert_to_rgb=False)[0])
     np.testing.assert_array_equal(*images)
     assert images[0][:, :10].min() > images[0][:, -10:].max()
 

@@ -104,6 +104,17 @@ def test_an_image_is_decoded_again_only_if_something_changed(pictures, decoded, 
     assert count() == 0
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_turned_photographs_are_told_whoever_decoded_them(pictures, tmp_path: Path, cached: bool) -> None:
+    exif, turned = Image.Exif(), [pictures[7], pictures[9]]
+    exif[0x0112] = 6  # a quarter turn is missing
+    for path in turned:
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+    for turn_upright in (True, True, False):
+        assert load(pictures, tmp_path if cached else None, turn_upright=turn_upright, capacity=8).turned == set(turned)
+
+
 @pytest.mark.parametrize("number", [5, BROKEN])
 def test_two_names_of_one_file_are_one_image(pictures, tmp_path: Path, number: int) -> None:
     names = [pictures[number], f"{Path(pictures[number]).parent}/../pictures/{number}.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,19 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import ViTImageProcessor
 
-from repro.data.images import ImageError, Resize, decode_image, open_image, pixel_table, resize_image, resize_of
+from repro.data.images import (
+    ImageError,
+    Resize,
+    decode_image,
+    open_image,
+    pixel_table,
+    resize_image,
+    resize_of,
+    view_image,
+)
 from repro.errors import InputError
 
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "YCbCr")
@@ -32,7 +42,7 @@ def encode(image: Image.Image, name: str, **options: object) -> bytes:
 
 
 def ours(path: Path, processor: ViTImageProcessor, *, convert_to_rgb: bool = False) -> np.ndarray:
-    decoded = decode_image(str(path), resize_of(processor), convert_to_rgb=convert_to_rgb)
+    decoded, _ = decode_image(str(path), resize_of(processor), convert_to_rgb=convert_to_rgb)
     assert decoded.dtype == np.uint8
     table = pixel_table(processor)
     return np.moveaxis(table[decoded, np.arange(3)], -1, 0)
@@ -173,14 +183,74 @@ def test_an_image_one_pixel_high_is_refused_as_by_the_processor(folder: Path, im
         ours(path, image_processor)
 
 
-def test_exif_orientation_is_ignored(folder: Path, image_processor: ViTImageProcessor) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by a quarter
-    path = folder / "turned.png"
-    random_image(3, 40, 20).save(path, exif=exif)
-    plain = folder / "plain.png"
-    random_image(3, 40, 20).save(plain)
-    np.testing.assert_array_equal(ours(path, image_processor), ours(plain, image_processor))
+RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))  # black to white
+
+
+def tiff(values: np.ndarray, bits: int, kind: int) -> bytes:
+    """A TIFF of the ramp as whole numbers (kind 1), signed ones (2) or fractions (3) of so many bits."""
+    data = values.tobytes()
+    tags = [(256, 64), (257, 8), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (339, kind)])
+    start = struct.pack("<I", 8 + len(data))
+    return b"II*\0" + start + data + struct.pack("<H", len(tags) + 1) + entries + bytes(4)
+
+
+def scaled(white: int, kind: str) -> np.ndarray:
+    return (RAMP * white).round().astype(kind)
+
+
+def twelve_bits() -> np.ndarray:
+    first, second = scaled(4095, "u2").reshape(-1, 2).T
+    return np.stack([first >> 4, first << 4 & 0xF0 | second >> 8, second & 0xFF], axis=1).astype(np.uint8)
+
+
+GRAY = {
+    "PGM of 10 bits": b"P5 64 8 1023\n" + scaled(1023, ">u2").tobytes(),
+    "PGM of 16 bits": b"P5 64 8 65535\n" + scaled(65535, ">u2").tobytes(),
+    "PGM in words": b"P2 64 8 1023\n" + " ".join(map(str, scaled(1023, "i4").flat)).encode(),
+    "TIFF of 12 bits": tiff(twelve_bits(), 12, 1),
+    "TIFF of 16 bits": tiff(scaled(65535, "<u2"), 16, 1),
+}
+WITHOUT_WHITE = {
+    "TIFF of 32 bits": tiff(scaled(2**32 - 1, "<u4"), 32, 1),
+    "TIFF of signed numbers": tiff(scaled(2**15 - 1, "<i2"), 16, 2),
+    "TIFF of fractions": tiff(RAMP.astype("<f4"), 32, 3),
+    "PFM": b"Pf\n64 8\n-1.0\n" + RAMP.astype("<f4").tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", GRAY)
+def test_gray_of_more_bits_is_scaled_by_what_its_file_says(tmp_path: Path, name: str) -> None:
+    (tmp_path / "gray").write_bytes(GRAY[name])
+    found = decode_image(str(tmp_path / "gray"), Resize(8, 64, Image.Resampling.BILINEAR), convert_to_rgb=True)[0]
+    np.testing.assert_allclose(found, np.repeat(255 * RAMP[..., None], 3, axis=2), atol=1)
+    np.testing.assert_array_equal(np.asarray(view_image(str(tmp_path / "gray"))), found)
+    with pytest.raises(ImageError, match="is not RGB"):
+        decode_image(str(tmp_path / "gray"), Resize(8, 64, 2), convert_to_rgb=False)
+
+
+@pytest.mark.parametrize("convert", [True, False])
+@pytest.mark.parametrize("name", WITHOUT_WHITE)
+def test_gray_whose_white_no_file_says_is_refused(tmp_path: Path, name: str, convert: bool) -> None:
+    (tmp_path / "gray").write_bytes(WITHOUT_WHITE[name])
+    with pytest.raises(ImageError, match="whose white is not known; save it with 8 or 16 unsigned bits"):
+        decode_image(str(tmp_path / "gray"), Resize(8, 64, 2), convert_to_rgb=convert)
+
+
+@pytest.mark.parametrize("orientation", [None, 0, 1, 2, 3, 6, 8, 9])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
+def test_a_photograph_is_turned_where_that_is_asked_for_and_always_told(tmp_path, name, orientation) -> None:
+    image, exif, resize = random_image(3, 40, 20), Image.Exif(), Resize(20, 40, 2)
+    if orientation is not None:
+        exif[0x0112] = orientation
+    image.save(tmp_path / "photo", name, exif=exif)
+    stored = read(tmp_path / "photo").convert("RGB")
+    held = ImageOps.exif_transpose(read(tmp_path / "photo")).convert("RGB")
+    for turn, shown in ((False, stored), (True, held)):
+        found = decode_image(str(tmp_path / "photo"), resize, convert_to_rgb=False, turn_upright=turn)
+        np.testing.assert_array_equal(found[0], resize_image(shown, resize, convert_to_rgb=False))
+        assert found[1] == (orientation in range(2, 9))
+    np.testing.assert_array_equal(np.asarray(view_image(str(tmp_path / "photo"))), np.asarray(held))
 
 
 def test_a_processor_without_one_size_is_refused() -> None:

@@ -37,7 +37,7 @@ MEMORY, SECONDS = 2 << 30, 20
 
 
 def decode(reference: str | Path, resize: Resize = SMALL) -> np.ndarray:
-    return decode_image(str(reference), resize, convert_to_rgb=True)
+    return decode_image(str(reference), resize, convert_to_rgb=True)[0]
 
 
 def sparse(path: Path, size: int = 3 << 30) -> Path:
@@ -173,7 +173,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
                 decode(path)
     with pytest.raises(ImageError, match=r"3,221,225,472 bytes; at most 100,663,296"):
         decode(sparse(tmp_path / "sparse.png"))
-    for reference in (f"zip://a::{tmp_path / 'pipe.png'}", f"arrow://0/a::{tmp_path / 'pipe.png'}"):
+    for reference in (f"{kind}::{tmp_path / 'pipe.png'}" for kind in ("zip://a", "arrow://0/a")):
         with pytest.raises(ImageError, match="not a regular file"):
             decode(reference)
 

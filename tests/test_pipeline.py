@@ -85,7 +85,7 @@ def make_split(tokenizer, failures: dict[str, str], max_length: int = 6):
     dataset = Dataset.from_dict(
         {"row": [0, 1, 2, 5], "image_path": paths, "image_id": paths, "caption": ["one", "two", "three", "four"]}
     )
-    store = ImageStore(np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3), failures)
+    store = ImageStore(np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3), failures, set())
     places = number_images([dataset])
     assert places == {"a.jpg": 0, "b.jpg": 1, "c.jpg": 2}
     settings = {"max_length": max_length, "decoder_start_token_id": 0, "split": "train"}
@@ -95,7 +95,7 @@ def make_split(tokenizer, failures: dict[str, str], max_length: int = 6):
 def test_rows_share_their_image_and_lose_it_together(tokenizer) -> None:
     (split, dropped), store = make_split(tokenizer, {"b.jpg": "no such file"})
     every = np.arange(3)
-    assert split.image_paths(every) == ["a.jpg", "a.jpg", "c.jpg"]
+    assert split.names(every) == ["a.jpg", "a.jpg", "c.jpg"]
     labels = split.tokens(every)["labels"]
     assert [text.strip() for text in tokenizer.batch_decode(labels, skip_special_tokens=True)] == [
         "one",

@@ -269,6 +269,8 @@ def test_rows_are_read_once_and_again_when_their_file_changes(tmp_path: Path, mo
     real = sources.read_file
     monkeypatch.setattr(sources, "read_file", lambda path: read.append(path) or real(path))
     path, kept = tmp_path / "rows.jsonl", tmp_path / "kept"
+    for row in ROWS:  # where images are missing they are looked for each time
+        (tmp_path / row["image_path"]).touch()
 
     def captions(split: str = "train", **options) -> list[str]:
         rows = load(str(path), split=split, rows_dir=kept, **options)
@@ -291,6 +293,20 @@ def test_rows_are_read_once_and_again_when_their_file_changes(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)  # relative paths may mean other files here
     captions()
     assert len(read) == 6
+
+
+def test_images_that_are_moved_after_their_list_was_read_are_looked_for_again(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    for row in ROWS:
+        (tmp_path / "first" / row["image_path"]).touch()
+    path = write(tmp_path / "rows.jsonl", lines(ROWS))
+    for place in ("first", "."):  # from the working directory to beside the list
+        for _ in range(2):
+            names = load(path, rows_dir=tmp_path / "kept").dataset["image_path"][:]
+            assert names == [str((tmp_path / place / row["image_path"]).resolve()) for row in ROWS]
+        for row in ROWS:
+            (tmp_path / "first" / row["image_path"]).rename(tmp_path / row["image_path"]) if place == "first" else None
 
 
 def test_what_cannot_be_read_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -329,14 +345,22 @@ def as_plain_parquet(folder: Path) -> dict[str, str]:
     return {"train_file": str(folder / "part-*.parquet")}
 
 
+def write_shard(file: Path, members: dict[str, bytes | str]) -> str:
+    with tarfile.open(file, "w") as archive:
+        for name, content in members.items():
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return str(file)
+
+
 def as_web_dataset(folder: Path) -> dict[str, str]:
     for shard, rows in enumerate(([0, 1], [2, 3])):
-        with tarfile.open(folder / f"shard-{shard}.tar", "w") as archive:
-            for row in rows:
-                for suffix, content in ((".png", picture(SEEDS[row])), (".txt", CAPTIONS[row].encode())):
-                    member = tarfile.TarInfo(f"{row:04d}{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+        members = {}
+        for row in rows:
+            members |= {f"{row:04d}.png": picture(SEEDS[row]), f"{row:04d}.txt": CAPTIONS[row]}
+        write_shard(folder / f"shard-{shard}.tar", members)
     return {"train_file": str(folder / "shard-*.tar")}
 
 

@@ -96,6 +96,7 @@ class CaptionedImages:
     image_index: np.ndarray  # int64[N], each row's place in `images`
     images: Images  # distinct images, uint8[S,S,3] each
     num_cut: int = 0  # rows whose caption had more than T tokens
+    num_turned: int = 0  # images that are stored turned, as their EXIF says
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -112,13 +113,9 @@ class CaptionedImages:
         """Tell which of rows int[B] have a caption, bool[B]."""
         return self.captions.given(self.kept[rows])
 
-    def image_paths(self, rows: np.ndarray) -> list[str]:
-        """Name the images of rows int[B]."""
-        return list(self.dataset[self.kept[rows]]["image_path"])
-
-    def image_ids(self, rows: np.ndarray) -> list[str]:
-        """Name the images of rows int[B] as their source does: COCO's by number."""
-        return list(self.dataset[self.kept[rows]]["image_id"])
+    def names(self, rows: np.ndarray, column: str = "image_path") -> list[str]:
+        """Name the images of rows int[B]; in `image_id` as their source does: COCO's by number."""
+        return list(self.dataset[self.kept[rows]][column])
 
     def captions_of_images(self, rows: np.ndarray) -> dict[str, list[str]]:
         """Collect the captions of rows int[B] by image, as they were read."""
@@ -193,7 +190,8 @@ def prepare_split(
     kept = np.flatnonzero(~failed)
     full = dataset.select(kept[captions.full(kept)])
     num_cut = int(np.sum(caption_lengths(column(full, "caption"), tokenizer) > max_length))
-    return CaptionedImages(dataset, kept, captions, index[kept], store.images, num_cut), dropped
+    num_turned = len(np.intersect1d(index, [places[path] for path in store.turned if path in places]))
+    return CaptionedImages(dataset, kept, captions, index[kept], store.images, num_cut, num_turned), dropped
 
 
 def _captions_fingerprint(dataset: Dataset) -> str:

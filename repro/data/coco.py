@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,7 @@ YEARS = ("2017", "2014")
 # What reading a zip raises where its content or its encryption forbids it.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 PROBED = 1000  # images that are looked for before a folder is given up: some may be missing
+REMEDY = "Give the folder that this path begins in as --data_dir."
 NAME_BYTES = 200  # that a name takes, and its number, besides its characters
 
 Id = int | float | str
@@ -86,8 +87,8 @@ def read_official(folder: Path, year: str, split: str) -> Iterator[Record]:
     """
     file, member = annotation_file(folder, year, split)
     part = SPLIT_NAMES[split] + year
-    prefix, suffix = official_images(folder, part)
-    return _records(file, member, lambda names: _between(prefix, suffix), has_captions=split != "test")
+    remedy = f"Get {DOWNLOADS}/zips/{part}.zip and leave it in {folder}."
+    return _records(file, member, _ImageFinder(file, [folder], part, remedy), has_captions=split != "test")
 
 
 def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> Iterator[Record]:
@@ -108,15 +109,8 @@ def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> I
             return _karpathy_records(file, split, folders)
     part = file.stem.removeprefix("captions_").removeprefix("image_info_")
 
-    def locate(names: Iterable[str]) -> Callable[[str], str]:
-        finder = _ImageFinder(file, folders, part)
-        for name in islice(names, PROBED):
-            if finder.find(name) and finder.places:
-                break
-        finder.check()
-        return finder.find
-
-    return _records(file, "", locate, has_captions=has_captions)
+    finder = _ImageFinder(file, folders, part)
+    return _records(file, "", finder, has_captions=has_captions)
 
 
 def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterator[Record]:
@@ -135,9 +129,7 @@ def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterat
     finder.check()
 
 
-def _records(
-    file: Path, member: str, locate: Callable[[Iterable[str]], Callable[[str], str]], *, has_captions: bool
-) -> Iterator[Record]:
+def _records(file: Path, member: str, finder: _ImageFinder, *, has_captions: bool) -> Iterator[Record]:
     names: dict[Any, str] = {}
     ambiguous: dict[Any, str] = {}
     held = 0
@@ -152,10 +144,11 @@ def _records(
                 ambiguous[image["id"]] = f"image_id {image['id']} is both {other} and {image['file_name']}"
     if not names:
         raise InputError(f"{file}: is not a COCO file: it has no list of images.")
-    path_of = locate(names.values())
+    any(finder.find(name) and finder.found for name in islice(names.values(), PROBED))
+    finder.check()
     if not has_captions:
         for row, (image_id, name) in enumerate(names.items()):
-            yield {"row": row, "image_path": path_of(name), "image_id": str(image_id), "caption": None}
+            yield {"row": row, "image_path": finder.find(name), "image_id": str(image_id), "caption": None}
         return
     with _opened(file, member) as opened:
         for row, value in enumerate(stream(opened, "annotations.item")):
@@ -167,7 +160,7 @@ def _records(
             elif image_id in ambiguous:
                 yield record | {"reason": ambiguous[image_id]}
             else:
-                yield record | {"image_path": path_of(names[image_id])}
+                yield record | {"image_path": finder.find(names[image_id])}
 
 
 @contextmanager
@@ -176,79 +169,62 @@ def _opened(file: Path, member: str) -> Iterator[CheckedJson]:
     try:
         if file.suffix == ".zip":
             archive = open_zip(str(file))
-            with CheckedJson(archive.open(find_member(archive, member, LIST_BYTES))) as opened:
-                yield opened
+            opened = CheckedJson(archive.open(find_member(archive, member, LIST_BYTES)))
         else:
-            with open_json(file) as opened:
-                yield opened
+            opened = open_json(file)
+        with opened:
+            yield opened
     except (OSError, ValueError, KeyError, ijson.JSONError, *DAMAGED_ZIP) as error:
         raise InputError(f"{file}: cannot be read ({one_line(error)}); mend it, or get it again.") from error
-
-
-def official_images(folder: Path, part: str) -> tuple[str, str]:
-    """Find a split's images: what stands before and after a file name in a reference."""
-    if (folder / part).is_dir():
-        return f"{folder / part}/", ""
-    if (folder / f"{part}.zip").is_file():
-        return f"{ZIP}{part}/", f"::{folder / part}.zip"
-    raise InputError(
-        f"{folder / part}: the images are missing, and so is {part}.zip; get"
-        f" {DOWNLOADS}/zips/{part}.zip and leave it in {folder}."
-    )
 
 
 class _ImageFinder:
     """Finds where the images of a file lie: in one of some folders, or in a folder or zip there of the split's name."""
 
-    def __init__(self, source: Path, folders: Sequence[Path], part: str) -> None:
-        self._source, self._folders, self._part = source, folders, part
-        self.places: dict[str, Callable[[str], str]] = {}  # by the folders that names begin with, as they are found
-        self._missed: list[str] = []
-        self._members: dict[str, set[str]] = {}
+    def __init__(self, source: Path, folders: Sequence[Path], part: str, remedy: str = REMEDY) -> None:
+        self._source, self._folders, self._part, self._remedy = source, folders, part, remedy
+        self._listed: dict[str, set[str]] = {}
+        self._missed = ""
+        self.found = False
 
     def find(self, name: str) -> str:
         """Give an image's reference; of one that is nowhere, the path where it was looked for first."""
         if os.path.isabs(name):
             return name
-        top = name.rpartition("/")[0]
-        if "\\" in name and not any(self._is_there(place(name)) for place in self._candidates(top)):
-            return self.find(name.replace("\\", "/"))  # as Windows writes it
-        if top not in self.places and len(self._missed) < PROBED:
-            there = (place for place in self._candidates(top) if self._is_there(place(name)))
-            if place := next(there, None):
-                self.places[top] = place
-            else:
-                self._missed.append(name)
-        return self.places.get(top, next(self._candidates(top)))(name)
+        references = [*self._candidates(name)]
+        if "\\" in name:  # as Windows writes it
+            references += self._candidates(name.replace("\\", "/"))
+        there = next(filter(self._is_there, references), None)
+        self.found |= there is not None
+        self._missed = self._missed or name * (there is None)
+        return there or references[0]
 
     def check(self) -> None:
         """Raise an InputError if images were looked for and none was found."""
-        if self._missed and not self.places:
+        if self._missed and not self.found:
             raise InputError(
-                f"{self._source}: its images are not to be found, the first being {self._missed[0]}; looked in"
-                f" {', '.join(map(str, self._folders))}, and in folders and zips there of the split's name. Give the"
-                " folder that this path begins in as --data_dir."
+                f"{self._source}: its images are not to be found, the first being {self._missed}; looked in"
+                f" {', '.join(map(str, self._folders))}, and in folders and zips there of the split's name."
+                f" {self._remedy}"
             )
 
-    def _candidates(self, top: str) -> Iterator[Callable[[str], str]]:
+    def _candidates(self, name: str) -> Iterator[str]:
+        top = name.rpartition("/")[0]
         part = top.split("/")[0] or self._part
         for folder in self._folders:
-            yield _between(f"{folder}/", "")
             if part and not top:
-                yield _between(f"{folder / part}/", "")
+                yield f"{folder / part}/{name}"
+            yield f"{folder}/{name}"
             if part:
-                yield _between(ZIP if top else f"{ZIP}{part}/", f"::{folder / part}.zip")
+                yield f"{ZIP}{'' if top else f'{part}/'}{name}::{folder / part}.zip"
 
     def _is_there(self, reference: str) -> bool:
-        if not reference.startswith(ZIP):
-            return Path(reference).is_file()
-        member, _, file = reference.removeprefix(ZIP).partition("::")
-        if file not in self._members:
-            self._members[file] = set()
+        if packed := reference.startswith(ZIP):
+            name, _, place = reference.removeprefix(ZIP).partition("::")
+        else:
+            place, _, name = reference.rpartition("/")
+        if place not in self._listed:
+            self._listed[place] = set()
             with suppress(OSError, *DAMAGED_ZIP):
-                self._members[file] = set(open_zip(file).namelist())
-        return member in self._members[file]
-
-
-def _between(prefix: str, suffix: str) -> Callable[[str], str]:
-    return lambda name: f"{prefix}{name}{suffix}"
+                self._listed[place] = set(open_zip(place).namelist() if packed else os.listdir(place))
+        return name in self._listed[place]

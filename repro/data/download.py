@@ -9,7 +9,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -19,6 +19,7 @@ from typing import Any
 import requests
 
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
+from repro.data.image_cache import in_parallel
 from repro.errors import InputError
 from repro.json_files import write_json
 from repro.progress import progress_bar
@@ -89,8 +90,8 @@ def download_coco(
         other = data_dir / (part if max_images is None else f"{part}.zip")
         if other.exists():
             raise InputError(
-                f"--data_dir {data_dir}: already holds {other.name}, and only one of the two would be read; name"
-                " another folder, or remove it first."
+                f"--data_dir {data_dir}: already holds {other.name}, and the annotations of only one of the two"
+                " would be read; name another folder, or remove it first."
             )
     fetch = partial(download, base_urls=base_urls, progress=progress)
     if max_images is None:
@@ -221,13 +222,9 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
     fetch = partial(download, folder=target, base_urls=base_urls, progress=False)
     missing = [RemoteFile(f"{part}/{name}") for name in names if not (target / name).exists()]
     bar = progress_bar(progress=progress, total=len(missing), desc=part, unit="image", leave=False)
-    with ThreadPoolExecutor(PARALLEL_IMAGES) as pool, bar:
-        try:
-            for _ in pool.map(fetch, missing):
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # or an interrupted run would first finish all that is queued
-            raise
+    with bar, closing(in_parallel(fetch, missing, PARALLEL_IMAGES)) as fetched:
+        for _ in fetched:
+            bar.update()
     kept = {image["id"] for image in images}
     content["images"] = images
     if "annotations" in content:

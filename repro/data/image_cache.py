@@ -32,7 +32,7 @@ import xxhash
 from repro.data.atomic import alone
 from repro.data.images import ImageError, Resize, decode_image, image_key, resize_of
 from repro.errors import InputError
-from repro.json_files import Count, read_lines
+from repro.json_files import Count, read_lines, write_whole
 from repro.limits import LIST_BYTES
 from repro.progress import progress_bar
 
@@ -41,24 +41,25 @@ GIGABYTE = 1e9
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Decoded = np.ndarray | ImageError
+Decoded = tuple[np.ndarray, bool] | ImageError  # uint8[S,S,3], and whether it is stored turned
 Decoding = Iterator[tuple[int, Result]]  # with each image its place among the references
 Decode = Callable[[Iterable[int]], Decoding[Decoded]]
-Index = dict[str, list[Any] | str]  # by an image's key its place and the XXH3 of its bytes, or why it cannot be used
+Again = Callable[[Iterable[int]], Decoding[np.ndarray]]  # of images that were decoded before
+Index = dict[str, list[Any] | str]  # by an image's key: place, XXH3 of its bytes, turned or not; or why it fails
 
 log = logging.getLogger("repro")
-LINE: Any = tuple[str, tuple[Count, str] | str | dict[str, Any]]  # of the index: build and settings, then entries
+LINE: Any = tuple[str, tuple[Count, str, bool] | str | dict[str, Any]]  # of the index: build and settings, then entries
 
 
 class StoredImages:
     """Images one after another in a file, read when they are asked for; what stays in memory is the system's cache.
 
     Args:
-        entries: of each image its place in the file, and the sum of its bytes.
+        entries: of each image its place in the file, the sum of its bytes, and whether it is turned.
         decode: what gives those anew whose bytes have changed.
     """
 
-    def __init__(self, file: Path, entries: list[Any], shape: tuple[int, ...], decode: Decode) -> None:
+    def __init__(self, file: Path, entries: list[Any], shape: tuple[int, ...], decode: Again) -> None:
         self._file, self._entries, self._shape, self._decode = file, entries, shape, decode
         self._descriptor = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
@@ -66,7 +67,7 @@ class StoredImages:
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         images = np.empty((len(places), *self._shape), np.uint8)
         for place, image in zip(places.tolist(), images, strict=True):
-            slot, total = self._entries[place]
+            slot, total, _ = self._entries[place]
             start = slot * image.nbytes
             if os.preadv(self._descriptor, [image], start) != image.nbytes or _sum(image) != total:
                 log.warning("%s: the image at byte %d is damaged; it is decoded again", self._file, start)
@@ -79,9 +80,10 @@ class StoredImages:
 class ImageCache:
     """The folder of one geometry (see the module)."""
 
-    def __init__(self, cache_dir: Path, resize: Resize, *, convert_to_rgb: bool) -> None:
+    def __init__(self, cache_dir: Path, resize: Resize, *, convert_to_rgb: bool, turn_upright: bool) -> None:
         # Pillow's version too: another one may decode or resize differently.
-        self._settings = {**asdict(resize), "convert_to_rgb": convert_to_rgb, "pillow": PIL.__version__}
+        how = {"convert_to_rgb": convert_to_rgb, "turn_upright": turn_upright}
+        self._settings = {**asdict(resize), **how, "pillow": PIL.__version__}
         self.folder = cache_dir / sha256(repr(self._settings).encode()).hexdigest()[:16]
         self._pixels, self._index, self._lock = (self.folder / name for name in ("pixels", "index.jsonl", "lock"))
         self._shape, self._image_bytes = resize.shape, math.prod(resize.shape)
@@ -106,7 +108,8 @@ class ImageCache:
         found = [index[key] for key in keys]
         failures = {name: entry for name, entry in zip(references, found, strict=True) if isinstance(entry, str)}
         again = partial(_decoded_again, references, decode)
-        return ImageStore(StoredImages(self._pixels, found, self._shape, again), failures)
+        turned = {name for name, entry in zip(references, found, strict=True) if name not in failures and entry[2]}
+        return ImageStore(StoredImages(self._pixels, found, self._shape, again), failures, turned)
 
     def _read(self) -> tuple[str | None, Index]:
         """Give the name of the build that is there, None if it is not of these settings, and what of it is whole."""
@@ -163,8 +166,8 @@ class ImageCache:
                     elif key == references[place]:
                         passing[key] = "its file was not there when the run began"
                     else:
-                        pixels.write(image.tobytes())
-                        added[key] = [slot, _sum(image)]
+                        pixels.write(image[0].tobytes())
+                        added[key] = [slot, _sum(image[0]), image[1]]
                         slot += 1
                     bar.update()
                     if len(added) >= COMMIT:
@@ -182,15 +185,15 @@ class ImageCache:
                 return index
             log.warning("%s: the image cache is not whole; what is missing is decoded again", self.folder)
         if build is None:
-            _replace(self._pixels, "")
-        _replace(self._index, lines)
+            write_whole(self._pixels, b"")
+        write_whole(self._index, lines.encode())
         return index
 
     def _begin_anew(self, build: str) -> None:
         # Replaced, not emptied: a run that reads them keeps them.
         self._index.unlink(missing_ok=True)
-        _replace(self._pixels, "")
-        _replace(self._index, self._lines(build, {}))
+        write_whole(self._pixels, b"")
+        write_whole(self._index, self._lines(build, {}).encode())
 
     def _lines(self, build: str, index: Index) -> str:
         return "".join(map(_line, [(build, self._settings), *index.items()]))
@@ -202,12 +205,6 @@ def _sum(image: np.ndarray) -> str:
 
 def _line(entry: tuple[str, Any]) -> str:
     return json.dumps(entry) + "\n"
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(file)
 
 
 def cores() -> int:
@@ -240,29 +237,30 @@ class Images(Protocol):
 
 
 class ImageStore(NamedTuple):
-    """Distinct images by their place among the references, and by reference the reasons why others are not there."""
+    """Distinct images by their place among the references, and what is to be said of some, by reference."""
 
     images: Images
-    failures: dict[str, str]
+    failures: dict[str, str]  # the reasons why some are not there
+    turned: set[str]  # those that are stored turned, as their EXIF says
 
 
 def _decoded_again(references: Sequence[str], decode: Decode, places: Iterable[int]) -> Decoding[np.ndarray]:
     for place, image in decode(places):
         if isinstance(image, ImageError):
             raise InputError(f"{references[place]}: could be read before, and now it cannot: {image}.")
-        yield place, image
+        yield place, image[0]
 
 
 class DecodedImages:
     """Images that are decoded once to see which can be used, and again when they are asked for.
 
     Args:
-        decode: gives images by place, uint8[S,S,3], or why they cannot be used.
+        decode: gives images by place, or why they cannot be used.
         capacity: images that stay in memory, unless more are asked for at once; None keeps all.
         bar: shows how many have been decoded.
 
     Attributes:
-        failures: reference to the reason why it cannot be used.
+        failures, turned: see `ImageStore`.
     """
 
     def __init__(self, references: Sequence[str], decode: Decode, capacity: int | None, bar: Any) -> None:
@@ -271,11 +269,14 @@ class DecodedImages:
         self._kept: dict[int, np.ndarray] = {}  # the last used come last
         self._lock = threading.Lock()
         self.failures: dict[str, str] = {}
+        self.turned: set[str] = set()
         for place, image in self._decode(range(len(references))):
             if isinstance(image, ImageError):
                 self.failures[references[place]] = str(image)
             elif len(self._kept) < self._capacity:
-                self._kept[place] = image
+                self._kept[place] = image[0]
+            if isinstance(image, tuple) and image[1]:
+                self.turned.add(references[place])
             bar.update()
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
@@ -294,6 +295,7 @@ def load_images(
     image_processor: Any,
     *,
     convert_to_rgb: bool,
+    turn_upright: bool = False,
     cache_dir: Path | None,
     capacity: int | None = None,
     num_workers: int | None = None,
@@ -316,7 +318,7 @@ def load_images(
 
     def decode_one(place: int) -> Decoded:
         try:
-            return decode_image(references[place], resize, convert_to_rgb=convert_to_rgb)
+            return decode_image(references[place], resize, convert_to_rgb=convert_to_rgb, turn_upright=turn_upright)
         except ImageError as error:
             return error
 
@@ -326,8 +328,8 @@ def load_images(
         if cache_dir is None:
             _check_memory(len(references), capacity, resize)
             images = DecodedImages(references, decode, capacity, bar)
-            return ImageStore(images, images.failures)
-        cache = ImageCache(cache_dir, resize, convert_to_rgb=convert_to_rgb)
+            return ImageStore(images, images.failures, images.turned)
+        cache = ImageCache(cache_dir, resize, convert_to_rgb=convert_to_rgb, turn_upright=turn_upright)
         try:
             return cache.load(references, decode, rebuild, bar)
         except OSError as error:

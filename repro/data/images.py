@@ -22,22 +22,26 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from repro import limits
 from repro.errors import InputError
 from repro.limits import URL_SCHEMES, Refused
 
-ZIP, ARROW = "zip://", "arrow://"
-SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")
+ZIP, ARROW = EMBEDDED = "zip://", "arrow://"
+# Pillow's modes of gray: 16 bits, and those whose white no file names.
+SIXTEEN_BITS, WITHOUT_WHITE = ("I;16", "I;16L", "I;16B"), ("I", "F")
+BITS_PER_SAMPLE, ORIENTATION = 258, 0x0112  # tags of TIFF, and so of EXIF
+TURNED = range(2, 9)  # orientations but for 1, upright
 DOWNLOAD_SECONDS = 20
 # Of all images that are being decoded.
 BYTES, PIXELS = limits.Budget(limits.IMAGE_BYTES), limits.Budget(limits.IMAGE_PIXELS)
 OPENING = threading.Lock()  # one at a time waits for `PIXELS`: some formats take memory when they are opened
 
 # Several threads decode, and what a `catch_warnings` in one of them does reaches the others. Pillow refuses images of
-# more than twice the number of pixels from which on it warns; that is a reason to drop one.
+# more than twice the number of pixels from which on it warns; that is a reason to drop one, and broken EXIF is none.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class ImageError(Exception):
@@ -92,7 +96,7 @@ def resize_of(image_processor: Any) -> Resize:
 
 @contextmanager
 def open_image(reference: str) -> Iterator[Image.Image]:
-    """Give an image, decoded in its own mode and size, ignoring EXIF orientation as the example does.
+    """Give an image as it is stored, decoded in its own mode and size; gray of more than 8 bits in all of 16.
 
     While the block lasts, its memory counts among what threads may hold; what is raised there is about the image, too.
 
@@ -108,7 +112,7 @@ def open_image(reference: str) -> Iterator[Image.Image]:
                 limits.check_image(image, content)
                 held.enter_context(PIXELS.held(image.width * image.height))
             image.load()
-            yield image
+            yield in_sixteen_bits(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # whose message has the address of a buffer
@@ -130,23 +134,43 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in limits.FORMATS if name in Image.OPEN)
 
 
+def view_image(reference: str, *, turn_upright: bool = True) -> Image.Image:
+    """Give an image to look at, in RGB; raises as `open_image` does."""
+    with open_image(reference) as image:
+        return to_rgb(upright(image) if turn_upright else image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a photograph as its camera was held; gives the same object where its EXIF does not say that it is turned."""
+    try:
+        return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION) in TURNED else image
+    except Exception:  # a block of EXIF that cannot be read says nothing about the picture
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of another mode, of 16-bit gray the high byte; an ImageError where its white is not known."""
+    if image.mode in WITHOUT_WHITE:
+        raise ImageError(f"mode {image.mode}, whose white is not known; save it with 8 or 16 unsigned bits")
+    if image.mode in SIXTEEN_BITS:  # Pillow's own conversion makes everything above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
     """Make uint8[S,S,3] of a decoded image.
 
     Args:
-        convert_to_rgb: convert other modes, of 16-bit grayscale the high byte; otherwise refuse what
-            ViTImageProcessor refuses, which is all that does not decode to three channels, and images one pixel high,
-            whose height it takes for a channel.
+        convert_to_rgb: convert other modes; otherwise refuse what ViTImageProcessor refuses, which is all that does
+            not decode to three channels, and images one pixel high, whose height it takes for a channel.
 
     Raises:
         ImageError: it is refused.
     """
     if resize.width * image.height > limits.IMAGE_PIXELS:  # Pillow makes it narrow first, or wide, and then lower
         raise ImageError(f"{image.width} x {image.height} pixels are too many, made {resize.width} wide")
-    if convert_to_rgb:
-        if image.mode in SIXTEEN_BITS:  # Pillow's own conversion makes everything above 255 white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+    if convert_to_rgb or image.mode in WITHOUT_WHITE:
+        image = to_rgb(image)
     elif len(image.getbands()) != 3:
         raise ImageError(f"mode {image.mode} is not RGB (--protocol exact converts it)")
     elif image.height == 1:
@@ -157,10 +181,14 @@ def resize_image(image: Image.Image, resize: Resize, *, convert_to_rgb: bool) ->
     return np.asarray(image.resize(size, resample=Image.Resampling(resize.resample)))
 
 
-def decode_image(reference: str, resize: Resize, *, convert_to_rgb: bool) -> np.ndarray:
-    """`open_image`, then `resize_image`: uint8[S,S,3]."""
+def decode_image(
+    reference: str, resize: Resize, *, convert_to_rgb: bool, turn_upright: bool = False
+) -> tuple[np.ndarray, bool]:
+    """`open_image`, `upright` where asked for, then `resize_image`: uint8[S,S,3], and whether it is stored turned."""
     with open_image(reference) as image:
-        return resize_image(image, resize, convert_to_rgb=convert_to_rgb)
+        held = upright(image)
+        pixels = resize_image(held if turn_upright else image, resize, convert_to_rgb=convert_to_rgb)
+        return pixels, held is not image
 
 
 def image_key(reference: str) -> str | None:
@@ -168,7 +196,7 @@ def image_key(reference: str) -> str | None:
     name = reference
     stamp: tuple[int, ...] = ()
     if not reference.startswith(URL_SCHEMES):
-        inner, _, archive = reference.partition("::") if reference.startswith((ZIP, ARROW)) else ("", "", "")
+        inner, _, archive = reference.partition("::") if reference.startswith(EMBEDDED) else ("", "", "")
         file = os.path.abspath(archive or reference)
         try:
             status = os.stat(file)
@@ -176,6 +204,16 @@ def image_key(reference: str) -> str | None:
             return None
         name, stamp = f"{inner}::{file}", (status.st_size, status.st_mtime_ns)
     return blake2b(f"{name}\n{stamp}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def in_sixteen_bits(image: Image.Image) -> Image.Image:
+    """Give gray its white: Pillow scales a PGM's to 16 bits in a mode of 32, and leaves a TIFF's 12 bits in 16."""
+    if image.mode == "I" and image.format == "PPM":
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode in SIXTEEN_BITS and image.format == "TIFF":
+        (bits,) = image.tag_v2[BITS_PER_SAMPLE]  # type: ignore[attr-defined]
+        return Image.fromarray(np.asarray(image) << 16 - bits) if bits < 16 else image
+    return image
 
 
 def _reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from repro.data.images import ImageError, open_image
+from repro.data.images import ImageError, view_image
 
 COLUMNS, MARGIN = 4, 8
 PICTURE_SIDE, CAPTION_HEIGHT = 240, 78
@@ -22,9 +22,8 @@ def picture_sheet(rows: Sequence[tuple[str, str | None]]) -> Image.Image:
     for number, (reference, caption) in enumerate(rows):
         left, top = number % COLUMNS * width + MARGIN, number // COLUMNS * height + MARGIN
         try:
-            with open_image(reference) as image:
-                picture = image.convert("RGB")
-                picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            picture = view_image(reference)
+            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             sheet.paste(picture, (left + (PICTURE_SIDE - picture.width) // 2, top + PICTURE_SIDE - picture.height))
         except ImageError as error:
             caption = f"[{error}] {caption}"

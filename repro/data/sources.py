@@ -10,7 +10,9 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b, sha256
 from itertools import chain
 from pathlib import Path
@@ -21,7 +23,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from repro.data import coco
 from repro.data.files import FORMATS, json_prefix, read_file
-from repro.data.images import ARROW, URL_SCHEMES, ZIP
+from repro.data.images import ARROW, EMBEDDED, URL_SCHEMES, image_key
 from repro.data.rows import Record, Rows, make_rows
 from repro.errors import InputError
 from repro.limits import LIST_BYTES, local_path, size_of
@@ -35,6 +37,8 @@ CAPTION_COLUMNS = (
 )
 # Of the rows that are kept on disk: to be raised when a reader gives other rows for the same file.
 VERSION = 1
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 Columns = tuple[str | None, str | None]  # of images and of captions, as asked for
 
@@ -99,9 +103,14 @@ def load_splits(
     result = {}
     for split, source in [(split, find(split)) for split in splits]:
         roots = [os.path.abspath(root) for root in (data_dir, source.folder, "") if root is not None]
-        records = _located(source, roots, urls_allowed=allow_image_urls)
         file = rows_dir / f"{_key(source, split, (roots, allow_image_urls))}.arrow" if rows_dir else None
-        result[split] = make_rows(records, split=split, source=source.name, file=file, rebuild=rebuild)
+        read = partial(make_rows, split=split, source=source.name, file=file)
+        records = partial(_located, source, roots, urls_allowed=allow_image_urls)
+        kept_since = file.stat().st_mtime_ns if file and file.exists() else None
+        result[split] = read(records(), rebuild=rebuild)
+        if kept_since and not all(map(image_key, result[split].dataset.unique("image_path"))):
+            # Images may have been moved; of several processes that find the same file, one reads again.
+            result[split] = read(records(), rebuild=str(kept_since))
     return result
 
 
@@ -112,8 +121,7 @@ def _official_coco(name: str, year: str, data_dir: str | None, split: str) -> _S
         raise InputError(f"--dataset_name {name} needs --data_dir with the COCO files.")
     folder = coco.check_folder(data_dir)
     file, member = coco.annotation_file(folder, year, split)
-    images = coco.official_images(folder, coco.SPLIT_NAMES[split] + year)
-    return _Source(member, lambda: coco.read_official(folder, year, split), [file], (year, images))
+    return _Source(member, lambda: coco.read_official(folder, year, split), [file], (year,))
 
 
 def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | None, columns: Columns) -> _Source:
@@ -127,7 +135,7 @@ def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | N
     if not Path(found[0]).exists():
         raise InputError(f"{path}: there is no such file.")
     if is_table:
-        return _table(load_files(found, cache_dir=cache_dir), split, path, file.parent, columns)
+        return _table(_several(found, cache_dir), split, path, file.parent, columns)
 
     def records() -> Iterator[Record]:
         layout = json_prefix(file) if suffix == ".json" and file.is_file() else None
@@ -209,7 +217,7 @@ def _located(source: _Source, roots: Sequence[str], *, urls_allowed: bool) -> It
 def _place(value: str, roots: Sequence[str]) -> str:
     """Turn what a list says into an image's reference; a relative path is in the first root that has it."""
     value = local_path(value) if value.startswith("file://") else value
-    if value.startswith((*URL_SCHEMES, ZIP, ARROW)) or os.path.isabs(value):
+    if value.startswith((*URL_SCHEMES, *EMBEDDED)) or os.path.isabs(value):
         return value
     names = dict.fromkeys((value, value.replace("\\", "/")))  # as Windows writes it
     places = [str(Path(root, name)) for name in names for root in roots]
@@ -223,7 +231,6 @@ def _key(source: _Source, split: str, settings: Any) -> str:
     return sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 SAVED = ("dataset_dict.json", "state.json")
 
 
@@ -233,42 +240,38 @@ def load_hub(name: str, config: str | None, data_dir: str | None, **hub: Any) ->
     Raises:
         InputError: it cannot be loaded.
     """
-    try:
-        saved = any((Path(name) / file).is_file() for file in SAVED)
-        loaded = load_from_disk(name) if saved else load_dataset(name, config, data_dir=data_dir, **hub)
-    except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
-        raise InputError(
-            f"--dataset_name {name}: cannot be loaded. A Hub id needs a network; otherwise give a"
-            f" folder, or --train_file and --validation_file. ({type(error).__name__}: {error})"
-        ) from error
+    problem = f"--dataset_name {name}: cannot be loaded. A Hub id needs a network; else give a folder, or --train_file "
+    with _named(problem):
+        is_saved = any((Path(name) / file).is_file() for file in SAVED)
+        loaded = load_from_disk(name) if is_saved else load_dataset(name, config, data_dir=data_dir, **hub)
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
-def load_files(files: Sequence[str], *, cache_dir: str | None) -> Dataset:
-    """Load parquet files or WebDataset shards.
-
-    Raises:
-        InputError: they cannot be read.
-    """
-    try:
+def _several(files: Sequence[str], cache_dir: str | None) -> Dataset:
+    with _named(f"{files[0]}: cannot be read "):
         for file in files:
             size_of(file, LIST_BYTES)
-        builder, data_files = BUILDERS[Path(files[0]).suffix.lower()], {"train": list(files)}
-        return load_dataset(builder, data_files=data_files, split="train", cache_dir=cache_dir)
-    except Exception as error:
-        raise InputError(f"{files[0]}: cannot be read ({type(error).__name__}: {error}).") from error
+        kind, data_files = BUILDERS[Path(files[0]).suffix.lower()], {"train": list(files)}
+        return load_dataset(kind, data_files=data_files, split="train", cache_dir=cache_dir)
+
+
+@contextmanager
+def _named(problem: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # datasets and huggingface_hub raise dozens of kinds
+        raise InputError(f"{problem}({type(error).__name__}: {error}).") from error
 
 
 def image_columns(dataset: Dataset) -> list[str]:
     """Name the columns that hold images by their type: the library's own, or bytes."""
-    found = []
-    for name, feature in dataset.features.items():
-        kind = dataset.data.schema.field(name).type
-        has_bytes = pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+    def holds_bytes(kind: Any) -> bool:
         is_bytes = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-        if isinstance(feature, Image) or has_bytes or is_bytes:
-            found.append(name)
-    return found
+        return is_bytes or (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+    kinds = {field.name: field.type for field in dataset.data.schema}
+    return [name for name, kind in kinds.items() if isinstance(dataset.features[name], Image) or holds_bytes(kind)]
 
 
 def read_table(dataset: Dataset, image_column: str, caption_column: str | None) -> Iterator[Record]:

@@ -136,7 +136,7 @@ class Evaluator:
             generations = self._texts(tokens, data.tokens(rows)["labels"])
         scored = [row for row, is_given in zip(generations, given, strict=False) if is_given]
         if scored:
-            images = data.image_paths(rows[given])
+            images = data.names(rows[given])
             scores = rouge_scores(*([row[name] for row in scored] for name in ("pred", "label")), images=images)
             metrics |= scores.means
             details |= {"rouge_intervals": scores.intervals, "sentence_splitter": scores.sentence_splitter}
@@ -144,7 +144,7 @@ class Evaluator:
                 captions, references = caption_of_each_image(images, scored), data.captions_of_images(rows[given])
                 means, details["caption_tokenizer"] = caption_scores(captions, references)
                 metrics |= means
-        return Evaluation(metrics, details, generations, data.image_paths(rows), data.image_ids(rows))
+        return Evaluation(metrics, details, generations, data.names(rows), data.names(rows, "image_id"))
 
     def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:
         if self.protocol.token_eval_loss:

@@ -7,6 +7,7 @@ Source: rouge_score (Lin 2004, with the Porter stemmer) does the scoring.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -58,6 +59,11 @@ def rouge_scores(
     stems = SimpleNamespace(tokenize=lambda text: tokenize.tokenize(text, stemmer))
     scorer = rouge_scorer.RougeScorer(list(TYPES), tokenizer=stems)
     lines = [["\n".join(split.tokenize(text.strip())) for text in texts] for texts in (predictions, references)]
+    if unread := sum(bool(text.strip()) and not stems.tokenize(text) for text in references):
+        _warn_once(
+            f"ROUGE reads no letters but a to z: {unread} of {len(references)} references have none, and score 0. Go by"
+            " the loss, or add --caption_metrics: BLEU and CIDEr read every script."
+        )
     rows = 100.0 * f_measures(scorer, lines[0], [[reference] for reference in lines[1]])
     low, high = bootstrap_interval(rows, images, seed=seed)
     return RougeScores(
@@ -99,6 +105,11 @@ def bootstrap_interval(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(totals[:, :-1] / totals[:, -1:], [tail, 1 - tail], axis=0)
     return low, high
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logging.getLogger("repro").warning(text)
 
 
 @lru_cache

@@ -12,12 +12,13 @@ from typing import Any, overload
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from repro.data.batches import prefetch
 from repro.data.image_cache import cores, in_parallel
-from repro.data.images import URL_SCHEMES, ImageError, Resize, open_image, resize_image, resize_of
+from repro.data.images import ImageError, Resize, in_sixteen_bits, open_image, resize_image, resize_of, upright
 from repro.errors import InputError
+from repro.limits import URL_SCHEMES
 from repro.models.beam_search import check_beams
 from repro.models.pretrained import Implementation, Options, Pretrained, load_model
 
@@ -245,11 +246,11 @@ def _decode(image: Picture, *, resize: Resize, allow_image_urls: bool, lock: thr
         elif isinstance(image, Image.Image):
             with lock:  # it may be given twice, and several threads decode
                 image.load()
-            read = image
+            read = in_sixteen_bits(image)
         else:
             with open_image(_reference(image, allow_image_urls=allow_image_urls)) as read:
-                return resize_image(_upright(read), resize, convert_to_rgb=True)
-        return resize_image(_upright(read), resize, convert_to_rgb=True)
+                return resize_image(upright(read), resize, convert_to_rgb=True)
+        return resize_image(upright(read), resize, convert_to_rgb=True)
     except ImageError as error:
         return error
     except Exception as error:  # Pillow's readers of rare formats raise whatever comes when the content is broken
@@ -274,11 +275,3 @@ def _reference(image: str | os.PathLike[str], *, allow_image_urls: bool) -> str:
         return os.path.abspath(os.fsdecode(image))
     except (TypeError, ValueError) as error:
         raise ImageError(str(error), passing=True) from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn a photograph as its camera was held; what training looks at, as the example does, is not turned."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a block of EXIF that cannot be read says nothing about the picture
-        return image

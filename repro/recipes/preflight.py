@@ -30,7 +30,7 @@ from repro.data.sheet import picture_sheet
 from repro.json_files import write_json
 from repro.record.model_card import cut_in_words
 from repro.run.build import build_evaluator, build_training, training_batches
-from repro.run.prepare import PreparedRun, check_run, mesh_of, prepare, read_rows
+from repro.run.prepare import PreparedRun, check_run, mesh_of, prepare, read_rows, turned_in_words
 from repro.run.settings import Settings
 from repro.training.memory import device_bytes
 from repro.training.sharding import put, replicated
@@ -95,6 +95,7 @@ def check_data(
             f" {cut_in_words(found)}"
             for name, found in splits.items()
         ),
+        *turned_in_words(prepared),
         *(f"dropped: {row['rows']} rows, such as {', '.join(row['examples'])}: {row['reason']}" for row in reasons),
         *([f"training: {settings.num_steps} steps of {settings.train_batch} rows"] if settings.do_train else []),
         _disk_in_words(needs),

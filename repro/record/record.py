@@ -26,7 +26,7 @@ RUN = optional(
     model=keys(implementation=str, parameters=Count),
     **dict.fromkeys(("startup_seconds", "train_seconds", "seconds"), float),
     **{"num_replicas": Positive, "num_steps": Count, "shuffle": bool, "parts": list[dict[str, Any]]},
-    **{"finished": str, "checksums": dict[str, str], "versions": dict[str, Any]},
+    **{"finished": str, "checksums": dict[str, str], "versions": dict[str, Any], "protocol": dict[str, Any]},
 )
 OF_EVALUATION = optional(
     **{"rows_scored": Count, "rouge_intervals": dict[str, tuple[float, float]], "saving_seconds": float},

@@ -23,7 +23,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from repro.data.images import ImageError, open_image
+from repro.data.images import ImageError, view_image
 from repro.recipes.verify import Verification, in_words, label
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, embedded_json, template
@@ -119,8 +119,7 @@ def thumbnail(reference: str) -> str:
     Raises:
         ImageError, OSError, ValueError: it cannot be read.
     """
-    with open_image(reference) as opened:
-        image = opened.convert("RGB")
+    image = view_image(reference)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
     return _address(image)
 
@@ -133,12 +132,12 @@ def _address(image: Image.Image) -> str:
 
 def looks(run: RunFiles) -> Iterator[list[tuple[str, str]]]:
     """Of some captions, each word with a small picture that is bright where the word looks."""
+    turned = run.facts.get("protocol", {}).get("turn_upright", False)  # as the model saw it
     for shown in run.attention[:LOOKS]:
         pairs = [pair for pair in zip(shown["tokens"], shown["weights"], strict=False) if pair[0]][:LONGEST_LOOK]
         begins = [place for place, (token, _) in enumerate(pairs) if token.startswith(" ") or not place]
         with suppress(ImageError, OSError, ValueError, LookupError):  # it cannot be read any more
-            with open_image(shown["image_path"]) as opened:
-                image = opened.convert("RGB").resize((LOOK_SIDE, LOOK_SIDE))
+            image = view_image(shown["image_path"], turn_upright=turned).resize((LOOK_SIDE, LOOK_SIDE))
             patches = np.array([list(bytes.fromhex(weights)) for _, weights in pairs], np.float32)
             dark, strip, side = image.point(lambda value: value // DARKER), [], math.isqrt(patches.shape[1])
             for begin, end in pairwise([*begins, len(pairs)]):

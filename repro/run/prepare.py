@@ -6,8 +6,9 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 from uuid import uuid4
 
@@ -37,10 +38,7 @@ from repro.training.sharding import create_mesh
 from repro.training.steps import count_parameters
 
 # Which the reader of rows takes under the same names.
-SOURCE_FLAGS = (
-    *("dataset_name", "dataset_config_name", "data_dir", "train_file", "validation_file", "test_file"),
-    *("image_column", "caption_column", "allow_image_urls", "cache_dir", "token"),
-)
+SOURCE_FLAGS = signature(load_splits).parameters.keys() - {"splits", "rows_dir", "rebuild"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,7 @@ def prepare(settings: Settings, devices: Sequence[jax.Device], *, progress: bool
             list(places),
             pretrained.image_processor,
             convert_to_rgb=convert,
+            turn_upright=settings.rules.turn_upright,
             cache_dir=settings.cache / "images" if settings.image_cache else None,
             capacity=settings.block_size or None,
             num_workers=settings.preprocessing_num_workers,
@@ -210,6 +209,7 @@ def _facts(prepared: PreparedRun, num_read: Mapping[str, int]) -> dict[str, Any]
             "fingerprint": split.fingerprint(),
             "captions": int(split.have_captions(np.arange(len(split))).sum()),
             "captions_cut": split.num_cut,
+            "turned": split.num_turned,
             "max_length": settings.max_length(name),
         }
         for name, split in ((name, prepared.splits[name]) for name in num_read)
@@ -236,6 +236,16 @@ def _facts(prepared: PreparedRun, num_read: Mapping[str, int]) -> dict[str, Any]
         "num_steps": settings.num_steps,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def turned_in_words(prepared: PreparedRun) -> Iterator[str]:
+    """Say how many photographs of each split are stored turned, and how the run uses them."""
+    protocol, upright = prepared.settings.protocol, prepared.settings.rules.turn_upright
+    how = "upright" if upright else f"as stored, as by the example; --protocol {protocol},turn_upright=true turns them"
+    for name, counts in prepared.facts["data"].items():
+        if counts["turned"]:
+            number = f"{counts['turned']} of {counts['images']} images"
+            yield f"{name}: {number} are stored turned, says their EXIF; they are used {how}"
 
 
 def log_preparation(prepared: PreparedRun, after: int) -> None:
@@ -266,5 +276,7 @@ def log_preparation(prepared: PreparedRun, after: int) -> None:
         if captions < kept:
             what = f"loss and scores are of the other {captions}" if captions else "there are no loss and no scores"
             log.warning("%s: %d of %d rows have no caption; %s", name, kept - captions, kept, what)
+    for line in turned_in_words(prepared):
+        log.warning(line)
     for note in prepared.pretrained.notes if after == 0 else ():
         log.info("model: %s", note)

@@ -206,7 +206,7 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         before, after = saved.get(name, "absent"), now.get(name, "absent")
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"--{name[:0]}" if name == "flags" else f"{prefix}{name} ")
-        elif before != after and not (prefix == "data " and "absent" in (before, after)):
+        elif before != after and not (prefix in ("data ", "protocol ") and "absent" in (before, after)):
             yield f"{prefix}{name}: {before} then, {after} now"
 
 
