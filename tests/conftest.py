@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,15 @@ if importlib.util.find_spec("playwright") is None:
 
 ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 """Of the documented command."""
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> Iterator[None]:
+    """Undo what a command does to the log: pytest would attach itself to one that does not propagate."""
+    yield
+    logger = logging.getLogger("repro")
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import threading
 from contextlib import closing
@@ -22,11 +21,6 @@ from repro.training.steps import TrainState, create_learning_rate_fn, create_opt
 
 OPTIMIZER = create_optimizer(create_learning_rate_fn(0.01, num_steps=10), rule="layer_norms", max_grad_norm=1.0)
 RECORD = {"step": 2, "training_seconds": 1.5, "settings": {"num_replicas": 2}}
-
-
-@pytest.fixture(autouse=True)
-def _log_is_seen(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("repro"), "propagate", True)
 
 
 def state_on(num_devices: int, **shape: int) -> TrainState:

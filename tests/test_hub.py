@@ -88,8 +88,7 @@ def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list
 
 
 @pytest.fixture(autouse=True)
-def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logging.getLogger("repro"), "propagate", True)
+def heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "repro")
 
 

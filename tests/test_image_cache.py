@@ -294,7 +294,6 @@ def test_a_run_keeps_its_images_while_another_one_discards_the_cache(pictures, t
 
 
 def test_the_size_is_announced_before_the_work(pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("repro").propagate = True
     with caplog.at_level(logging.INFO, logger="repro"):
         load(pictures, tmp_path / "cache")
     assert f"decoding {COUNT} images" in caplog.text
@@ -344,7 +343,6 @@ def test_images_are_read_from_zip_files_by_any_number_of_threads(pictures, tmp_p
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 @pytest.mark.parametrize("how", ["cut", "zeros", "another image", "one bit"])
 def test_pixels_that_change_are_named_and_decoded_again(pictures, decoded, tmp_path: Path, caplog, how, when) -> None:
-    logging.getLogger("repro").propagate = True
     store, size = load(pictures, tmp_path / "cache"), SIDE * SIDE * 3
     (pixels,) = tmp_path.glob("cache/*/pixels")
     whole = pixels.read_bytes()
