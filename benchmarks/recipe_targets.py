@@ -34,9 +34,10 @@ MARGINS = {
 }
 """About three standard deviations of the first five seeds that were ever run, with transformers' model; fixed since."""
 PROMISED = {"eval_attribute_accuracy": 0.9, "eval_colour_accuracy": 0.9, "eval_shape_accuracy": 0.9}
-FIRST_STEPS = (1, 2, 3, 5, 10)
-ROUNDING = 2e-3
-"""Of a loss about 6 after at most ten steps, on any backend in float32."""
+FIRST_STEPS = {(1, 2, 3, 5, 10, 20): 5e-4, (50,): 5e-3}
+"""And how far a loss may be off there: three times as far as a TPU's rounding of products moves it."""
+PROBED = {"loss": (5, 5e-4), "grad_norm": (4, 0.015), "moved": (1, 1.0), "idle": (9, 1e-9), "orders": (0, 0)}
+"""Of what the fixed first steps give (`repro.recipes.probe`): decimals, and how far it may be off, likewise."""
 START = 0.1
 """By how much the first loss of random weights differs from seed to seed at most, with room."""
 RATES = (1, 10, 100, 200, 500, 1000, 2000)
@@ -86,16 +87,27 @@ def make_targets(runs: dict[int, Path]) -> tuple[list[dict[str, Any]], list[dict
             "tolerance": 1e-8,
             "source": "warm-up and decay, both linear",
         },
-        {
-            "metric": "loss",
-            "seeds": {
-                str(seed): {str(step): round(found[step]["loss"], 5) for step in FIRST_STEPS}
-                for seed, found in zip(runs, steps, strict=True)
-            },
-            "tolerance": ROUNDING,
-            "source": "the runs of these seeds: weights, order and labels are the same",
-        },
+        *(
+            {
+                "metric": "loss",
+                **({"step": first[0]} if len(first) == 1 else {}),
+                "seeds": {
+                    str(seed): {str(step): round(found[step]["loss"], 5) for step in first}
+                    for seed, found in zip(runs, steps, strict=True)
+                },
+                "tolerance": tolerance,
+                "source": "the runs of these seeds: weights, order and labels are the same",
+            }
+            for first, tolerance in FIRST_STEPS.items()
+        ),
     ]
+    for name, (decimals, tolerance) in PROBED.items():
+        found = facts[0]["probe"][name]
+        by_step = isinstance(found, dict)
+        wanted = {step: round(value, decimals) for step, value in found.items()} if by_step else round(found, decimals)
+        source = "from fixed weights, whatever the seed (repro/recipes/probe.py)"
+        row = {"metric": f"probe_{name}", "values" if by_step else "value": wanted, "tolerance": tolerance}
+        targets.append(row | {"source": source})
     for metric, margin in MARGINS.items():
         values = [final[metric.removeprefix("eval_")] for final in finals]
         targets.append(

@@ -18,8 +18,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     places = {"Caption": "models.captioning", "Captioner": "models.captioning", "Verification": "recipes.verify"}
-    place = places.get(name, "interface")
-    return getattr(import_module(f"repro.{place}"), name)
+    return getattr(import_module(f"repro.{places.get(name, 'interface')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -109,11 +109,6 @@ def _is_unread(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _is_upload(thread: threading.Thread) -> bool:
-    """Tell whether a thread uploads to the Hub; it has been given up, since all of the run is done."""
-    return thread.name == "hub"
-
-
 def program() -> None:
     """Run a command and end the process.
 
@@ -137,7 +132,9 @@ def program() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds
         status = UNREAD
     jax = sys.modules.get("jax")
-    ends_now = status in (INTERRUPTED, SIGNALLED + signal.SIGTERM) or any(map(_is_upload, threading.enumerate()))
+    # An upload (`repro.record.hub`) has been given up, since all of the run is done.
+    uploads = any(thread.name == "hub" for thread in threading.enumerate())
+    ends_now = uploads or status in (INTERRUPTED, SIGNALLED + signal.SIGTERM)
     # The other processes of a run wait for a proper end.
     if ends_now and not (jax and jax.distributed.is_initialized()):
         sys.stdout.flush()

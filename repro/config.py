@@ -22,6 +22,7 @@ from repro.parser import Checked, Numbers, Parser, add_fields, sentence
 
 DTYPES = ("float32", "float16", "bfloat16")
 IMPLEMENTATIONS = ("native", "transformers")
+FORMATS = ("msgpack", "safetensors", "pickle")
 
 USAGE = "%(prog)s FLAGS\n       %(prog)s FILE [FLAGS]"
 HOW_FLAGS_ARE_WRITTEN = (
@@ -83,6 +84,7 @@ class ExportArguments(Checked):
 
     model_name_or_path: str | None = flag(None, "Folder or Hub id of the model to export.")
     output_dir: str | None = flag(None, "Folder to write it to.")
+    weights_format: str | None = flag(None, "Of its weights, those in this format.", choices=FORMATS)
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,13 @@ class ModelArguments(Checked):
     decoder_model_name_or_path: str | None = _free(None, "Instead of a whole model: the decoder (see create-model).")
     encoder_config_name: str | None = _free(None, "Configuration of the encoder, if not its own.")
     decoder_config_name: str | None = _free(None, "Configuration of the decoder, if not its own.")
+    weights_format: str | None = _free(None, "Further: of its weights, those in this format.", choices=FORMATS)
     cache_dir: str | None = _free(None, "Where downloads, rows, tokens and images are kept (default: Hugging Face's).")
     use_fast_tokenizer: bool = _free(True, "Use the tokenizers library's tokenizer.")
     token: str | None = _free(None, "Hub token, for private models and data sets.", secret=True)
     trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
     dtype: str = flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
-    model_implementation: str | None = flag(
-        None, "Further: native for a ViT with GPT-2, or transformers' Flax class for any pair.", choices=IMPLEMENTATIONS
-    )
+    model_implementation: str | None = flag(None, "Further: whose model (default: native).", choices=IMPLEMENTATIONS)
     gradient_checkpointing: bool = _free(False, "Further: recompute activations backward, for less memory (native).")
 
 
@@ -171,25 +172,15 @@ class TrainingArguments(Checked):
     hub_model_id: str | None = _free(None, "Repository there (default: output_dir's name).")
     hub_token: str | None = _free(None, "Token with write access there.", secret=True)
     protocol: str = flag(
-        "exact",
-        "Further: whose numeric choices to follow: published, current or exact; with some changed:"
-        " published,stop_rule=exact.",
+        "exact", "Further: whose numeric choices: published, current or exact; some changed: published,stop_rule=exact."
     )
     num_replicas: int | None = _free(None, "Further: replicas, whatever computes them (default: devices).", COUNT)
     max_grad_norm: float | None = flag(None, "Further: scale gradients of a larger norm down to it.", POSITIVE)
     log_grad_norm: bool = _free(False, "Further: write the norm of each step's gradient to metrics.jsonl.")
-    deterministic: bool = _free(
-        False,
-        "Further: same bits in every run on a GPU too, where XLA then may not choose the fastest kernel by timing"
-        " (CPUs and TPUs need nothing).",
-    )
-    replicas_at_once: int | None = _free(
-        None, "Further: replicas computed at once, the others after them (default: as many as fit the memory).", COUNT
-    )
+    deterministic: bool = _free(False, "Further: same bits in every run on a GPU too, without its fastest kernels.")
+    replicas_at_once: int | None = _free(None, "Further: replicas computed at once (default: as many as fit).", COUNT)
     mesh: str | None = _free(
-        None,
-        "Further: how the devices are laid out; fsdp also cuts parameters and optimizer (default: all data).",
-        metavar="data=N,fsdp=M",
+        None, "Further: layout of the devices; fsdp cuts parameters too (default: all data).", metavar="data=N,fsdp=M"
     )
     save_steps: int | None = _free(
         None, "Further: steps between states, besides those at evaluations and ends of epochs; 0: no state.", NATURAL
@@ -199,9 +190,7 @@ class TrainingArguments(Checked):
     resume: str = _free(
         "never", "Further: auto resumes output_dir's last state; or a run's or a state's folder.", metavar="auto|FOLDER"
     )
-    coordinator: str | None = _free(
-        None, "Further: address of process 0 of several, where no cluster tells them.", metavar="HOST:PORT"
-    )
+    coordinator: str | None = _free(None, "Further: where process 0 of several listens.", metavar="HOST:PORT")
     process_id: int | None = _free(None, "Further: number of this process, from 0.", NATURAL)
     num_processes: int | None = _free(None, "Further: how many processes there are.", COUNT)
     distributed: bool = _free(
@@ -261,11 +250,7 @@ def given_flags(
 
 
 def make_arguments(classes: Sequence[type[Checked]], given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Make one instance of each class from the values of flags; what is not given is as by default.
-
-    Raises:
-        InputError: a number is not one that its flag takes.
-    """
+    """Make an instance of each class of the flags given, others as by default; an InputError names one out of range."""
     return tuple(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in classes)  # type: ignore[arg-type]
 
 

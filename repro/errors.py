@@ -32,9 +32,8 @@ class Interrupted(BaseException):
 
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether a library failed because nothing more can be written; some hide the system's number in a text."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return True
-    return any(text in str(error).lower() for text in DISK_FULL_TEXTS)
+    told = isinstance(error, OSError) and error.errno in DISK_FULL
+    return told or any(text in str(error).lower() for text in DISK_FULL_TEXTS)
 
 
 @contextmanager

@@ -72,9 +72,10 @@ class Result:
 
     def _repr_html_(self) -> str:
         evaluations = self._run.evaluations
-        lines = [line for found in evaluations.values() for line in figures(found.metrics)]
+        metrics = "\n".join(line for found in evaluations.values() for line in figures(found.metrics))
         pictures = _pictures(evaluations["eval"]) if "eval" in evaluations else ""
-        return (self.verification._repr_html_() if self.verification else "") + _as_html("\n".join(lines)) + pictures
+        verdict = self.verification._repr_html_() if self.verification else ""
+        return f"{verdict}<pre>{html.escape(metrics)}</pre>{pictures}"
 
 
 def train(*, progress: bool = True, **flags: Flag) -> Result:
@@ -118,11 +119,7 @@ def verify(
     seeds: int | None = None,
     recompute: bool | None = None,
 ) -> verifying.Verification:
-    """Hold finished runs against a recipe's targets, or `against` other runs, as `repro verify`.
-
-    Raises:
-        InputError: a folder is not there, or no recipe is known.
-    """
+    """Hold finished runs against a recipe's targets, or `against` other runs, as `repro verify`."""
     folders, reference = [Path(run) for run in runs], [Path(run) for run in against]
     return verifying.verify(folders, recipe=recipe, reference=reference, seeds=seeds, recompute=recompute)
 
@@ -130,11 +127,7 @@ def verify(
 def report(
     *runs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, recipe: str | None = None
 ) -> Path:
-    """Put runs on one page, as `repro report`; returns its path.
-
-    Raises:
-        InputError: a folder is not there or holds no run.
-    """
+    """Put runs on one page, as `repro report`; returns its path."""
     page = Path(output or Path(runs[0]) / REPORT)
     write_report([Path(run) for run in runs], page, recipe=recipe)
     return page
@@ -145,10 +138,6 @@ def _given(flags: dict[str, Flag], command: str) -> dict[str, object]:
     written = flags_of(flags)
     learn_flags(written)
     return given_flags(ARGUMENTS, written, command=command)
-
-
-def _as_html(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
 
 
 def _pictures(evaluation: Evaluation) -> str:

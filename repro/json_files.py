@@ -54,11 +54,7 @@ def checked(value: Any, form: type[Form]) -> Form:
 
 
 def read_json(file: Path, form: type[Form], *, largest: int = RECORDED_BYTES) -> Form:
-    """Read a file of at most `largest` bytes.
-
-    Raises:
-        InputError: it is not there, no regular file, larger, or cannot be read as that form.
-    """
+    """Read a file; an InputError if it is not there, not regular, has more bytes, or another form."""
     return _named(file, lambda: checked(parse(read_file(file, largest)), form))
 
 

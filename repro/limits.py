@@ -104,21 +104,19 @@ def open_file(path: str | Path, largest: int) -> io.BufferedReader | io.BytesIO:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
 
 
-def read_file(path: str | Path, largest: int) -> bytes:
-    """Read what `open_file` opens."""
+def read_file(path: str | Path, largest: int, part: tuple[int, int] = (0, -1)) -> bytes:
+    """Read what `open_file` opens, or a part of it: (offset, size) in bytes."""
     with open_file(path, largest) as opened:
-        return opened.read()
+        opened.seek(part[0])
+        return opened.read(part[1])
 
 
 class Lines(Iterator[str]):
-    """A file's lines; a Refused ends them where those of one record are too long.
-
-    Attributes:
-        taken: characters since the last record, at whose end the reader sets it to 0.
-    """
+    """A file's lines; a Refused ends them where those of one record are too long."""
 
     def __init__(self, opened: TextIO) -> None:
-        self._opened, self._number, self.taken = opened, 0, 0
+        self._opened, self._number = opened, 0
+        self.taken = 0  # characters since the last record, at whose end the reader sets it to 0
 
     def __next__(self) -> str:
         line = self._opened.readline(RECORD_CHARACTERS - self.taken + 1)
@@ -139,16 +137,13 @@ class BoundedReads(io.BufferedReader):
 
 
 class CheckedJson(io.IOBase):
-    """JSON on its way to a streaming parser, which takes memory with the square of the depth, and with each object.
-
-    Args:
-        list_depth: brackets around the objects of the list that is read.
-    """
+    """JSON on its way to a streaming parser, which takes memory with the square of the depth, and with each object."""
 
     _IGNORED = bytes(set(range(256)) - set(b'"[]{},'))
 
     def __init__(self, opened: IO[bytes], list_depth: int = 2) -> None:
-        self._opened, self._list_depth = opened, list_depth
+        self._opened = opened
+        self._list_depth = list_depth  # brackets around the objects of the list that is read
         self._rest, self._in_string, self._depth, self._record = b"", 0, 0, 0
 
     def close(self) -> None:
@@ -181,11 +176,7 @@ class CheckedJson(io.IOBase):
 
 
 def check_settings(folder: Path) -> None:
-    """Refuse a model's folder, if it is one, where reading its configuration or tokenizer could take for ever.
-
-    Raises:
-        InputError: a file there is no regular file, too large, or nested too deep.
-    """
+    """Refuse a model's folder by an InputError if a file of it is not regular, too large, or nested too deep."""
     files = [file for file in folder.glob("*") if file.name.startswith(SETTINGS)]
     for file in [*files, *folder.glob("additional_chat_templates/*")]:
         if file.is_dir():

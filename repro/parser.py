@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tomllib
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -19,8 +20,7 @@ from repro.limits import local_path
 
 COLUMN_OF_HELP = 34
 # What transformers' HfArgumentParser reads as true and as false.
-TRUTHS = {"yes": True, "true": True, "t": True, "y": True, "1": True}
-FALSEHOODS = {"no": False, "false": False, "f": False, "n": False, "0": False}
+TRUTHS, FALSEHOODS = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 # NumPy, JAX and XLA count with int32.
 LARGEST = 2**31 - 1
 # What stands for a value in the help: by its type, or by the last word of the flag's name.
@@ -161,9 +161,9 @@ def add_fields(
             text = f"{text.removesuffix('.')} (default: {str(field.default).lower()})."
         settings: dict[str, Any] = {
             "type": kind,
-            "default": argparse.SUPPRESS,
+            "default": SUPPRESS,
             "choices": field.metadata.get("choices"),
-            "help": argparse.SUPPRESS if hidden else text,
+            "help": SUPPRESS if hidden else text,
         }
         if kind is bool:
             settings |= {"type": _truth, "nargs": "?", "const": True}
@@ -172,17 +172,11 @@ def add_fields(
             settings["metavar"] = shown or METAVARS.get(word, word.upper())
         place.add_argument(f"--{field.name}", **settings)
         if field.default is True:
-            place.add_argument(
-                f"--no_{field.name}",
-                dest=field.name,
-                action="store_false",
-                default=argparse.SUPPRESS,
-                help=argparse.SUPPRESS if hidden else f"the same as --{field.name} false",
-            )
+            text = SUPPRESS if hidden else f"the same as --{field.name} false"
+            place.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=SUPPRESS, help=text)
 
 
 def _truth(text: str) -> bool:
-    found = (TRUTHS | FALSEHOODS).get(text.lower())
-    if found is None:
+    if text.lower() not in TRUTHS + FALSEHOODS:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return found
+    return text.lower() in TRUTHS

@@ -13,12 +13,7 @@ from tqdm.auto import tqdm
 
 
 def progress_bar(iterable: Any = None, *, progress: bool, **settings: Any) -> Any:
-    """Make a bar with tqdm's settings.
-
-    Args:
-        progress: False for none.
-        settings: tqdm's; `unit` is one, such as "image", or "B".
-    """
+    """Make a bar, or none, with tqdm's settings, of which `unit` is one, such as "image", or "B"."""
     if settings.get("unit", "B") != "B":
         settings["unit"] = f" {settings['unit']}s"
     shown = progress and (sys.stderr.isatty() or "ipykernel" in sys.modules)

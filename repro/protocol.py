@@ -62,8 +62,6 @@ EXACT = replace(
     always_evaluate_at_end=True,
 )
 PROTOCOLS = {protocol.name: protocol for protocol in (PUBLISHED, CURRENT, EXACT)}
-
-
 # The values that a switch can be given, by how they are written.
 SWITCHES: dict[str, dict[str, Any]] = {
     name: {str(value).lower(): value for value in get_args(kind) or (False, True)}

@@ -115,7 +115,7 @@ def history_search(log_probs: np.ndarray, num_beams: int, **settings):
         num_beams=num_beams,
         max_length=positions + 1,
         start_token_id=START,
-        end_token_id=END,
+        end_token_ids=[END],
         pad_token_id=PAD,
         **settings,
     )
@@ -195,7 +195,7 @@ def all_sequences(*rows: np.ndarray, num_beams: int, stop_rule: str, group_size:
         num_beams=num_beams,
         max_length=len(rows[0]) + 1,
         start_token_id=START,
-        end_token_id=END,
+        end_token_ids=[END],
         pad_token_id=PAD,
         stop_rule=stop_rule,
         group_size=group_size,

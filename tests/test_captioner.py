@@ -14,14 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_beam_search import CHEAP, images, randomized
-from transformers import VisionEncoderDecoderConfig
+from transformers import (
+    CLIPConfig,
+    DeiTConfig,
+    SwinConfig,
+    TrOCRConfig,
+    VisionEncoderDecoderConfig,
+    ViTConfig,
+)
 
 from repro.errors import InputError
 from repro.models.captioner import VisionEncoderDecoder
 from repro.models.configuration import check_config
 from repro.models.gpt2 import start_cache
 from repro.models.layers import FEW_ROWS, WIDE, times_transposed
-from repro.models.pretrained import Options, load_model
+from repro.models.pretrained import Options, Source, create_model, load_model
 from repro.training.losses import row_losses
 
 TOKENS = np.random.default_rng(0).integers(0, 340, (4, 9), dtype=np.int32)
@@ -234,7 +241,8 @@ CANNOT_BE = [
     *(("config.json", "decoder", name, 3) for name in ("scale_attn_weights", "activation_function")),
     *(("config.json", None, f"{name}_id", -1) for name in ("decoder_start_token", "eos_token", "pad_token")),
     *(("config.json", None, f"{name}_id", 340) for name in ("decoder_start_token", "eos_token", "pad_token")),
-    ("config.json", None, "eos_token_id", [0]),
+    *(("config.json", None, "eos_token_id", ends) for ends in ([], [0, 340], [[0]])),
+    ("config.json", None, "pad_token_id", [0]),
     *(("preprocessor_config.json", None, "resample", value) for value in ("x", 17, -1, 1e400)),
     *(("preprocessor_config.json", None, "image_mean", value) for value in ([0.5, 0.5], "x", [0.5, None, 1], [1e400])),
     *(("preprocessor_config.json", None, "image_std", value) for value in ([0.5, 0.5, 0], 0, [0.5, 0.5])),
@@ -244,7 +252,11 @@ CANNOT_BE = [
     *(("generation_config.json", None, name, 0) for name in ("num_beams", "max_length", "max_new_tokens")),
     *(("generation_config.json", None, name, "x") for name in ("num_beams", "length_penalty", "early_stopping")),
     ("generation_config.json", None, "length_penalty", 1e400),
-    ("generation_config.json", None, "eos_token_id", -1),
+    *(("generation_config.json", None, "eos_token_id", ends) for ends in (-1, 340, [0, 340])),
+    *(
+        ("generation_config.json", None, name, -1)
+        for name in ("min_length", "no_repeat_ngram_size", "repetition_penalty")
+    ),
 ]
 
 
@@ -282,3 +294,46 @@ def test_a_tokenizer_with_tokens_beyond_the_vocabulary_is_refused(golden_inputs,
 
     with pytest.raises(InputError, match="number 5000, the decoder's vocabulary ends at 339"):
         load_model(edited(golden_inputs, tmp_path / "model", "tokenizer.json", edit))
+
+
+def test_a_tokenizer_that_transformers_5_saved_is_read_by_4_too(golden_inputs, tmp_path):
+    def edit(content) -> None:  # as 5.24 writes it
+        content |= {"backend": "tokenizers", "is_local": True, "tokenizer_class": "TokenizersBackend"}
+        for name in ("added_tokens_decoder", "clean_up_tokenization_spaces", "extra_special_tokens"):
+            content.pop(name, None)
+
+    found = load_model(edited(golden_inputs, tmp_path / "model", "tokenizer_config.json", edit)).tokenizer
+    expected = load_model(str(golden_inputs / "model")).tokenizer
+    for text in ("a dog on the beach", " two  dogs<|endoftext|>"):
+        assert found(text).input_ids == expected(text).input_ids
+    assert (found.eos_token, found.bos_token) == (expected.eos_token, expected.bos_token)
+
+
+HALVES = {
+    "deit": ("encoder", DeiTConfig()),
+    "swin": ("encoder", SwinConfig()),
+    "clip": ("encoder", CLIPConfig()),
+    "trocr": ("decoder", TrOCRConfig()),
+    "vit": ("decoder", ViTConfig()),
+}
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_half_that_is_not_supported_is_named_with_those_that_are(golden_inputs, tmp_path, kind):
+    half, config = HALVES[kind]
+    whole = Path(golden_inputs, "model")
+    for name, part in ((half, config), *load_model(str(whole)).captioner.config.to_dict().items()):
+        if name in ("encoder", "decoder") and not (tmp_path / name).exists():
+            shutil.copytree(whole, tmp_path / name)
+            content = part if isinstance(part, dict) else part.to_dict()
+            (tmp_path / name / "config.json").write_text(json.dumps(content))
+    sources = [Source(None, str(tmp_path / name)) for name in ("encoder", "decoder")]
+    with pytest.raises(InputError, match=f"{half}: {kind} is not supported, only (vit|gpt2), .*those but vit and gpt2"):
+        create_model(*sources)
+
+
+def test_a_half_in_the_place_of_a_whole_model_is_named(golden_inputs, tmp_path):
+    shutil.copytree(golden_inputs / "model", tmp_path / "vit")
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    with pytest.raises(InputError, match="holds a vit, not a vision-encoder-decoder"):
+        load_model(str(tmp_path / "vit"))

@@ -71,6 +71,7 @@ FURTHER_FLAGS = [
     ("protocol", "exact", "published", "published"),
     ("num_replicas", None, "8", 8),
     ("model_implementation", None, "native", "native"),
+    ("weights_format", None, "safetensors", "safetensors"),
     ("gradient_checkpointing", False, "true", True),
     ("image_cache", True, "False", False),
     ("allow_image_urls", False, "True", True),

@@ -12,8 +12,10 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 import repro.evaluation.evaluator
+import repro.run.build
 from repro.data.batches import CaptionedImages
 from repro.data.captions import TokenizedCaptions, pack_tokens
 from repro.errors import InputError
@@ -309,7 +311,8 @@ def test_the_given_parameters_are_evaluated():
 class TracedModel:
     """A captioner that can be compiled: images are their first byte, and so are the tokens of their captions."""
 
-    generation_config = SimpleNamespace(num_beams=3)
+    config = SimpleNamespace(decoder_start_token_id=0, eos_token_id=0, pad_token_id=0)
+    generation_config = GenerationConfig(num_beams=3)
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
@@ -365,20 +368,22 @@ def test_nothing_is_compiled_for_an_evaluation_that_does_not_come():
     assert build(make_data(3))[1].asked == []
 
 
-def test_as_many_device_batches_are_evaluated_at_once_as_fit_beside_the_state():
+def test_as_many_device_batches_are_evaluated_at_once_as_fit_beside_the_state(monkeypatch):
     data = make_data(48)
     needs = [build(data, replicas=8, asked=number)[0].programs().num_bytes for number in (8, 4, 2, 1)]
     assert needs == sorted(set(needs), reverse=True), "fewer rows take less"
     for limit, rows in ((needs[0], 16), (needs[0] - 1, 8), (needs[2], 4), (needs[3], 2), (1, 2)):
-        evaluator, model = build(data, replicas=8, limit=limit)
+        monkeypatch.setattr(repro.run.build, "device_bytes", lambda _, limit=limit: (limit + 0.5) / SHARE)
+        evaluator, model = build(data, replicas=8)
         assert evaluator.programs().num_rows == rows
         assert {settings["group_size"] for settings in model.asked} == {2}
+    # Devices share each turn evenly: two of them never take the batch of one.
+    evaluator, _ = build(data, devices=2, replicas=8, rows=3)
+    assert evaluator.programs().num_rows == 6
     # What else is on the device counts.
+    monkeypatch.undo()
     everything = int(SHARE * device_bytes(jax.devices()[0]))
     assert build(data, replicas=8, held_bytes=everything - needs[2])[0].programs().num_rows == 4
-    # Devices share each turn evenly: two of them never take the batch of one.
-    evaluator, _ = build(data, devices=2, replicas=8, rows=3, limit=1)
-    assert evaluator.programs().num_rows == 6
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)

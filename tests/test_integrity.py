@@ -17,6 +17,7 @@ import pytest
 from test_verify import OWN, runs
 
 import repro.models.captioner
+import repro.models.generation
 import repro.recipes.integrity
 import repro.run.settings
 import repro.run.train
@@ -306,7 +307,7 @@ def other_protocol(**changed: Any) -> Plant:
 
 def other_search(**changed: Any) -> Plant:
     return replaced(
-        repro.models.captioner, "beam_search", lambda search, *args, **more: search(*args, **{**more, **changed})
+        repro.models.generation, "beam_search", lambda search, *args, **more: search(*args, **{**more, **changed})
     )
 
 

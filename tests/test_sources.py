@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
 
 import datasets
@@ -17,6 +19,7 @@ from repro.data import sources
 from repro.data.images import open_image
 from repro.data.sources import load_splits
 from repro.errors import InputError
+from repro.limits import CAPTION_CHARACTERS
 
 ROWS = [{"image_path": "a.jpg", "caption": "one"}, {"image_path": "b.jpg", "caption": 'two, "quoted" ü'}]
 
@@ -364,6 +367,17 @@ def as_web_dataset(folder: Path) -> dict[str, str]:
     return {"train_file": str(folder / "shard-*.tar")}
 
 
+def as_mixed_shards(folder: Path) -> dict[str, str]:
+    """Images of several formats and endings, in upper case too, and in another order than their texts."""
+    endings = ("png", "JPG", "jpeg", "webp")
+    for shard, rows in enumerate(([0, 1], [2, 3])):
+        members = {f"{row}.{endings[row]}": picture(SEEDS[row]) for row in rows[:1]}
+        members |= {f"{rows[0]}.TXT": CAPTIONS[rows[0]], f"{rows[1]}.txt": CAPTIONS[rows[1]]}
+        members |= {f"{row}.{endings[row]}": picture(SEEDS[row]) for row in rows[1:]}
+        write_shard(folder / f"{shard}.TAR", members)
+    return {"train_file": str(folder / "[01].TAR")}
+
+
 def as_numbered_shards(folder: Path) -> dict[str, str]:
     return as_web_dataset(folder) and {"train_file": str(folder / "shard-{0..1}.tar")}
 
@@ -404,7 +418,7 @@ def as_parquet_folder(folder: Path) -> dict[str, str]:
 
 
 SOURCES = (
-    *(as_parquet, as_plain_parquet, as_web_dataset, as_numbered_shards, as_img2dataset),
+    *(as_parquet, as_plain_parquet, as_web_dataset, as_mixed_shards, as_numbered_shards, as_img2dataset),
     *(as_image_folder, as_saved_data_set, as_parquet_folder),
 )
 
@@ -437,6 +451,49 @@ def test_fields_of_a_samples_json_are_captions_by_name_and_never_images(tmp_path
     for flag, name in (("caption_column", "json.title"), ("image_column", "json.url")):
         with pytest.raises(InputError, match=f"--{flag} '{name}'.*'__key__'"):
             load(path, cache_dir=cache, **{flag: name})
+
+
+def test_names_that_belong_to_several_samples_are_told_at_once(tmp_path: Path) -> None:
+    members = {f"photo.v{row}.{ending}": b"x" * 100 for row in range(3000) for ending in ("jpg", "txt")}
+    path, started = write_shard(tmp_path / "a.tar", members), time.monotonic()
+    with pytest.raises(InputError, match=r"one sample, 'photo', .* 'photo.v32.jpg'; .*'photo_v32.jpg'") as refused:
+        load(path)
+    assert time.monotonic() - started < 5
+    assert len(str(refused.value)) < 500 + len(str(tmp_path))
+
+
+def test_one_of_several_images_of_a_sample_is_taken_by_its_name(tmp_path: Path) -> None:
+    members = {"a.1.jpg": picture(0), "a.2.jpg": picture(1), "a.txt": "a", "b.1.jpg": picture(2), "b.txt": "b"}
+    path = write_shard(tmp_path / "a.tar", members)
+    with pytest.raises(InputError, match=r"which column holds the images\? .*'1.jpg', '2.jpg', 'txt'"):
+        load(path)
+    for column, kept, seed in (("1.jpg", ["a", "b"], 0), ("2.jpg", ["a"], 1)):
+        rows = load(path, image_column=column).dataset
+        assert rows["caption"][:] == kept
+        np.testing.assert_array_equal(read_image(rows["image_path"][0]), PIL.Image.open(io.BytesIO(picture(seed))))
+
+
+def test_rows_of_a_shard_that_cannot_be_used_are_dropped_one_by_one(tmp_path: Path) -> None:
+    members = {"a.jpg": picture(0), "a.txt": "a", "b.jpg": picture(1), "c.txt": "no image", "d.png": picture(2)}
+    members |= {"d.txt": b"\xff", "e.png": picture(3), "e.txt": "x" * (CAPTION_CHARACTERS + 1)}
+    rows = load(write_shard(tmp_path / "a.tar", members))
+    assert rows.dataset["caption"][:] == ["a"]
+    assert rows.dataset["image_id"][:] == ["a.jpg"]
+    reasons = ["no caption", "no image", "not valid Unicode", "at most 16,384 are read"]
+    assert all(reason in row["reason"] for reason, row in zip(reasons, rows.dropped, strict=True))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.4, 0.7])
+def test_a_shard_that_is_empty_cut_or_compressed_is_named(tmp_path: Path, keep: float) -> None:
+    path = Path(
+        write_shard(tmp_path / "a.tar", {f"{row}.{end}": "x" * 9999 for row in range(9) for end in ("jpg", "txt")})
+    )
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) - 100] if keep else gzip.compress(content))
+    with pytest.raises(InputError, match=r"a.tar: cannot be read as tar: .*not compressed"):
+        load(str(path))
+    with pytest.raises(InputError, match=r"a.tar: is empty"):
+        load(write_shard(path, {}))
 
 
 def test_a_real_shard_is_read(real_data: Path, tmp_path: Path) -> None:

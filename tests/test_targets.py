@@ -334,6 +334,8 @@ def test_another_seed_with_a_listed_ones_losses_is_that_run() -> None:
     copied = judge(goal, [Measured(8, {"1": 6.00001, "2": 5.90002})])
     assert copied is not None
     assert (copied.verdict, copied.reason) == ("FAIL", "seed 8 has the losses of seed 42")
+    near_by_chance = target(metric="loss", step=50, seeds={"42": {"50": 3.6938}}, tolerance=5e-3)
+    assert judge(near_by_chance, [Measured(8, {"50": 3.6939})]) is None
 
 
 def test_what_was_not_measured_never_passes() -> None:

@@ -131,6 +131,40 @@ def test_pytorch_generates_the_same_captions(golden_inputs, tmp_path, caplog, nu
     assert compared >= 8
 
 
+def random_settings(random: np.random.Generator) -> dict:
+    """What a public model's generation configuration may ask for, neutral values among them."""
+    return {
+        "num_beams": int(random.integers(1, 5)),
+        "no_repeat_ngram_size": int(random.choice([0, 2, 3])),  # of 1 no end is possible: it is the start, too
+        "repetition_penalty": float(random.choice([1.0, 0.7, 1.3, 3.0])),
+        str(random.choice(["min_length", "min_new_tokens"])): int(random.integers(0, 8)),
+        "eos_token_id": [[END], [END, *random.integers(1, 340, 40).tolist()]][random.integers(2)],
+        "length_penalty": float(random.choice([1.0, 0.5, 2.0])),
+        "early_stopping": [False, True, "never"][random.integers(3)],
+    }
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_generation_settings_of_public_models_give_the_sequences_of_pytorch(golden_inputs, tmp_path, caplog, case):
+    model = load_model(str(golden_inputs / "model"))
+    asked = random_settings(np.random.default_rng(case))
+    config = GenerationConfig(**asked, decoder_start_token_id=END, pad_token_id=END, max_length=MAX_LENGTH)
+    captioner = dataclasses.replace(model.captioner, generation_config=config)
+    search = compiled(dataclasses.replace(model, captioner=captioner), asked["num_beams"], MAX_LENGTH, "exact", ROWS)
+    compared = 0
+    for seed in range(10):
+        params, pixels = randomized(model.params, 100 * case + seed), images(seed)
+        save_model(model, params, tmp_path)
+        ours = np.asarray(search(params, pixels).tokens[:, 0])
+        theirs = in_pytorch(tmp_path, caplog).generate(normalized(model, pixels), generation_config=config).numpy()
+        expected = np.full((ROWS, MAX_LENGTH), END)
+        expected[:, : theirs.shape[1]] = theirs
+        whole = np.isin(expected[:, 1:], asked["eos_token_id"]).any(axis=1) | (asked["num_beams"] == 1)  # see above
+        np.testing.assert_array_equal(ours[whole], expected[whole], err_msg=f"{asked}, weights {seed}")
+        compared += whole.sum()
+    assert compared >= 3, asked
+
+
 @pytest.mark.parametrize(("num_beams", "seed"), [(1, 10), (3, 11), (8, 2)])
 def test_real_photographs_get_the_captions_and_scores_of_pytorch_and_of_the_flax_class(
     real_data, golden_inputs, tmp_path, caplog, num_beams, seed

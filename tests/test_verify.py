@@ -185,7 +185,7 @@ def test_all_of_a_recipes_targets_are_written_from_its_runs(runs, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     module = importlib.import_module("recipe_targets")
     monkeypatch.setattr(module, "RATES", (1, 10))
-    monkeypatch.setattr(module, "FIRST_STEPS", (1, 2))
+    monkeypatch.setattr(module, "FIRST_STEPS", {(1, 2): 5e-4})
     rows, listed = module.make_targets({seed: runs(seed) / "run" for seed in SEEDS})
     assert [row["seed"] for row in listed] == list(SEEDS)
     assert {row["metric"] for row in read_recipe("pocket")["targets"]} <= {row["metric"] for row in rows}
@@ -206,8 +206,8 @@ def wrong_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_rate(patch: pytest.MonkeyPatch) -> None:
-    create = repro.run.build.create_learning_rate_fn
-    patch.setattr(repro.run.build, "create_learning_rate_fn", lambda rate, **more: create(1.1 * rate, **more))
+    create = repro.training.steps.create_learning_rate_fn
+    patch.setattr(repro.training.steps, "create_learning_rate_fn", lambda rate, **more: create(1.1 * rate, **more))
 
 
 def shifted_labels(patch: pytest.MonkeyPatch) -> None:

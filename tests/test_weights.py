@@ -243,3 +243,30 @@ def test_export_writes_both_formats_and_overwrites_nothing(golden_inputs, model,
     assert main(flags) == 2
     assert main(flags[:3]) == 2
     assert "--output_dir is missing" in capsys.readouterr().err
+
+
+def grown(params):
+    return jax.tree.map(lambda leaf: leaf + np.float32(1), params)
+
+
+@pytest.mark.parametrize("holds", [WHOLE, ENCODER])
+def test_formats_that_differ_are_named_and_one_may_be_chosen(model, tmp_path, holds):
+    params = model.params["encoder"] if holds else model.params
+    save_weights(grown(params), tmp_path)
+    (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(params))
+    with pytest.raises(InputError, match=r"flax_model.msgpack: and model.safetensors hold different weights \(\d+ of"):
+        load(tmp_path, model, holds)
+    for form, expected in (("msgpack", params), ("safetensors", grown(params))):
+        found, _ = load_weights(str(tmp_path), lambda: model.captioner.init(5), holds=holds, form=form)
+        assert_same(found, {"encoder": expected} if holds else expected)
+
+
+def test_a_model_trained_on_elsewhere_is_exported_by_its_format(model, tmp_path, capsys):
+    save_model(model, model.params, tmp_path / "model")
+    save_model(model, later := grown(model.params), tmp_path / "later")
+    (tmp_path / "later" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
+    command = ["export", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "new")]
+    assert main(command) == 2
+    assert "--weights_format msgpack or safetensors" in capsys.readouterr().err
+    assert main([*command, "--weights_format", "safetensors"]) == 0
+    assert_same(load_model(str(tmp_path / "new")).params, later)

@@ -66,12 +66,9 @@ def main(argv: list[str]) -> int:
     if images:
         from repro.models.captioning import Captioner
 
-        model = _checkpoint_of(args.model)
-        settings = dict(vars(how))
+        settings = vars(how) | {"allow_image_urls": args.allow_image_urls}
         of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation")}
-        results = Captioner.from_pretrained(model, **of_model).stream(
-            images, allow_image_urls=args.allow_image_urls, **settings
-        )
+        results = Captioner.from_pretrained(_checkpoint_of(args.model), **of_model).stream(images, **settings)
     outcomes = ((name, problem or next(results)[1]) for name, problem in found)
     failures = _print(outcomes, len(found), as_json=args.json, width=_width(found))
     if failures:
@@ -89,9 +86,8 @@ def _parser() -> Parser:
         epilog="An image whose name begins with a dash is named after `--`, or as ./-NAME.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id; of a run, its best or else newest checkpoint")
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="file, folder, pattern, or - for paths on standard input, one a line"
-    )
+    named = "file, folder, pattern, or - for paths on standard input, one a line"
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=named)
     add_fields(parser, CaptionArguments)
     parser.add_argument("--json", action="store_true", help='a line each: {"image", "captions"} or {"image", "error"}')
     parser.add_argument("--null", action="store_true", help="paths on standard input end with NUL (`find -print0`)")
@@ -145,25 +141,18 @@ def _expanded(path: str, skipped: dict[str, int]) -> Iterator[Found]:
     if not os.path.isdir(path):
         yield Found(path)
         return
-    images: list[str] = []
-    problems: list[Found] = []
-    others = 0
-
-    def note(error: OSError) -> None:
-        problems.append(Found(str(error.filename), f"the folder cannot be read: {error.strerror}"))
-
-    for folder, folders, files in os.walk(path, onerror=note):
+    errors: list[OSError] = []
+    files: list[str] = []
+    for folder, folders, names in os.walk(path, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                is_image = name.lower().endswith(IMAGE_SUFFIXES)
-                images += [os.path.join(folder, name)] * is_image
-                others += not is_image
-    if others:
-        skipped[path] = others
-    if not images and not problems:
-        problems.append(Found(path, f"holds no images ({', '.join(name[1:] for name in IMAGE_SUFFIXES)})"))
-    yield from sorted([*map(Found, images), *problems], key=itemgetter(0))
+        files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    found = [Found(file) for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+    if len(found) < len(files):
+        skipped[path] = len(files) - len(found)
+    found += [Found(str(error.filename), f"the folder cannot be read: {error.strerror}") for error in errors]
+    if not found:
+        found = [Found(path, f"holds no images ({', '.join(name[1:] for name in IMAGE_SUFFIXES)})")]
+    yield from sorted(found, key=itemgetter(0))
 
 
 def _width(found: Iterable[Found]) -> int:

@@ -49,10 +49,9 @@ def main(argv: list[str]) -> int:
         (scenes,) = make_arguments((PocketArguments,), args)
         from repro.pocket.halves import render_pocket
 
-        folder = args["folder"]
-        check_writable(folder, "FOLDER")
-        render_pocket(folder, **vars(scenes))
-        print(f"written to {folder}")
+        check_writable(args["folder"], "FOLDER")
+        render_pocket(args["folder"], **vars(scenes))
+        print(f"written to {args['folder']}")
         return 0
     from repro.data.download import DOWNLOADS, download_coco
 
@@ -69,6 +68,5 @@ def _check(argv: list[str]) -> int:
     start_logging()
     from repro.recipes.preflight import check_data
 
-    print(check_data(*parsed))
-    print(f"written to {parsed[-1].report_dir}")
+    print(check_data(*parsed), f"written to {parsed[-1].report_dir}", sep="\n")
     return 0

@@ -36,7 +36,7 @@ def export(argv: list[str]) -> int:
     from repro.models.pretrained import Options, load_model
     from repro.record.model_card import CARD
 
-    native = Options(implementation="native")
+    native = Options(implementation="native", weights_format=args.weights_format)
     folder = Path(args.output_dir)
     status = _write(lambda: load_model(args.model_name_or_path, native), folder)
     card = Path(args.model_name_or_path, CARD)

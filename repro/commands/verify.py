@@ -12,24 +12,17 @@ from repro.parser import Parser, sentence
 
 STATUS_OF_VERDICT = {"PASS": 0, "FAIL": 1, "CANNOT TELL": 2}
 EPILOG = "The exit status is 0 for PASS, 1 for FAIL and 2 for CANNOT TELL."
+RUNS: Any = {"nargs": "+", "type": Path, "metavar": "RUN"}
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="repro verify", description=sentence(COMMANDS["verify"]), epilog=EPILOG)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folders of a reproduction or of a run, one for each seed"
-    )
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME",
-        help="whose targets (default: those of the recipe that the first folder was made by)",
-    )
-    parser.add_argument(
-        "--against", nargs="+", type=Path, default=(), metavar="RUN", help="runs that take the reference's place"
-    )
-    parser.add_argument(
-        "--seeds", type=int, metavar="N", help="how many runs there were to be, decided before the first of them"
-    )
+    parser.add_argument("runs", **RUNS, help="folders of a reproduction or of a run, one for each seed")
+    whose = "whose targets (default: those of the recipe that the first folder was made by)"
+    parser.add_argument("--recipe", metavar="NAME", help=whose)
+    parser.add_argument("--against", **RUNS, default=(), help="runs that take the reference's place")
+    number = "how many runs there were to be, decided before the first of them"
+    parser.add_argument("--seeds", type=int, metavar="N", help=number)
     again = "evaluate the last model of each run again (default: what the recipe says; pocket does)"
     parser.add_argument("--recompute", action="store_true", default=None, help=again)
     parser.add_argument("--no_recompute", action="store_false", dest="recompute", help="do not")
@@ -54,10 +47,9 @@ def main(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     parser = Parser(prog="repro report", description=sentence(COMMANDS["report"]))
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs or of reproductions")
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="whose targets they are held against (default: their own, if any)"
-    )
+    parser.add_argument("runs", **RUNS, help="folders of runs or of reproductions")
+    whose = "whose targets they are held against (default: their own, if any)"
+    parser.add_argument("--recipe", metavar="NAME", help=whose)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first folder")
     args = parser.parse_args(argv)
     start_logging()
@@ -80,8 +72,7 @@ def conclude(verification: Any) -> int:
         print(f"cannot tell: {problem}")
     if verification.outcomes:
         print(coloured(verification.table, sys.stdout))
-    claim = f", {verification.claim}" if verification.claim else ""
-    number = len(verification.runs)
+    number, claim = len(verification.runs), f", {verification.claim}" * bool(verification.claim)
     end = f"{number} run{'s' * (number > 1)} of {verification.recipe}{claim}"
     print(coloured(f"\n{verification.verdict}: {end}", sys.stdout))
     return STATUS_OF_VERDICT[verification.verdict]

@@ -33,6 +33,7 @@ TWO_PATHS = ("os.rename", "os.link", "os.symlink")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 _below: ContextVar[Path | None] = ContextVar("below", default=None)
+_watch_files = cache(sys.addaudithook)  # once, and for good: it cannot be undone
 log = logging.getLogger("repro")
 
 
@@ -40,11 +41,8 @@ log = logging.getLogger("repro")
 def whole_file(file: Path, content: str) -> Iterator[Path]:
     """Give the path to write to; it becomes the file when the block is left.
 
-    Args:
-        content: what it is, for the error message.
-
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written; it says what `content` it is.
     """
     # Hosts and containers that share a disk may have processes of the same id.
     partial = file.with_name(f"{file.name}.{uuid4().hex}.partial")
@@ -63,15 +61,12 @@ def build_once(
 ) -> list[Any]:
     """Have one of the processes that want a file write it, on whatever host they are; the others wait for it.
 
-    A hash lies beside it, so that a file that was damaged is written again.
+    A hash lies beside it, so that a file that was damaged is written again, and what was noted, which is returned.
 
     Args:
         content: what it is, for messages.
         build: writes it to the path that it is given, and returns what is to be noted of it.
         rebuild: a run's own name, to have written again what another has written; None to take that.
-
-    Returns:
-        What was noted when it was written.
 
     Raises:
         InputError: it cannot be written or locked.
@@ -110,25 +105,20 @@ def _hash_of(file: Path, notes: list[Any]) -> str:
 def alone(lock_file: Path) -> Iterator[None]:
     """Keep out all others that lock this file; the system lets go of it when this process ends, however it does.
 
-    Across hosts that takes a file system with `flock`, as NFS has since Linux 2.6.12.
-
-    Raises:
-        OSError: the file system has no locks.
+    Across hosts that takes a file system with `flock`, as NFS has since Linux 2.6.12; one without is an OSError.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             log.info("%s: another process is building there; waiting for it", lock_file)
-            lock.acquire()
+            held = lock.acquire()
     except NotImplementedError as error:
         raise OSError(str(error)) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -143,11 +133,7 @@ def _kept_there(file: Path, content: str) -> Iterator[None]:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Check that files can be written in a folder, which need not be there yet; leaves nothing behind.
-
-    Raises:
-        InputError: they cannot; it names the flag, the folder and the system's reason.
-    """
+    """Check that files can be written in a folder, there or not, and leave nothing; an InputError names the flag."""
     missing: list[Path] = []
     try:
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -181,11 +167,7 @@ def sha256_of(file: Path) -> str:
 
 
 def check_plain_names(source: str | Path, names: Iterable[Any]) -> None:
-    """Check that what a model says its files are called leads nowhere else.
-
-    Raises:
-        InputError: a name has a folder in it, or could not be that of a file.
-    """
+    """Raise an InputError if what a model says its files are called has a folder in it, or could not be a file."""
     for name in names:
         if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
             raise InputError(
@@ -196,12 +178,8 @@ def check_plain_names(source: str | Path, names: Iterable[Any]) -> None:
 
 @contextmanager
 def writing_only_below(folder: Path) -> Iterator[None]:
-    """Keep this thread's Python code from writing anywhere else, whatever names a library takes from a model.
-
-    Raises:
-        InputError: it tried to.
-    """
-    _watch_files()
+    """Let this thread's Python write nowhere else, whatever names a library takes from a model; else an InputError."""
+    _watch_files(_refuse_outside)
     token = _below.set(Path(os.path.realpath(folder)))
     try:
         yield
@@ -213,12 +191,6 @@ def writing_only_below(folder: Path) -> Iterator[None]:
 
 class _Outside(PermissionError):
     """Where it is raised for a module's compiled form, Python goes on without."""
-
-
-@cache
-def _watch_files() -> None:
-    """Have Python report each file that is about to be opened or changed, for good: it cannot be undone."""
-    sys.addaudithook(_refuse_outside)
 
 
 def _refuse_outside(event: str, arguments: tuple[Any, ...]) -> None:

@@ -67,12 +67,7 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 def check_sizes(num_rows: int, *, train_batch: int, eval_batch: int, block_size: int) -> None:
-    """Check that the training rows can be cut as asked.
-
-    Raises:
-        InputError: the block size is negative or not a multiple of both global batches, or a batch has more rows
-        than there are.
-    """
+    """Check that the training rows can be cut as asked; an InputError names the block or batch size that forbids it."""
     for name, batch in (("train", train_batch), ("eval", eval_batch)):
         if block_size < 0 or block_size % batch:
             raise InputError(

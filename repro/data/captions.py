@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,10 @@ CHUNK = 10_000  # captions tokenized at once, by all threads of the tokenizers l
 
 @dataclass(frozen=True)
 class TokenizedCaptions:
-    """The captions of N rows, each of T tokens.
+    """The captions of N rows, each of T tokens."""
 
-    Attributes:
-        records: [N] with `labels` (uint16[T] or int32[T]) and `mask` (bits, uint8[ceil(T / 8)]), maybe on disk.
-    """
-
-    records: np.ndarray
+    records: np.ndarray  # [N], `labels` uint16[T] or int32[T] and `mask` (bits) uint8[ceil(T / 8)]; maybe on disk
     decoder_start_token_id: int  # the first of the decoder's inputs
-
-    def __len__(self) -> int:
-        return len(self.records)
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Gather rows int[B]: `labels`, `decoder_input_ids` and `decoder_attention_mask`, int32[B,T].
@@ -59,19 +52,8 @@ class TokenizedCaptions:
 
 
 def shift_right(labels: np.ndarray, decoder_start_token_id: int) -> np.ndarray:
-    """Make each position the one before it predicts.
-
-    Args:
-        labels: int32[N,T]
-        decoder_start_token_id: what the first position becomes.
-
-    Returns:
-        int32[N,T]
-    """
-    shifted = np.empty_like(labels)
-    shifted[:, 0] = decoder_start_token_id
-    shifted[:, 1:] = labels[:, :-1]
-    return shifted
+    """Make each position of int32[N,T] the one before it predicts, and the first one the start token; int32[N,T]."""
+    return np.insert(labels[:, :-1], 0, decoder_start_token_id, axis=1)
 
 
 def tokenize_captions(
@@ -153,9 +135,8 @@ def _tokenize(captions: Iterator[str | None], tokenizer: Any, max_length: int, k
         labels = np.full((count, max_length), tokenizer.pad_token_id, np.int32)
         mask = np.zeros_like(labels)
         if given:
-            encoded = tokenizer(
-                texts, max_length=max_length, padding="max_length", truncation=True, return_tensors="np"
-            )
+            how = {"max_length": max_length, "padding": "max_length", "truncation": True, "return_tensors": "np"}
+            encoded = tokenizer(texts, **how)
             labels[given], mask[given] = encoded["input_ids"], encoded["attention_mask"]
         yield pack_tokens(labels, mask, kind)
 
@@ -168,11 +149,8 @@ def _target_texts(captions: Iterator[str | None], tokenizer: Any) -> Iterator[tu
 
 
 def _save(file: Path, chunks: Iterator[np.ndarray], count: int) -> None:
+    first = next(chunks)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (count,)}
     with file.open("wb") as opened:
-        for number, chunk in enumerate(chunks):
-            if number == 0:
-                descr = np.lib.format.dtype_to_descr(chunk.dtype)
-                np.lib.format.write_array_header_2_0(
-                    opened, {"descr": descr, "fortran_order": False, "shape": (count,)}
-                )
-            opened.write(chunk.tobytes())
+        np.lib.format.write_array_header_2_0(opened, header)
+        opened.writelines(chunk.tobytes() for chunk in chain([first], chunks))

@@ -43,11 +43,7 @@ KARPATHY_IMAGE = keys(split=str, filename=str, sentences=SENTENCES, **OPTIONAL)
 
 
 def check_folder(data_dir: str | Path) -> Path:
-    """Give the absolute path of a folder of COCO's files.
-
-    Raises:
-        InputError: there is none, or it is empty.
-    """
+    """Give the absolute path of a folder of COCO's files; an InputError if there is none, or it is empty."""
     folder = Path(data_dir)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(
@@ -58,13 +54,8 @@ def check_folder(data_dir: str | Path) -> Path:
 
 
 def annotation_file(folder: Path, year: str, split: str) -> tuple[Path, str]:
-    """Find a split's official annotations, unpacked or in a zip: the file, and the name inside.
-
-    Raises:
-        InputError: they are missing.
-    """
-    part = SPLIT_NAMES[split] + year
-    is_test = split == "test"
+    """Find a split's official annotations, the file or zip and the name inside; an InputError if they are missing."""
+    part, is_test = SPLIT_NAMES[split] + year, split == "test"
     member = f"annotations/{'image_info' if is_test else 'captions'}_{part}.json"
     archive = f"image_info_{part}.zip" if is_test else f"annotations_trainval{year}.zip"
     for file in (folder / member, folder / archive):
@@ -108,9 +99,7 @@ def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> I
         if isinstance(first, dict) and "sentences" in first:
             return _karpathy_records(file, split, folders)
     part = file.stem.removeprefix("captions_").removeprefix("image_info_")
-
-    finder = _ImageFinder(file, folders, part)
-    return _records(file, "", finder, has_captions=has_captions)
+    return _records(file, "", _ImageFinder(file, folders, part), has_captions=has_captions)
 
 
 def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterator[Record]:
@@ -219,10 +208,8 @@ class _ImageFinder:
                 yield f"{ZIP}{'' if top else f'{part}/'}{name}::{folder / part}.zip"
 
     def _is_there(self, reference: str) -> bool:
-        if packed := reference.startswith(ZIP):
-            name, _, place = reference.removeprefix(ZIP).partition("::")
-        else:
-            place, _, name = reference.rpartition("/")
+        packed = reference.startswith(ZIP)
+        name, _, place = reference.removeprefix(ZIP).partition("::") if packed else reference.rpartition("/")[::-1]
         if place not in self._listed:
             self._listed[place] = set()
             with suppress(OSError, *DAMAGED_ZIP):

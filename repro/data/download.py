@@ -40,10 +40,6 @@ class RemoteFile:
     md5: str | None = None
     size: int | None = None
 
-    @property
-    def name(self) -> str:
-        return self.path.rsplit("/", 1)[-1]
-
 
 ANNOTATIONS = RemoteFile("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", 252_907_541)
 TEST_IMAGES = RemoteFile("annotations/image_info_test2017.zip", "85da7065e5e600ebfee8af1edb634eb5")
@@ -105,7 +101,8 @@ def download_coco(
 
 def download(file: RemoteFile, folder: Path, *, base_urls: Sequence[str], progress: bool = True) -> Path:
     """Download one file, or find it there; see `download_coco` for what is raised."""
-    target, part = folder / file.name, folder / f"{file.name}.part"
+    target = folder / Path(file.path).name
+    part = target.with_name(f"{target.name}.part")
     if target.exists():
         _check(target, file, progress=progress)
         return target
@@ -236,9 +233,8 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
 
 
 def _bar(description: str, progress: bool, **settings: Any) -> Any:
-    return progress_bar(
-        progress=progress, desc=description, unit="B", unit_scale=True, unit_divisor=1024, leave=False, **settings
-    )
+    in_bytes = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+    return progress_bar(progress=progress, desc=description, **in_bytes, **settings)
 
 
 def _size(path: Path) -> int:

@@ -84,10 +84,7 @@ def one_line(error: Exception) -> str:
 def json_prefix(file: Path) -> str | None:
     """Find where a json file has its list: `item` or the name of a list in one object; None where lines are objects.
 
-    COCO's annotation files have `annotations.item`, Karpathy's splits `images.item`.
-
-    Raises:
-        InputError: the file is not JSON.
+    COCO's annotation files have `annotations.item`, Karpathy's splits `images.item`; what is not JSON, an InputError.
     """
     found = None
     try:

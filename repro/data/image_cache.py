@@ -54,9 +54,7 @@ LINE: Any = tuple[str, tuple[Count, str, bool] | str | dict[str, Any]]  # of the
 class StoredImages:
     """Images one after another in a file, read when they are asked for; what stays in memory is the system's cache.
 
-    Args:
-        entries: of each image its place in the file, the sum of its bytes, and whether it is turned.
-        decode: what gives those anew whose bytes have changed.
+    Their entries are those of the `Index`; `decode` gives those anew whose bytes have changed.
     """
 
     def __init__(self, file: Path, entries: list[Any], shape: tuple[int, ...], decode: Again) -> None:
@@ -94,7 +92,10 @@ class ImageCache:
         if rebuild is not None:
             with alone(self._lock):
                 if self._read()[0] != rebuild:  # of all processes of a run, the first one discards
-                    self._begin_anew(rebuild)
+                    # Replaced, not emptied: a run that reads them keeps them.
+                    self._index.unlink(missing_ok=True)
+                    write_whole(self._pixels, b"")
+                    write_whole(self._index, self._lines(rebuild, {}))
         build, index = self._read()
         bar.update(sum(key in index for key in keys))
         if build and index.keys() >= set(keys):
@@ -122,12 +123,9 @@ class ImageCache:
             return None, {}
         # No slot is given twice: of those that are, at most one entry is right, and which is not known.
         times = Counter(entry[0] for _, entry in rows[1:] if isinstance(entry, list))
-        index: Index = {
-            key: entry
-            for key, entry in rows[1:]
-            if isinstance(entry, str) or (isinstance(entry, list) and times[entry[0]] == 1 and entry[0] < available)
-        }
-        return rows[0][0], index
+        is_whole = lambda entry: times[entry[0]] == 1 and entry[0] < available  # noqa: E731
+        known = ((key, entry) for key, entry in rows[1:] if isinstance(entry, str | list))
+        return rows[0][0], {key: entry for key, entry in known if isinstance(entry, str) or is_whole(entry)}
 
     def _extend(self, references: Sequence[str], keys: Sequence[str], decode: Decode, bar: Any) -> Index:
         """Decode what is missing and add it; what cannot be used for a reason that may pass is told, but not kept."""
@@ -144,8 +142,7 @@ class ImageCache:
                 " with --no_image_cache."
             )
         slot = 1 + max((entry[0] for entry in index.values() if not isinstance(entry, str)), default=-1)
-        passing: Index = {}
-        added: Index = {}
+        passing, added = Index(), Index()
         with self._pixels.open("r+b") as pixels, self._index.open("a") as opened:
             pixels.seek(slot * self._image_bytes)
 
@@ -181,22 +178,16 @@ class ImageCache:
         build, index = self._read()
         lines = self._lines(build or uuid4().hex, index)
         if self._index.exists():
-            if self._index.read_bytes() == lines.encode():
+            if self._index.read_bytes() == lines:
                 return index
             log.warning("%s: the image cache is not whole; what is missing is decoded again", self.folder)
         if build is None:
             write_whole(self._pixels, b"")
-        write_whole(self._index, lines.encode())
+        write_whole(self._index, lines)
         return index
 
-    def _begin_anew(self, build: str) -> None:
-        # Replaced, not emptied: a run that reads them keeps them.
-        self._index.unlink(missing_ok=True)
-        write_whole(self._pixels, b"")
-        write_whole(self._index, self._lines(build, {}).encode())
-
-    def _lines(self, build: str, index: Index) -> str:
-        return "".join(map(_line, [(build, self._settings), *index.items()]))
+    def _lines(self, build: str, index: Index) -> bytes:
+        return "".join(map(_line, [(build, self._settings), *index.items()])).encode()
 
 
 def _sum(image: np.ndarray) -> str:
@@ -252,15 +243,9 @@ def _decoded_again(references: Sequence[str], decode: Decode, places: Iterable[i
 
 
 class DecodedImages:
-    """Images that are decoded once to see which can be used, and again when they are asked for.
+    """Images that are decoded once to see which can be used (see `ImageStore`), and again when they are asked for.
 
-    Args:
-        decode: gives images by place, or why they cannot be used.
-        capacity: images that stay in memory, unless more are asked for at once; None keeps all.
-        bar: shows how many have been decoded.
-
-    Attributes:
-        failures, turned: see `ImageStore`.
+    Of them `capacity` stay in memory, unless more are asked for at once; None keeps all.
     """
 
     def __init__(self, references: Sequence[str], decode: Decode, capacity: int | None, bar: Any) -> None:
@@ -271,13 +256,14 @@ class DecodedImages:
         self.failures: dict[str, str] = {}
         self.turned: set[str] = set()
         for place, image in self._decode(range(len(references))):
+            bar.update()
             if isinstance(image, ImageError):
                 self.failures[references[place]] = str(image)
-            elif len(self._kept) < self._capacity:
+                continue
+            if len(self._kept) < self._capacity:
                 self._kept[place] = image[0]
-            if isinstance(image, tuple) and image[1]:
+            if image[1]:
                 self.turned.add(references[place])
-            bar.update()
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         with self._lock:
@@ -302,10 +288,9 @@ def load_images(
     rebuild: str | None = None,
     progress: bool = True,
 ) -> ImageStore:
-    """Decode each reference once, but for what earlier runs have decoded.
+    """Decode each of distinct references once, but for what earlier runs have decoded.
 
     Args:
-        references: distinct.
         cache_dir: folder of the cache, which runs may share and build at the same time; None for none.
         capacity: without a cache, how many decoded images are kept in memory; None for all.
         num_workers: threads that decode; None for one on each core.

@@ -3,7 +3,8 @@
 `pixel_table` holds what the processor's rescaling and normalization make of each of the 256 values, so that a table
 look-up on the device gives its float32 pixels bit for bit.
 
-An image is referred to by a path or a URL, or as `zip://MEMBER::ARCHIVE` or `arrow://ROW/COLUMN::FILE`.
+An image is referred to by a path or a URL, or as `zip://MEMBER::ARCHIVE`, `arrow://ROW/COLUMN::FILE` or
+`tar://OFFSET/SIZE::ARCHIVE`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from repro import limits
 from repro.errors import InputError
 from repro.limits import URL_SCHEMES, Refused
 
-ZIP, ARROW = EMBEDDED = "zip://", "arrow://"
+ZIP, ARROW, TAR = EMBEDDED = "zip://", "arrow://", "tar://"
 # Pillow's modes of gray: 16 bits, and those whose white no file names.
 SIXTEEN_BITS, WITHOUT_WHITE = ("I;16", "I;16L", "I;16B"), ("I", "F")
-BITS_PER_SAMPLE, ORIENTATION = 258, 0x0112  # tags of TIFF, and so of EXIF
 TURNED = range(2, 9)  # orientations but for 1, upright
 DOWNLOAD_SECONDS = 20
 # Of all images that are being decoded.
@@ -45,15 +45,11 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 
 class ImageError(Exception):
-    """An image cannot be used; the message is the reason.
-
-    Attributes:
-        passing: whether the reason may pass without a trace in the file, such as a missing permission.
-    """
+    """An image cannot be used; the message is the reason."""
 
     def __init__(self, reason: str, *, passing: bool = False) -> None:
         super().__init__(reason)
-        self.passing = passing
+        self.passing = passing  # whether the reason may pass without a trace in the file, such as a missing permission
 
 
 @dataclass(frozen=True)
@@ -78,11 +74,7 @@ def pixel_table(image_processor: Any) -> np.ndarray:
 
 
 def resize_of(image_processor: Any) -> Resize:
-    """Read the geometry of an image processor.
-
-    Raises:
-        InputError: it does not resize to one fixed height and width.
-    """
+    """Read the geometry of an image processor; an InputError if it does not resize to one fixed height and width."""
     # transformers 5 lists the sizes that are not given, too.
     size = {name: pixels for name, pixels in dict(image_processor.size).items() if pixels is not None}
     if not image_processor.do_resize or set(size) != {"height", "width"}:
@@ -122,9 +114,9 @@ def open_image(reference: str) -> Iterator[Image.Image]:
     except OSError as error:
         # What the system or a server says has a number or a response; Pillow's own OSErrors are about the content.
         passing = error.errno is not None or hasattr(error, "response")
-        raise ImageError(error.strerror or _reason(error), passing=passing) from error
+        raise ImageError(error.strerror or f"{type(error).__name__}: {error}", passing=passing) from error
     except Exception as error:  # Pillow's readers of rare formats raise whatever comes when the content is broken
-        raise ImageError(_reason(error)) from error
+        raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
 @cache
@@ -143,7 +135,7 @@ def view_image(reference: str, *, turn_upright: bool = True) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """Turn a photograph as its camera was held; gives the same object where its EXIF does not say that it is turned."""
     try:
-        return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION) in TURNED else image
+        return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation) in TURNED else image
     except Exception:  # a block of EXIF that cannot be read says nothing about the picture
         return image
 
@@ -211,13 +203,9 @@ def in_sixteen_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I" and image.format == "PPM":
         return Image.fromarray(np.asarray(image).astype(np.uint16))
     if image.mode in SIXTEEN_BITS and image.format == "TIFF":
-        (bits,) = image.tag_v2[BITS_PER_SAMPLE]  # type: ignore[attr-defined]
+        (bits,) = image.tag_v2[ExifTags.Base.BitsPerSample]  # type: ignore[attr-defined]
         return Image.fromarray(np.asarray(image) << 16 - bits) if bits < 16 else image
     return image
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _source(reference: str) -> tuple[int, Callable[[], bytes]]:
@@ -234,6 +222,11 @@ def _source(reference: str) -> tuple[int, Callable[[], bytes]]:
         value = _arrow_column(file, column)[int(row)]
         value = value["bytes"] if hasattr(value, "keys") else value
         return limits.bounded(len(value.as_buffer()), limits.IMAGE_BYTES), value.as_py
+    if reference.startswith(TAR):
+        place, _, file = reference.removeprefix(TAR).partition("::")
+        offset, _, size = place.partition("/")
+        part = int(offset), limits.bounded(int(size), limits.IMAGE_BYTES)
+        return part[1], partial(limits.read_file, file, limits.LIST_BYTES, part)
     return limits.size_of(reference, limits.IMAGE_BYTES), partial(limits.read_file, reference, limits.IMAGE_BYTES)
 
 

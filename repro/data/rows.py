@@ -63,9 +63,8 @@ def make_rows(
 
 def column(dataset: Dataset, name: str) -> Iterator[Any]:
     """Iterate over a column's values without holding all of them."""
-    table = dataset.select_columns([name]).with_format("arrow")
-    for start in range(0, len(dataset), CHUNK):
-        yield from table[start : start + CHUNK][name].to_pylist()
+    for batch in dataset.select_columns([name]).with_format("arrow").iter(CHUNK):
+        yield from batch[name].to_pylist()
 
 
 def _write(sink: Any, records: Iterable[Record], split: str, source: str) -> list[Dropped]:

@@ -25,6 +25,7 @@ from repro.data import coco
 from repro.data.files import FORMATS, json_prefix, read_file
 from repro.data.images import ARROW, EMBEDDED, URL_SCHEMES, image_key
 from repro.data.rows import Record, Rows, make_rows
+from repro.data.shards import read_shards
 from repro.errors import InputError
 from repro.limits import LIST_BYTES, local_path, size_of
 
@@ -38,7 +39,7 @@ CAPTION_COLUMNS = (
 # Of the rows that are kept on disk: to be raised when a reader gives other rows for the same file.
 VERSION = 1
 
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+PARQUET, SHARDS = TABLES = ".parquet", ".tar"
 
 Columns = tuple[str | None, str | None]  # of images and of captions, as asked for
 
@@ -128,16 +129,17 @@ def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | N
     if path is None:
         raise InputError(f"no {split} rows: give --{split}_file, or --dataset_name.")
     file, suffix = Path(path), Path(path).suffix.lower()
-    is_table = suffix in BUILDERS
-    if not is_table and suffix not in FORMATS and not file.is_dir():
-        raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *BUILDERS))}.")
-    found = _expanded(path) if is_table and not file.exists() else [path]
+    if suffix not in (*TABLES, *FORMATS) and not file.is_dir():
+        raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *TABLES))}.")
+    found = _expanded(path) if suffix in TABLES and not file.exists() else [path]
     if not Path(found[0]).exists():
         raise InputError(f"{path}: there is no such file.")
-    if is_table:
-        return _table(_several(found, cache_dir), split, path, file.parent, columns)
+    if suffix == PARQUET:
+        return _table(_parquet(found, cache_dir), split, path, file.parent, columns)
 
     def records() -> Iterator[Record]:
+        if suffix == SHARDS:
+            return _select(read_shards(found), split, path, columns)
         layout = json_prefix(file) if suffix == ".json" and file.is_file() else None
         if layout in coco.LAYOUTS:
             folders = [*([Path(data_dir)] if data_dir else []), file.parent, file.parent.parent]
@@ -146,7 +148,7 @@ def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | N
 
     if file.is_dir():
         return _Source(path, records, [file, *sorted(file.rglob("*"))], columns, file)
-    return _Source(path, records, [file], columns, file.parent)
+    return _Source(path, records, [Path(part) for part in found], columns, file.parent)
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -161,10 +163,12 @@ def _expanded(pattern: str) -> list[str]:
 def _select(records: Iterator[dict[str, Any]], split: str, source: str, columns: Columns) -> Iterator[Record]:
     """Take image and caption from the objects of a file; the first one says which columns there are."""
     first = next(records)
-    image, caption = _found_columns(split, source, list(first), columns)
+    inner = [name for name in first if name.startswith("json.")]
+    image, caption = _found_columns(split, source, [name for name in first if name not in inner], columns, inner)
     for row, record in enumerate(chain([first], records)):
-        value = record.get(image)
-        yield {"row": row, "image_path": value, "image_id": value, "caption": record.get(caption) if caption else None}
+        value, caption_of_it = record.get(image), record.get(caption) if caption else None
+        image_id = record.get("__name__") or value
+        yield {"row": row, "image_path": value, "image_id": image_id, "caption": caption_of_it}
 
 
 def _table(dataset: Dataset, split: str, source: str, folder: Path, columns: Columns) -> _Source:
@@ -179,7 +183,7 @@ def _table(dataset: Dataset, split: str, source: str, folder: Path, columns: Col
 
 
 def _found_columns(
-    split: str, source: str, names: Sequence[str], wanted: Columns, inner: Sequence[str] = ()
+    split: str, source: str, names: Sequence[str], wanted: Columns, inner: Sequence[str]
 ) -> tuple[str, str | None]:
     """Tell which columns hold images and captions, which may be `inner` ones, and which a test split may lack."""
     image, names = _column("image", wanted[0], IMAGE_COLUMNS, names, source), [*names, *inner]
@@ -231,28 +235,20 @@ def _key(source: _Source, split: str, settings: Any) -> str:
     return sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-SAVED = ("dataset_dict.json", "state.json")
-
-
 def load_hub(name: str, config: str | None, data_dir: str | None, **hub: Any) -> DatasetDict:
-    """Load a data set by its Hub id or from a folder, also one that `save_to_disk` wrote.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
+    """Load a data set by its Hub id or from a folder, also one that `save_to_disk` wrote; else an InputError."""
     problem = f"--dataset_name {name}: cannot be loaded. A Hub id needs a network; else give a folder, or --train_file "
     with _named(problem):
-        is_saved = any((Path(name) / file).is_file() for file in SAVED)
+        is_saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
         loaded = load_from_disk(name) if is_saved else load_dataset(name, config, data_dir=data_dir, **hub)
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
-def _several(files: Sequence[str], cache_dir: str | None) -> Dataset:
+def _parquet(files: Sequence[str], cache_dir: str | None) -> Dataset:
     with _named(f"{files[0]}: cannot be read "):
         for file in files:
             size_of(file, LIST_BYTES)
-        kind, data_files = BUILDERS[Path(files[0]).suffix.lower()], {"train": list(files)}
-        return load_dataset(kind, data_files=data_files, split="train", cache_dir=cache_dir)
+        return load_dataset("parquet", data_files={"train": list(files)}, split="train", cache_dir=cache_dir)
 
 
 @contextmanager

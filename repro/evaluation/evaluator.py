@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -105,6 +105,7 @@ class Evaluator:
     num_replicas: int
     replica_batch: int
     caption_metrics: bool = False  # compute BLEU and CIDEr-D too
+    search: Mapping[str, Any] = field(default_factory=dict)  # how captions are made, to be told beside their scores
     progress: bool = True  # whether to draw progress bars
 
     @property
@@ -134,6 +135,7 @@ class Evaluator:
         if tokens is not None:
             metrics["gen_len"] = float((tokens != self.tokenizer.pad_token_id).sum(axis=1).mean())
             generations = self._texts(tokens, data.tokens(rows)["labels"])
+            details["search"] = dict(self.search)
         scored = [row for row, is_given in zip(generations, given, strict=False) if is_given]
         if scored:
             images = data.names(rows[given])

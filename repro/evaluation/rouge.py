@@ -69,7 +69,7 @@ def rouge_scores(
     return RougeScores(
         rows=rows,
         means=dict(zip(TYPES, rows.mean(axis=0).tolist(), strict=True)),
-        intervals={kind: (float(low[i]), float(high[i])) for i, kind in enumerate(TYPES)},
+        intervals=dict(zip(TYPES, zip(low.tolist(), high.tolist(), strict=True), strict=True)),
         sentence_splitter=name,
     )
 

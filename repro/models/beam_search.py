@@ -20,7 +20,7 @@ Source: Freitag and Al-Onaizan 2017 for the search; transformers 4.15 and 4.57 f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +37,7 @@ IMPOSSIBLE = -1.0e7
 
 Cache = Any
 DecodeStep = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+Constrain = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 EarlyStopping = bool | Literal["never"]
 
 
@@ -82,12 +83,14 @@ def beam_search(
     num_beams: int,
     max_length: int,
     start_token_id: int,
-    end_token_id: int,
+    end_token_ids: Sequence[int],
     pad_token_id: int,
     stop_rule: StopRule,
     group_size: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
+    constrain: Constrain = lambda _sequences, _length, scores: scores,
+    only_best_end: bool = False,
     num_return_sequences: int = 1,
     smallest_batch: int | None = None,
 ) -> Captions:
@@ -99,6 +102,9 @@ def beam_search(
         cache: pytree; the leading axis of every leaf that has one is a multiple of B, row-major.
         max_length: tokens of a caption, start token included.
         group_size: rows of a device batch under the rules `2022` and `current`.
+        constrain: (running sequences int32[B,K,L], their length, scores of the next token float32[B,K,V]) to the scores
+            that are searched: of log-probabilities with beams, of logits in a greedy search, as in PyTorch.
+        only_best_end: let no continuation end that is not among the K best, as in PyTorch; the Flax class lets it.
         num_return_sequences: R; where fewer have ended, the best of those that have not follow them.
         smallest_batch: let rows that have ended leave the batch, halving it down to this many; None to keep them.
             The decoder is compiled once for each size.
@@ -124,17 +130,24 @@ def beam_search(
         known, rows = search.beams, len(search.going_on)
         last = jax.lax.dynamic_index_in_dim(known.running, search.length - 1, 2, keepdims=False)
         logits, cache = decode_step(last, search.parents, search.length - 1, search.cache)
-        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-        vocabulary = log_probs.shape[-1]
+        logits, vocabulary = logits.astype(jnp.float32), logits.shape[-1]
+        if beams > 1:
+            log_probs = constrain(known.running, search.length, jax.nn.log_softmax(logits))
+        else:
+            log_probs = jax.nn.log_softmax(constrain(known.running, search.length, logits))
         totals = (log_probs + known.running_scores[:, :, None]).reshape(rows, -1)
 
-        # Twice the beams: even if the best K all end here, K others go on. A greedy search ends there instead.
-        scores, flat = jax.lax.top_k(totals, 2 * beams if beams > 1 else 1)
+        # Twice the beams where there is one end: even if the best K all end here, K others go on. A greedy search ends
+        # there instead.
+        considered = min((1 + len(end_token_ids)) * beams, totals.shape[1]) if beams > 1 else 1
+        scores, flat = jax.lax.top_k(totals, considered)
         parents, tokens = flat // vocabulary, flat % vocabulary
         sequences = _take(known.running, parents).at[:, :, search.length].set(tokens)
-        ended = tokens == end_token_id
+        ended = jnp.isin(tokens, jnp.asarray(end_token_ids))
 
         running_scores, kept = jax.lax.top_k(scores + ended * IMPOSSIBLE, beams)
+        if only_best_end:
+            ended &= (jnp.arange(considered) < beams)[None]
         final_scores = scores / search.length**penalty + ~ended * IMPOSSIBLE
         if early_stopping is True:
             final_scores += known.is_finished.all(axis=1, keepdims=True) * IMPOSSIBLE

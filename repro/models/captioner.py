@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repro.models.beam_search import Captions, beam_search, check_beams
+from repro.models.beam_search import Captions
+from repro.models.generation import search
 from repro.models.gpt2 import GPT2, Memory, start_cache
 from repro.models.layers import Part
 from repro.models.vit import ViT
@@ -68,7 +69,7 @@ class NativeCaptioner:
     """A captioning model as pure functions of its parameters."""
 
     config: Any  # a `VisionEncoderDecoderConfig` of a ViT and a GPT-2
-    generation_config: Any  # a `GenerationConfig`; beams, length penalty and early stopping where nothing else is asked
+    generation_config: Any  # a `GenerationConfig`; see `repro.models.generation`
     pixel_table: np.ndarray  # float32[256,3], the normalized value of each byte in each channel
     dtype: Any = jnp.float32  # type of the computation
     remat: bool = False  # see `VisionEncoderDecoder`
@@ -136,11 +137,7 @@ class NativeCaptioner:
         return jnp.stack(jax.tree.leaves(found)).mean(axis=(0, 2))[..., 1:]
 
     def generate(self, params: Params, memory: Memory, *, max_length: int, num_beams: int, **settings: Any) -> Captions:
-        """Caption images that have been encoded; `settings` are `beam_search`'s.
-
-        Raises:
-            InputError: there are more beams than tokens, or more sequences to return than beams.
-        """
+        """Caption images that have been encoded; `settings` are `beam_search`'s, errors those of `check_beams`."""
         # Once, and not at every step of the search.
         params = jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)
         cache = start_cache(memory, num_beams=num_beams, max_length=max_length)
@@ -157,24 +154,3 @@ def normalize(pixels: jax.Array, pixel_table: np.ndarray, dtype: Any) -> jax.Arr
     chex.assert_shape(pixels, (None, None, None, 3))
     chex.assert_type(pixels, jnp.uint8)
     return jnp.asarray(pixel_table)[pixels.astype(jnp.int32), jnp.arange(3)].astype(dtype)
-
-
-def search(
-    captioner: Any, decode_step: Any, cache: Any, *, num_beams: int, num_return_sequences: int = 1, **settings: Any
-) -> Captions:
-    """`beam_search` and its settings, with a captioner's special tokens, length penalty and early stopping."""
-    config, defaults = captioner.config, captioner.generation_config
-    check_beams(num_beams=num_beams, num_return_sequences=num_return_sequences, vocab_size=config.decoder.vocab_size)
-    return beam_search(
-        decode_step,
-        cache,
-        start_token_id=config.decoder_start_token_id,
-        end_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        # Unset is None in transformers 5.
-        length_penalty=1.0 if defaults.length_penalty is None else defaults.length_penalty,
-        early_stopping=defaults.early_stopping or False,
-        num_beams=num_beams,
-        num_return_sequences=num_return_sequences,
-        **settings,
-    )

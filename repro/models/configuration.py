@@ -14,6 +14,7 @@ from repro.data.atomic import writing_only_below
 from repro.data.images import resize_of
 from repro.errors import InputError
 from repro.json_files import Count, Positive, checked
+from repro.limits import LAYERS
 from repro.models.layers import ACTIVATIONS
 
 # Of a configuration, what says where it comes from and not what it computes.
@@ -23,7 +24,6 @@ Finite = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 AboveZero = Annotated[float, Meta(gt=0, le=LARGEST)]
 Spread = Annotated[float, Meta(ge=0, le=LARGEST)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Ids = Count | list[Count] | None
 
 DIVISOR = "a divisor of the width"
 NULL = "null, so that enc_to_dec_proj joins the widths"
@@ -45,11 +45,17 @@ DECODER: dict[str, Any] = {
     **{"tie_word_embeddings": bool, "n_inner": Positive | None},
     **{"layer_norm_epsilon": AboveZero, "initializer_range": Spread},
 }
+# What transformers 4's Flax class can join (4.57); more have Flax classes, and fail in it.
+FLAX_CLASS = {
+    "encoder": ("vit", "beit", "dinov2"),
+    "decoder": ("gpt2", "gpt-sw3", "bart", "bert", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+}
 SPECIAL = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 GENERATION: dict[str, Any] = {
-    **dict.fromkeys(("bos_token_id", *SPECIAL), Ids),
     **dict.fromkeys(("num_beams", "max_length", "max_new_tokens"), Positive | None),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), Count | None),
     **{"length_penalty": Finite | None, "early_stopping": bool | Literal["never"] | None},
+    **{"repetition_penalty": AboveZero | None},
 }
 PROCESSOR_STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 PROCESSOR: dict[str, Any] = {
@@ -71,18 +77,34 @@ def check_values(where: str, part: Any, forms: Mapping[str, Any], remedy: str) -
             raise InputError(f"{where}: {name} {value!r} cannot be used ({error}); {remedy}.") from error
 
 
-def check_config(config: Any) -> None:
-    """Check that the values of a `VisionEncoderDecoderConfig` can be, and are known to the native modules.
+def special_tokens(vocab_size: int) -> dict[str, Any]:
+    """Give the forms of the special tokens; only ends may be several."""
+    token = Annotated[int, Meta(ge=0, lt=vocab_size)]
+    ends = token | Annotated[list[token], Meta(min_length=1)]
+    return dict.fromkeys(SPECIAL, token | None) | {"eos_token_id": ends | None}
 
-    Raises:
-        InputError: names the first such value.
-    """
+
+def check_halves(config: Any) -> None:
+    """Check that there is something that can join two halves; raises as `check_config` does."""
+    for name, known in FLAX_CLASS.items():
+        half = getattr(config, name)
+        layers = getattr(half, "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > LAYERS:
+            raise InputError(f"config.json, {name}: {layers} layers; at most {LAYERS} are built.")
+        if half.model_type not in known:
+            raise InputError(
+                f"{name}: {half.model_type} is not supported, only {', '.join(known)}; those but vit and gpt2 need `pip"
+                " install 'transformers<5'`."
+            )
+
+
+def check_config(config: Any) -> None:
+    """Check a `VisionEncoderDecoderConfig`; an InputError names the first value that the native modules do not know."""
     encoder, decoder = config.encoder, config.decoder
     remedy = "change it, or try --model_implementation transformers"
     check_values("config.json, vit", encoder, ENCODER, remedy)
     check_values("config.json, gpt2", decoder, DECODER, remedy)
-    special = Annotated[int, Meta(ge=0, lt=decoder.vocab_size)] | None
-    check_values("config.json", config, dict.fromkeys(SPECIAL, special), "mend it")
+    check_values("config.json", config, special_tokens(decoder.vocab_size), "mend it")
     width, joined = decoder.hidden_size, getattr(decoder, "cross_attention_hidden_size", None)
     for half, name, is_good, wanted in (
         (encoder, "patch_size", encoder.patch_size <= encoder.image_size, f"at most {encoder.image_size}"),

@@ -167,8 +167,6 @@ class Block(Part):
 class Blocks(Part):
     """The blocks, under their numbers."""
 
-    config: Any
-    dtype: Any
     remat: bool
 
     def setup(self) -> None:
@@ -181,8 +179,6 @@ class Blocks(Part):
 class Transformer(Part):
     """A level of names, which FlaxGPT2 has."""
 
-    config: Any
-    dtype: Any
     remat: bool
 
     def setup(self) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedTokenizerFast,
     VisionEncoderDecoderConfig,
     ViTImageProcessor,
 )
@@ -34,14 +35,16 @@ from transformers.utils import cached_file
 from repro.data.atomic import check_plain_names, writing_only_below
 from repro.data.images import pixel_table, resize_of
 from repro.errors import InputError
-from repro.limits import LAYERS, check_settings
+from repro.limits import check_settings
 from repro.models import configuration
 from repro.models.captioner import NativeCaptioner, Params, is_supported
-from repro.models.weights import DECODER, ENCODER, WHOLE, load_weights, save_weights
+from repro.models.generation import left_out
+from repro.models.weights import DECODER, ENCODER, WHOLE, Form, load_weights, save_weights
 
 Implementation = Literal["native", "transformers"]
 Loaded = TypeVar("Loaded")
 
+BACKEND = "TokenizersBackend"  # as transformers 5 calls, and names in its files, what is PreTrainedTokenizerFast in 4
 VOCABULARIES = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
 
 
@@ -53,7 +56,7 @@ class Pretrained:
     params: Params  # float32 parameter tree of `captioner`
     tokenizer: Any
     image_processor: Any
-    notes: tuple[str, ...] = ()  # what was initialized at random instead of loaded, for the log
+    notes: tuple[str, ...] = ()  # what is random instead of loaded, what is left out of captions
 
     def fingerprint(self) -> str:
         """Hash what the model computes, but for its weights: configurations, shapes, what is done to pixels."""
@@ -87,6 +90,7 @@ class Options:
     gradient_checkpointing: bool = False  # compute activations again in the backward pass
     seed: int = 42  # of the weights that are not loaded
     use_fast_tokenizer: bool = True
+    weights_format: Form | None = None  # None for any
     hub: dict[str, Any] = dataclasses.field(default_factory=lambda: {"trust_remote_code": False}, repr=False)
 
     @property
@@ -106,7 +110,12 @@ def load_model(path: str, options: Options | None = None) -> Pretrained:
     """
     options = options or Options()
     check_settings(Path(path))
-    config = _read(path, "the configuration", lambda: VisionEncoderDecoderConfig.from_pretrained(path, **options.hub))
+    config = _read(path, "the configuration", lambda: AutoConfig.from_pretrained(path, **options.hub))
+    if not isinstance(config, VisionEncoderDecoderConfig):
+        raise InputError(
+            f"{path}: holds a {config.model_type}, not a vision-encoder-decoder; give a half as"
+            " --encoder_model_name_or_path or --decoder_model_name_or_path, as `repro create-model` does."
+        )
     tokenizer = _read_tokenizer(path, options)
     processor = _read_processor(path, options.hub)
     if _implementation(config, options) == "transformers":
@@ -183,10 +192,7 @@ def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
 
 
 def _implementation(config: Any, options: Options) -> Implementation:
-    for name, half in (("encoder", config.encoder), ("decoder", config.decoder)):
-        layers = getattr(half, "num_hidden_layers", 0)
-        if isinstance(layers, int) and layers > LAYERS:
-            raise InputError(f"config.json, {name}: {layers} layers; at most {LAYERS} are built.")
+    configuration.check_halves(config)
     native = is_supported(config)
     chosen = options.implementation or ("native" if native else "transformers")
     pair = f"{config.encoder.model_type} with {config.decoder.model_type}"
@@ -217,18 +223,22 @@ def _native(
 
 
 def _load_weights(path: str, initial: Callable[[], Params], holds: str, options: Options) -> tuple[Params, list[str]]:
-    return _read(path, "the weights", lambda: load_weights(path, initial, holds=holds, **options.download))
+    hub = {"form": options.weights_format, **options.download}
+    return _read(path, "the weights", lambda: load_weights(path, initial, holds=holds, **hub))
 
 
 def _generation_config(path: str, config: Any, options: Options, *, saved: bool) -> Any:
     # Models that were saved before there was such a file have none, and a Hub that is not reached gives none.
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-    saved = saved and cached_file(path, "generation_config.json", **quiet, **options.download) is not None
+    is_there = saved and cached_file(path, "generation_config.json", **quiet, **options.download) is not None
+    # Theirs are in config.json, of which transformers 5 drops them elsewhere.
+    older: dict[str, Any] = {} if is_there else {"config_file_name": "config.json", "_from_model_config": True}
 
     def load() -> Any:
-        own = GenerationConfig.from_pretrained(path, **options.download) if saved else None
+        own = GenerationConfig.from_pretrained(path, **older, **options.download) if saved else None
         found = own or GenerationConfig.from_model_config(config)
-        configuration.check_values("generation_config.json", found, configuration.GENERATION, "mend it")
+        forms = configuration.GENERATION | configuration.special_tokens(config.decoder.vocab_size)
+        configuration.check_values("generation_config.json", found, forms, "mend it")
         return found
 
     return _read(path, "the generation configuration", load)
@@ -252,9 +262,9 @@ def _joined_config(encoder: Any, decoder: Any) -> Any:
     start, end, pad = (
         getattr(decoder, name, None) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     )
-    config.decoder_start_token_id = decoder.bos_token_id if start is None else start
+    config.decoder_start_token_id = getattr(decoder, "bos_token_id", None) if start is None else start
     config.eos_token_id = end
-    config.pad_token_id = end if pad is None else pad
+    config.pad_token_id = pad if pad is not None else end[0] if isinstance(end, list) else end
     return config
 
 
@@ -264,7 +274,10 @@ def _read_tokenizer(path: str, options: Options) -> Any:
         # transformers 4 opens these wherever they lie; a path of another machine is none that can be read.
         named = [file for file in map(said.get, VOCABULARIES) if file is not None and Path(file).exists()]
         check_plain_names(f"{path}: tokenizer_config.json", [*named, *(said.get("fast_tokenizer_files") or ())])
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=options.use_fast_tokenizer, **options.hub)
+        if said.get("tokenizer_class") == BACKEND:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **options.download)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, use_fast=options.use_fast_tokenizer, **options.hub)
         templates = tokenizer.chat_template
         check_plain_names(f"{path}: tokenizer_config.json", templates if isinstance(templates, dict) else ())
         return tokenizer
@@ -296,7 +309,7 @@ def _read_processor(path: str, hub: dict[str, Any]) -> Any:
 def _assemble(
     path: str, captioner: Any, params: Params, tokenizer: Any, processor: Any, notes: Iterable[str] = ()
 ) -> Pretrained:
-    config = captioner.config
+    config, asked = captioner.config, captioner.generation_config
     for name in configuration.SPECIAL:
         if getattr(config, name, None) is None:
             raise InputError(
@@ -310,9 +323,9 @@ def _assemble(
         )
     tokenizer.pad_token = pad_token
     _read(path, "the tokenizer", lambda: configuration.check_tokenizer(tokenizer, config.decoder.vocab_size))
-    saved = (config, captioner.generation_config, processor)
+    saved = (config, asked, processor)
     _read(path, "a configuration", lambda: configuration.check_can_be_saved(*saved))
-    return Pretrained(captioner, params, tokenizer, processor, tuple(notes))
+    return Pretrained(captioner, params, tokenizer, processor, (*notes, *left_out(asked)))
 
 
 def _read(path: str, what: str, load: Callable[[], Loaded]) -> Loaded:

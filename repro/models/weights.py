@@ -7,10 +7,10 @@ A parameter is named by its path in the tree, joined by dots. PyTorch's names di
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,6 +32,11 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 FLAX_INDEX = "flax_model.msgpack.index.json"
 INDEX = keys(weight_map=dict[str, str])
 PICKLE_FILE = "pytorch_model.bin"
+Form = Literal["msgpack", "safetensors", "pickle"]
+FORMS: dict[str, Form] = {
+    **{FLAX_FILE: "msgpack", PICKLE_FILE: "pickle"},
+    **{SAFETENSORS_FILE: "safetensors", SAFETENSORS_INDEX: "safetensors"},
+}
 
 # What a file holds, as the prefix of its parameters in the whole tree.
 WHOLE, ENCODER, DECODER = "", "encoder.", "decoder."
@@ -45,33 +50,38 @@ LISTED = 20
 
 
 def load_weights(
-    path: str, initial: Callable[[], Params], *, holds: str = WHOLE, **hub: Any
+    path: str, initial: Callable[[], Params], *, holds: str = WHOLE, form: Form | None = None, **hub: Any
 ) -> tuple[Params, list[str]]:
     """Load a model's weights, or those of one half, into the whole model's tree.
 
     Args:
-        path: folder or Hub id. Of the formats there, the first of msgpack, safetensors, pickle is read.
+        path: folder or Hub id. Of a folder's formats, the first of msgpack, safetensors, pickle is read, and msgpack
+            and safetensors must hold the same.
         initial: makes the whole tree with random weights; cross-attention that the file lacks is taken from it.
         holds: `WHOLE`, `ENCODER` or `DECODER`.
+        form: the only format to look for; None for any.
         **hub: cache_dir, token.
 
     Returns:
         (float32 parameters of what the file holds, names of the weights that were random instead).
 
     Raises:
-        InputError: there is no weight file, or weights are missing, unexpected, misshapen or not finite.
+        InputError: there is no weight file, two of them differ, or weights are missing, unexpected, misshapen or not
+            finite.
     """
     shapes = {name: leaf for name, leaf in flatten(jax.eval_shape(initial)).items() if name.startswith(holds)}
-    file, weights = _read(path, hub, WEIGHTS_BYTES + sum(4 * leaf.size for leaf in shapes.values()))
-    is_flax = file.name == FLAX_FILE
-    names = {(name if is_flax else torch_name(name)): name for name in shapes}
-    found: Weights = {}
-    unexpected: Weights = {}
-    for name, array in _in_tree(weights, holds).items():
-        if name in names:
-            found[names[name]] = np.asarray(array if is_flax else from_torch_layout(names[name], array), np.float32)
-        elif not BUFFERS.search(name) and not name.startswith("decoder.lm_head."):  # tied, the embedding again
-            unexpected[name] = array
+    files = _read(path, hub, form, WEIGHTS_BYTES + sum(4 * leaf.size for leaf in shapes.values()))
+    file, weights = next(files)
+    found, unexpected = _as_named(weights, shapes, holds, is_flax=file.name == FLAX_FILE)
+    for other, weights in files:
+        again, _ = _as_named(weights, shapes, holds, is_flax=False)
+        differ = [name for name in found if name not in again or not np.array_equal(found[name], again[name])]
+        if differ:
+            raise InputError(
+                f"{file}: and {other.name} hold different weights ({len(differ)} of {len(found)}, such as"
+                f" {differ[0]}), as after training on elsewhere; delete the one that is not meant, or give"
+                " --weights_format msgpack or safetensors."
+            )
     missing = sorted(set(shapes) - set(found))
     random = [name for name in missing if MAY_BE_MISSING.search(name)]
     read = sorted(found.items())
@@ -89,6 +99,19 @@ def load_weights(
         drawn = flatten(initial())
         found |= {name: np.asarray(drawn[name]) for name in random}
     return traverse_util.unflatten_dict(found, sep="."), random
+
+
+def _as_named(weights: Weights, shapes: Mapping[str, Any], holds: str, *, is_flax: bool) -> tuple[Weights, Weights]:
+    """Tell a file's weights, under the tree's names and in float32, from those that the tree does not have."""
+    names = {(name if is_flax else torch_name(name)): name for name in shapes}
+    found: Weights = {}
+    unexpected: Weights = {}
+    for name, array in _in_tree(weights, holds).items():
+        if name in names:
+            found[names[name]] = np.asarray(array if is_flax else from_torch_layout(names[name], array), np.float32)
+        elif not BUFFERS.search(name) and not name.startswith("decoder.lm_head."):  # tied, the embedding again
+            unexpected[name] = array
+    return found, unexpected
 
 
 def save_weights(params: Params, folder: Path) -> None:
@@ -141,7 +164,7 @@ def _in_tree(weights: Weights, holds: str) -> Weights:
     return named
 
 
-def _read(path: str, hub: Mapping[str, Any], largest: int) -> tuple[Path, Weights]:
+def _read(path: str, hub: Mapping[str, Any], form: Form | None, largest: int) -> Iterator[tuple[Path, Weights]]:
     def find(name: str) -> Path | None:
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
         return None if found is None else Path(found)
@@ -152,18 +175,18 @@ def _read(path: str, hub: Mapping[str, Any], largest: int) -> tuple[Path, Weight
         SAFETENSORS_INDEX: partial(_read_shards, find=find, largest=largest),
         PICKLE_FILE: _read_pickle,
     }
-    for name, read in readers.items():
-        if file := find(name):
-            return file, _checked(file, read, largest)
-    raise InputError(f"{path}: holds no weights; one of {', '.join(readers)} is needed.")
+    readers = {name: read for name, read in readers.items() if form is None or FORMS[name] == form}
+    there = ((file, read) for name, read in readers.items() if (file := find(name)))
+    file, read = next(there, (None, None))
+    if file is None or read is None:
+        raise InputError(f"{path}: holds no weights; one of {', '.join(readers)} is needed.")
+    yield file, _checked(file, read, largest)
+    if file.name == FLAX_FILE and Path(path).is_dir():  # of a Hub's formats, one is enough to fetch
+        yield from ((file, _checked(file, read, largest)) for file, read in there if read is not _read_pickle)
 
 
 def shards_of(index: Path) -> list[str]:
-    """List the files that hold a model's weights together.
-
-    Raises:
-        InputError: one is named that could lie outside of the model's folder.
-    """
+    """List the files that hold a model's weights together; an InputError if one could lie outside of its folder."""
     names = set(read_json(index, INDEX, largest=SETTINGS_BYTES)["weight_map"].values())
     check_plain_names(index, names)
     return sorted(names)

@@ -70,7 +70,12 @@ def mentioned(caption: str) -> Claims:
     phrases: list[Phrase] = []
     relations: list[tuple[Phrase, str, Phrase]] = []
     for joint, clause in zip(["", *clauses[1::2]], clauses[::2], strict=True):
-        new = _phrases(clause)
+        sides = frozenset(_SIDES[side] for side in _SIDE.findall(clause))
+        new = [
+            Phrase(_NOUNS.get(noun), colour or None, rules.COUNT_WORDS.get(count), _SIZES.get(size), sides)
+            for count, size, colour, noun in _PHRASE.findall(clause)
+            if colour or noun
+        ]
         if joint in rules.RELATIONS:
             if phrases and new:
                 relations.append((phrases[-1], joint, new[0]))
@@ -78,15 +83,6 @@ def mentioned(caption: str) -> Claims:
                 relations.append((phrases[-1], joint, phrases[-2]))
         phrases += new
     return Claims(tuple(phrases), tuple(relations), backgrounds)
-
-
-def _phrases(clause: str) -> list[Phrase]:
-    sides = frozenset(_SIDES[side] for side in _SIDE.findall(clause))
-    return [
-        Phrase(_NOUNS.get(noun), colour or None, rules.COUNT_WORDS.get(count), _SIZES.get(size), sides)
-        for count, size, colour, noun in _PHRASE.findall(clause)
-        if colour or noun
-    ]
 
 
 def judge(claims: Claims, scene: Scene) -> list[tuple[str, bool]]:
@@ -123,12 +119,6 @@ def _all_lie(objects: Sequence[Item], sides: Iterable[str]) -> bool:
     return bool(objects) and all(set(sides) <= set(item.position.split()) for item in objects)
 
 
-def _is_complete(claims: Claims, scene: Scene) -> bool:
-    """Whether every object belongs to a group whose shape, colour and count are stated."""
-    stated = {(p.shape, p.colour) for p in claims.phrases if p.count}
-    return all((item.shape, item.colour) in stated for item in scene.objects)
-
-
 def attribute_accuracy(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
     """How much of what captions state is true of their scenes.
 
@@ -151,7 +141,9 @@ def attribute_accuracy(captions: Sequence[str], scenes: Sequence[Scene]) -> dict
         mentions.update(kind for kind, _ in verdicts)
         true.update(kind for kind, is_true in verdicts if is_true)
         silent += not verdicts
-        exact += all(is_true for _, is_true in verdicts) and _is_complete(claims, scene)
+        stated = {(phrase.shape, phrase.colour) for phrase in claims.phrases if phrase.count}
+        is_complete = all((item.shape, item.colour) in stated for item in scene.objects)
+        exact += is_complete and all(is_true for _, is_true in verdicts)
     result: dict[str, float] = {
         "attribute_accuracy": true.total() / max(mentions.total(), 1),
         "attribute_mentions": mentions.total(),

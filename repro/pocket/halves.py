@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 import PIL
 
 from repro.errors import InputError
 from repro.json_files import read_json, write_json
 from repro.pocket import scenes as scene_rules
-from repro.pocket.scenes import CAPTIONS_PER_SCENE, Item, Scene, describe_scene, draw_scene, sample_scene
+from repro.pocket.scenes import CAPTIONS_PER_SCENE, Scene, describe_scene, draw_scene, sample_scene
 from repro.progress import progress_bar
 
 YEAR = 2017
@@ -81,12 +82,7 @@ def _source_hash() -> str:
 def read_scenes(data_dir: str | Path, split: str) -> dict[int, Scene]:
     """The true scenes of a rendered split ("train", "val" or "test"), by COCO image id."""
     path = Path(data_dir) / "annotations" / f"scenes_{split}{YEAR}.json"
-    return {
-        row["image_id"]: Scene(
-            tuple(Item(**item | {"centre": tuple(item["centre"])}) for item in row["objects"]), row["background"]
-        )
-        for row in json.loads(path.read_text())
-    }
+    return {row["image_id"]: msgspec.convert(row, Scene) for row in json.loads(path.read_text())}
 
 
 def _sample_splits(num_images: dict[str, int], rng: random.Random) -> dict[str, list[Scene]]:

@@ -1,7 +1,6 @@
 """Scenes of coloured shapes, drawn and captioned by rule.
 
-A caption can only be learned by looking: what it states (shape, colour, size, count, position,
-background) is drawn at random for every scene.
+A caption can only be learned by looking: what it states is drawn at random for every scene.
 """
 
 from __future__ import annotations
@@ -66,10 +65,8 @@ PLACE_PHRASES: dict[frozenset[str], tuple[str, ...]] = {
     **{frozenset(name.split()): (f"in the {name}", f"in the {name} corner") for name in POSITIONS if name != "centre"},
 }
 RELATIONS: dict[str, tuple[str, str]] = {  # the sides on which the first and the second group lie
-    "above": ("top", "bottom"),
-    "over": ("top", "bottom"),
-    "below": ("bottom", "top"),
-    "under": ("bottom", "top"),
+    **dict.fromkeys(("above", "over"), ("top", "bottom")),
+    **dict.fromkeys(("below", "under"), ("bottom", "top")),
     "to the left of": ("left", "right"),
     "to the right of": ("right", "left"),
 }

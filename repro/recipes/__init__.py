@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from repro.errors import InputError
 from repro.json_files import keys, optional, read_json
 
+FOLDER = Path(__file__).parent
 OPTIONAL = optional(data=dict[str, int], model=dict, may_vary=list[str])
 # `repro.recipes.targets` reads the targets more closely.
 RECIPE = keys(name=str, flags=dict[str, Any], targets=list[dict[str, Any]], **OPTIONAL)
@@ -15,17 +16,11 @@ RECIPE = keys(name=str, flags=dict[str, Any], targets=list[dict[str, Any]], **OP
 
 def recipe_names() -> list[str]:
     """Names that `read_recipe` takes."""
-    files = resources.files(__name__).iterdir()
-    return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+    return sorted(file.stem for file in FOLDER.glob("*.json"))
 
 
 def read_recipe(name: str) -> Any:
-    """Read a recipe.
-
-    Raises:
-        InputError: there is none of that name.
-    """
+    """Read a recipe; an InputError if there is none of that name."""
     if name not in recipe_names():
         raise InputError(f"recipe {name!r}: choose one of {', '.join(recipe_names())}.")
-    with resources.as_file(resources.files(__name__) / f"{name}.json") as file:
-        return read_json(file, RECIPE)
+    return read_json(FOLDER / f"{name}.json", RECIPE)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from repro.config import ARGUMENTS, flags_of, parse_arguments
+from repro.config import ARGUMENTS, HALVES, SEVERAL, flags_of, parse_arguments
 from repro.data.atomic import sha256_of
 from repro.errors import InputError
 from repro.evaluation.rouge import rouge_scores
@@ -34,7 +34,11 @@ def missing_of_record(folder: Path, facts: Mapping[str, Any], recorded: Recorded
     if not checksums:
         return ["run.json has no checksums of its figures"]
     needed = {path.relative_to(folder).as_posix() for path in checked_files(folder)} | {ROWS}
-    needed |= {path for step in recorded.evaluations("eval") for path in _files_of(folder, facts, step)}
+    for step in recorded.evaluations("eval"):
+        names = ["eval_results.json"]
+        names += ["eval_generation.json"] * bool(facts["flags"].get("predict_with_generate"))
+        names += ["flax_model.msgpack"] * (0 < step == facts["num_steps"])
+        needed |= {(_place(folder, step) / name).relative_to(folder).as_posix() for name in names}
     problems = [f"run.json has no checksum of {name}" for name in sorted(needed - checksums.keys())]
     now = {name: sha256_of(folder / name) for name in checksums if name != FACTS and (folder / name).is_file()}
     now[FACTS] = digest_of(facts)  # which earlier versions did not note
@@ -42,8 +46,7 @@ def missing_of_record(folder: Path, facts: Mapping[str, Any], recorded: Recorded
     steps = [row["step"] for row in recorded.rows if "loss" in row]
     if steps != list(range(1, facts["num_steps"] + 1)):
         problems.append(f"metrics.jsonl has {len(set(steps))} of {facts['num_steps']} steps, or not in order")
-    broken = [row["step"] for row in recorded.rows if "loss" in row and not math.isfinite(row["loss"])]
-    if broken:
+    if broken := [row["step"] for row in recorded.rows if "loss" in row and not math.isfinite(row["loss"])]:
         problems.append(f"the loss of step {broken[0]} is not finite")
     return problems
 
@@ -51,16 +54,6 @@ def missing_of_record(folder: Path, facts: Mapping[str, Any], recorded: Recorded
 def _place(folder: Path, step: int) -> Path:
     """The folder of an evaluation's files: its model's, or without training the run's own."""
     return next((path for path in models_in(folder) if path.name.endswith(f"_step_{step}")), folder)
-
-
-def _files_of(folder: Path, facts: Mapping[str, Any], step: int) -> Iterator[str]:
-    """Name the files that an evaluation leaves; at the last step its weights, too."""
-    place = f"{_place(folder, step).relative_to(folder).as_posix()}/".removeprefix("./")
-    yield f"{place}eval_results.json"
-    if facts["flags"].get("predict_with_generate"):
-        yield f"{place}eval_generation.json"
-    if step and step == facts["num_steps"]:
-        yield f"{place}flax_model.msgpack"
 
 
 def contradictions(folder: Path, recorded: Recorded) -> list[str]:
@@ -103,12 +96,12 @@ def evaluated_again(folder: Path, facts: Mapping[str, Any], recorded: Recorded) 
     recorded_metrics = recorded.evaluations("eval").get(step)
     if not recorded_metrics:
         return [], ["not evaluated again: there is no evaluation of the last step"]
-    own = {"do_train": False, "do_predict": False, "push_to_hub": False, "resume": "never", "mesh": None}
-    own |= {"model_name_or_path": str(_place(folder, step)), "num_replicas": facts["num_replicas"]}
-    own |= {f"{half}_{part}": None for half in ("encoder", "decoder") for part in ("model_name_or_path", "config_name")}
-    own |= {"distributed": False, "coordinator": None, "num_processes": None, "process_id": None}
+    flags = {name: value for name, value in facts["flags"].items() if not name.startswith(HALVES)}
+    flags |= {"do_train": False, "do_predict": False, "push_to_hub": False, "resume": "never", "mesh": None}
+    flags |= {"model_name_or_path": str(_place(folder, step)), "num_replicas": facts["num_replicas"]}
+    flags |= {"overwrite_output_dir": False, **dict.fromkeys(SEVERAL)}
     with tempfile.TemporaryDirectory() as output:
-        flags = {**facts["flags"], **own, "output_dir": f"{output}/again", "overwrite_output_dir": False}
+        flags["output_dir"] = f"{output}/again"
         try:
             arguments = parse_arguments(ARGUMENTS, flags_of(flags), command="verify")
             found = run(*arguments, progress=False).evaluations["eval"]

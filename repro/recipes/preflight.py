@@ -129,9 +129,7 @@ def _bytes_on_disk(prepared: PreparedRun, num_images: int) -> dict[str, int]:
 
 
 def _disk_in_words(needs: dict[str, int]) -> str:
-    return "disk: {images} for images, {models} for models, {states} for states".format(
-        **{name: _size(size) for name, size in needs.items()}
-    )
+    return "disk: " + ", ".join(f"{_size(size)} for {name}" for name, size in needs.items())
 
 
 def _size(num_bytes: int) -> str:
@@ -158,12 +156,11 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         image_seconds = _time_images(rows["train"], trial)
         check_run(settings, trial.pretrained, devices)
         facts = _time_steps(trial)
-        facts |= _time_evaluation(trial, settings, devices, held_bytes=facts["state_bytes"])
+        facts |= _time_evaluation(trial, settings, held_bytes=facts["state_bytes"])
     settings = replace(settings, do_eval=args.do_eval)
     available = device_bytes(devices[0])
     num_images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
-    per_image = settings.rules.generate_per_image
-    unit, evaluated = ("images", num_images) if per_image else ("rows", settings.num_rows)
+    unit, evaluated = ("images", num_images) if settings.rules.generate_per_image else ("rows", settings.num_rows)
     seconds = {
         "rows": reading,
         "images": image_seconds * sum(num_images.values()),
@@ -178,7 +175,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     lines = [
         f"machine: {len(devices)} x {devices[0]} with {_gib(available)} GiB, {_gib(memory)} GiB of memory,"
         f" {settings.preprocessing_num_workers or cores()} threads",
-        *(f"weights: {note}" for note in trial.pretrained.notes),
+        *(f"model: {note}" for note in trial.pretrained.notes),
         *(f"{name}: {count} rows of {num_images[name]} images" for name, count in settings.num_rows.items()),
         *(f"dropped among the first rows: {row['reason']}" for row in trial.dropped[:3]),
         _disk_in_words(needs),
@@ -239,16 +236,14 @@ def _time_steps(trial: PreparedRun) -> dict[str, Any]:
     }
 
 
-def _time_evaluation(
-    trial: PreparedRun, settings: Settings, devices: Sequence[jax.Device], *, held_bytes: int
-) -> dict[str, Any]:
+def _time_evaluation(trial: PreparedRun, settings: Settings, *, held_bytes: int) -> dict[str, Any]:
     """Compile and take the first turn of an evaluation on the run's devices, beside a state of `held_bytes` on each.
 
     Its speed is in rows or images, whichever the protocol evaluates.
     """
     data = trial.splits["validation"]
     own = replace(trial.settings, num_replicas=settings.replicas).with_rows({"validation": len(data)})
-    mesh = mesh_of(own, devices)
+    mesh = mesh_of(own, jax.devices())
     evaluator = build_evaluator(replace(trial, settings=own, mesh=mesh), held_bytes=held_bytes)
     programs, compiling = timed(evaluator.programs)
     per_image = own.rules.generate_per_image

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,15 @@ from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor
 
 from repro.config import ARGUMENTS, HALVES, SEVERAL, flags_of, given_flags, make_arguments
+from repro.data.atomic import remove_empty
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image, some_captions
 from repro.json_files import read_json, write_json
 from repro.pocket.attributes import attribute_accuracy
 from repro.pocket.halves import read_scenes, render_pocket
 from repro.recipes import read_recipe
-from repro.recipes.verify import MARKER, MARKER_FORM, RUN, Verification, Watcher, as_json, verify
+from repro.recipes.probe import first_steps
+from repro.recipes.verify import MARKER, MARKER_FORM, RUN, Verification, as_json, stop_if_hopeless, verify
 from repro.record.writer import entries, locked, log
 from repro.run.train import RunResult, run
 
@@ -61,8 +63,9 @@ def reproduce(
         if args.do_train and not args.overwrite_output_dir and "resume" not in given:
             args = dataclasses.replace(args, resume="auto")
         scenes = partial(_score_scenes, home / "data") if "data" in recipe else None
-        watch = None if keep_going else Watcher(recipe)
-        result = run(model_args, data_args, args, score=scenes, watch=watch)
+        watch = None if keep_going else partial(stop_if_hopeless, recipe)
+        probe = first_steps if "data" in recipe else None
+        result = run(model_args, data_args, args, score=scenes, probe=probe, watch=watch)
         verification = verify([folder], recipe=name, recompute=False)
         write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
     return Reproduction(folder, result, verification, _samples(result, home / "data" if scenes else None))
@@ -105,8 +108,7 @@ def started(
         write_json(marker, {"name": recipe["name"]})
         if "data" in recipe:
             if not (home / "data").exists():
-                number = recipe["data"]["num_train"] + recipe["data"]["num_val"]
-                log.info("rendering %d images", number)
+                log.info("rendering %d images", recipe["data"]["num_train"] + recipe["data"]["num_val"])
             render_pocket(home / "data", **recipe["data"])
             make_halves(recipe["model"], home / "data", home / "model")
         yield arguments
@@ -123,9 +125,7 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
         if is_new and folder.is_dir() and not (folder / RUN).exists():
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            with suppress(OSError):  # somebody else has put something there
-                for path in made:
-                    path.rmdir()
+            remove_empty(made)
 
 
 def recipe_flags(

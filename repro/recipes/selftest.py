@@ -32,20 +32,17 @@ UNMOVED = 1e-6  # norm up to which the record's own parameter is taken for one t
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far a run may be from the record.
-
-    Attributes:
-        norm: of each parameter's norm, relative. Before Pillow 13 the cases' JPEGs decode otherwise, which moves one
-            bias by 0.0011; with Pillow 13 it is 0.000001 on jax 0.10 to 0.12.
-        noise: of the norm of a parameter that does not move in exact arithmetic, as attention's biases of keys: their
-            gradients are rounding, of which AdamW makes steps. A gradient that is none would move them by 0.01.
-    """
+    """How far a run may be from the record."""
 
     loss: float = 2e-5  # of each training step; another XLA or another processor adds in another order
     learning_rate: float = 1e-7
     steps: int | None = None  # how many steps are held to it; None for all. Rounding grows with training.
     evaluation: float = 1e-4  # of an evaluation's loss and length, and of ROUGE in percent
+    # Of each parameter's norm, relative. Before Pillow 13 the cases' JPEGs decode otherwise, which moves one bias by
+    # 0.0011; with Pillow 13 it is 0.000001 on jax 0.10 to 0.12.
     norm: float = 2e-3
+    # Of the norm of a parameter that does not move in exact arithmetic, as attention's biases of keys: their gradients
+    # are rounding, of which AdamW makes steps. A gradient that is none would move them by 0.01.
     noise: float = 1e-4
     captions: bool = True  # whether each is to be equal, and ROUGE with it
 
@@ -153,6 +150,7 @@ def _compare_evaluation(folder: Path, rows: list[dict[str, Any]], expected: dict
     place, step = folder / expected["dir"], expected["dir"].rpartition("_")[2]
     found = next(row[prefix] for row in rows if prefix in row and (not step or row["step"] == int(step)))
     generations = json.loads((place / f"{prefix}_generation.json").read_text())
+    captions = zip(generations, expected[f"{prefix}_generation"], strict=True)
     recorded = expected.get("param_l2_norms", {})
     params = serialization.msgpack_restore((place / "flax_model.msgpack").read_bytes()) if recorded else {}
     weights = traverse_util.flatten_dict(params, sep="/")
@@ -163,9 +161,7 @@ def _compare_evaluation(folder: Path, rows: list[dict[str, Any]], expected: dict
         "rouge": [found[kind] - mean for kind, mean in expected[f"{prefix}_rouge_exact_mean"].items()],
         "norm": [norms[path] / norm - 1 for path, norm in recorded.items() if norm > UNMOVED],
         "noise": [norms[path] - norm for path, norm in recorded.items() if norm <= UNMOVED],
-        "captions": [
-            ours != theirs for ours, theirs in zip(generations, expected[f"{prefix}_generation"], strict=True)
-        ],
+        "captions": [ours != theirs for ours, theirs in captions],
     }
 
 
@@ -184,9 +180,7 @@ def _differing_counts(folder: Path, case: dict[str, Any], num_steps: int) -> tup
     return tuple(f"{what}: {ours}, not {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs)
 
 
-def run_cases(
-    dtype: str | None = None, say: Callable[[str, CaseResult], None] = lambda way, result: None
-) -> dict[str, list[CaseResult]]:
+def run_cases(dtype: str | None, say: Callable[[str, CaseResult], None]) -> dict[str, list[CaseResult]]:
     """Run the short cases, judged in float32 at the highest precision of products, and reported otherwise.
 
     Args:

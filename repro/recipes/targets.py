@@ -23,19 +23,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from repro.errors import InputError
-from repro.recipes.equivalence import (
-    FALSE_FAILS,
-    FALSE_PASSES,
-    HOPELESS,
-    LOOKING,
-    POWER,
-    WORST_FIRST,
-    Reference,
-    Verdict,
-    compare,
-    pooled,
-    seeds_that_would_tell,
-)
+from repro.recipes import equivalence
+from repro.recipes.equivalence import HOPELESS, POWER, WORST_FIRST, Reference, Verdict, compare, pooled
 
 WIDEST = 4.0  # margins that half a prediction interval may be wide, where a recipe does not say it
 FEWEST_POINTS = 4  # of a trajectory that is not over, to find it hopeless
@@ -142,11 +131,7 @@ def read_targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
 
 
 def judge_all(targets: Sequence[Target], runs: Sequence[Run], *, named: bool = True) -> list[Outcome]:
-    """Judge every target that says something about the runs.
-
-    Args:
-        named: their number was decided upon before the first of them.
-    """
+    """Judge every target that says something about the runs, whose number was `named` before the first of them."""
     shared = max(sum(target.is_statistical for target in targets), 1)
     found = [judge(target, [run(target) for run in runs], num_targets=shared, named=named) for target in targets]
     return [outcome for outcome in found if outcome is not None]
@@ -168,8 +153,9 @@ def judge(target: Target, runs: Sequence[Measured], *, num_targets: int = 1, nam
         return Outcome(target, Verdict.FAIL if other else Verdict.PASS, reason=reason)
     if target.margin is None:
         return (_judge_bounds if target.tolerance is None else _judge_values)(target, runs)
-    look = 1.0 if named or len(runs) == 1 else LOOKING
-    rates = {"false_fails": FALSE_FAILS / num_targets * look, "false_passes": FALSE_PASSES * look}
+    look = 1.0 if named or len(runs) == 1 else equivalence.LOOKING
+    fails, passes = equivalence.FALSE_FAILS / num_targets * look, equivalence.FALSE_PASSES * look
+    rates = {"false_fails": fails, "false_passes": passes}
     if target.values is not None:
         return _judge_trajectory(target, runs, rates)
     found = [run.values[""] for run in runs if "" in run.values]
@@ -212,15 +198,14 @@ def judge_statistically(
         reason = f"an interval of ± {reach:.3g} tells too little: at most ± {widest:g}; add seeds"
     elif verdict is Verdict.CANNOT_TELL:
         spread, freedom = pooled((statistics.stdev(values), count - 1), (reference.spread, reference.freedom))
-        needed = seeds_that_would_tell(float(spread), freedom, margin=margin, false_passes=false_passes)
+        needed = equivalence.seeds_that_would_tell(float(spread), freedom, margin=margin, false_passes=false_passes)
         reason = f"{needed} of each would tell with {POWER:.0%}, if nothing differs" if needed else "too much spread"
     return Outcome(target, verdict, mean, difference, (difference - reach, difference + reach), reason, band, claim)
 
 
 def _judge_bounds(target: Target, runs: Sequence[Measured]) -> Outcome:
-    values = [run.values.get("") for run in runs]
-    found = [value for value in values if value is not None]
-    if len(found) < len(values):
+    found = [run.values[""] for run in runs if "" in run.values]
+    if len(found) < len(runs):
         return Outcome(target, Verdict.CANNOT_TELL, reason=NOT_MEASURED)
     low, high = (end if bound is None else bound for bound, end in ((target.low, -math.inf), (target.high, math.inf)))
     out = [str(run.seed) for run, value in zip(runs, found, strict=True) if not low <= value <= high]
@@ -254,23 +239,21 @@ def _judge_values(target: Target, runs: Sequence[Measured]) -> Outcome | None:
 
 
 def _seed_with_the_losses_of(target: Target, run: Measured) -> str | None:
-    """Find the listed seed whose values an unlisted one has."""
+    """Find the listed seed whose values an unlisted one has; one step alone may be as near by chance."""
     assert target.tolerance is not None
     near = COPIED * target.tolerance
     for seed, values in (target.seeds or {}).items():
-        if all(abs(run.values.get(step, math.inf) - value) <= near for step, value in values.items()):
+        if len(values) > 1 and all(abs(run.values.get(step, math.inf) - v) <= near for step, v in values.items()):
             return seed
     return None
 
 
 def _judge_trajectory(target: Target, runs: Sequence[Measured], rates: Mapping[str, float]) -> Outcome:
-    assert target.values is not None
     assert target.margin is not None
-    distances = [
-        [run.values[step] - value for step, value in target.values.items() if step in run.values] for run in runs
-    ]
+    wanted = target.values or {}
+    distances = [[run.values[step] - value for step, value in wanted.items() if step in run.values] for run in runs]
     points = [point for found in distances for point in found]
-    if len(points) < len(runs) * len(target.values):
+    if len(points) < len(runs) * len(wanted):
         if len(points) >= FEWEST_POINTS and not any(abs(point) <= HOPELESS * target.margin for point in points):
             reason = f"each more than {HOPELESS} margins away"
             return Outcome(target, Verdict.FAIL, None, statistics.fmean(points), reason=reason)

@@ -16,16 +16,8 @@ from repro.config import ARGUMENTS, flags_of, parse_arguments
 from repro.errors import InputError, RunStopped
 from repro.json_files import keys, read_json
 from repro.protocol import protocol_named
-from repro.recipes import read_recipe
+from repro.recipes import integrity, read_recipe
 from repro.recipes.equivalence import Verdict
-from repro.recipes.integrity import (
-    contradictions,
-    evaluated_again,
-    missing_of_record,
-    mixed,
-    not_repetitions,
-    other_versions,
-)
 from repro.recipes.targets import Measured, Outcome, Run, Target, against, judge_all, overall, read_targets
 from repro.record.metrics import name_of
 from repro.record.record import FACTS, Record, Recorded, read_record
@@ -42,7 +34,13 @@ LABELS = {
     "learning_rate": "learning rates",
     "eval_rows": "validation rows",
     "eval_loss": "validation loss",
+    "probe_loss": "first steps' losses",
+    "probe_grad_norm": "first steps' gradients",
+    "probe_moved": "size of the updates",
+    "probe_idle": "change without gradient",
+    "probe_orders": "orders of the rows",
 }
+PROBE = "probe_"  # what `repro.recipes.probe` found
 BY_STEP = ("loss", "learning_rate")
 OF_TRAIN = {"rows": "kept", "dropped": "dropped", "images": "images"}
 COUNTS = (*(f"train_{what}" for what in OF_TRAIN), "num_steps", "parameters")
@@ -57,7 +55,7 @@ LOOKS = "each look at so many runs is paid for; a number named before the first 
 # Of a run's facts; whatever else may be missing has a meaning.
 NEEDED = ("flags", "data", "model", "num_steps", "num_replicas")
 OUTCOME = ("wanted", "measured", "difference", "interval", "verdict", "reason")  # what `--json` writes of an outcome
-EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS)  # what is known before the run is over
+EARLY = (*BY_STEP, *COUNTS, *FINGERPRINTS, PROBE)  # how the names begin of what is known before the run is over
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,7 @@ class Verification:
 
 
 def folders_of_runs(named: Sequence[Path]) -> list[Path]:
-    """Put its seeds' folders in the place of one that `repro reproduce --seeds` made.
-
-    Raises:
-        InputError: one is not a folder.
-    """
+    """Put its seeds' folders in the place of one of `repro reproduce --seeds`; an InputError if one is no folder."""
     found: list[Path] = []
     for folder in named:
         if not folder.is_dir():
@@ -133,7 +127,7 @@ def verify(
     runs = [read_run(folder, content) for folder in folders]
     others = [read_run(folder, content) for folder in reference]
     problems = [f"{run.folder}: {problem}" for run in (*runs, *others) for problem in run.problems]
-    problems += [*not_repetitions(runs), *not_repetitions(others), *mixed(runs, others)]
+    problems += [*integrity.not_repetitions(runs), *integrity.not_repetitions(others), *integrity.mixed(runs, others)]
     if seeds is not None and seeds != len(runs):
         problems.append(f"--seeds {seeds}: named {seeds} runs and {len(runs)} are given; what is fixed is their number")
     targets = read_targets(content["targets"])
@@ -141,14 +135,14 @@ def verify(
     if not problems:
         targets = against(targets, [measures(run.facts, run.recorded.rows) for run in others]) if others else targets
         for run in (*runs, *others):
-            found = contradictions(run.folder, run.recorded)
+            found = integrity.contradictions(run.folder, run.recorded)
             if content.get("recompute", False) if recompute is None else recompute:
-                again, more = evaluated_again(run.folder, run.facts, run.recorded)
+                again, more = integrity.evaluated_again(run.folder, run.facts, run.recorded)
                 found, notes = found + again, notes + [f"{run.folder}: {note}" for note in more]
             problems += [f"{run.folder}: {problem}" for problem in found]
         same = [str(run.folder) for run in others if run.losses in {one.losses for one in runs}]
         notes += [f"losses equal those of {', '.join(same)}, step for step"] * bool(same)
-    notes += other_versions(runs, others) if others else []
+    notes += integrity.other_versions(runs, others) if others else []
     notes += [LOOKS] * (seeds is None and len(runs) > 1)
     found_of = [measures(run.facts, run.recorded.rows) for run in ([] if problems else runs)]
     outcomes = judge_all(targets, found_of, named=seeds is not None) if found_of else []
@@ -161,31 +155,23 @@ def _time(run: Record, recipe: Mapping[str, Any]) -> str:
     return f"{run.folder}: {run.minutes:.1f} minutes{beside}; time is reported and never judged"
 
 
-class Watcher:
-    """Stops a run of which it is plain before its end that it misses its recipe's targets.
+def stop_if_hopeless(recipe: Mapping[str, Any], facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Stop a run, by what will be its `run.json` and its rows so far, once it is plain that it misses its targets.
 
     A run that was given other flags than the recipe's is none of the recipe's, and is left to go on.
+
+    Raises:
+        RunStopped: a count, a learning rate or the losses so far fail.
     """
-
-    def __init__(self, recipe: Mapping[str, Any]) -> None:
-        self._recipe = recipe
-        self._targets = [target for target in read_targets(recipe["targets"]) if target.metric in EARLY]
-
-    def __call__(self, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Look at a run, given what will be its `run.json`, and its rows so far.
-
-        Raises:
-            RunStopped: a count, a learning rate or the losses so far fail.
-        """
-        if _flags_that_differ(facts, self._recipe)[0]:
-            return
-        outcomes = judge_all(self._targets, [measures(facts, rows)])
-        failed = [outcome for outcome in outcomes if outcome.verdict is Verdict.FAIL]
-        if failed:
-            raise RunStopped(
-                f"the run cannot reproduce {self._recipe['name']} any more: {'; '.join(map(describe, failed))}. Mend"
-                " what differs, or add --keep_going to have it finished all the same."
-            )
+    if _flags_that_differ(facts, recipe)[0]:
+        return
+    targets = [target for target in read_targets(recipe["targets"]) if target.metric.startswith(EARLY)]
+    outcomes = judge_all(targets, [measures(facts, rows)])
+    if failed := [outcome for outcome in outcomes if outcome.verdict is Verdict.FAIL]:
+        raise RunStopped(
+            f"the run cannot reproduce {recipe['name']} any more: {'; '.join(map(describe, failed))}. Mend what"
+            " differs, or add --keep_going to have it finished all the same."
+        )
 
 
 def read_run(folder: Path, recipe: Mapping[str, Any]) -> Record:
@@ -202,35 +188,31 @@ def read_run(folder: Path, recipe: Mapping[str, Any]) -> Record:
     if not facts.get("finished"):
         problems.append("the run is not finished; --resume auto goes on with it")
     else:
-        problems += missing_of_record(folder, facts, recorded)
+        problems += integrity.missing_of_record(folder, facts, recorded)
     return Record(folder, facts, recorded, problems, notes)
 
 
 def measures(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Run:
-    """What a run of these facts and rows measured of a target."""
+    """What a run of these facts and rows measured of a target: by step, or at "" ."""
+    data, evaluations = facts.get("data", {}), {row["step"]: row["eval"] for row in rows if "eval" in row}
+    counts: dict[str, Any] = {f"train_{what}": data.get("train", {}).get(name) for what, name in OF_TRAIN.items()}
+    counts |= {"num_steps": facts.get("num_steps"), "parameters": facts.get("model", {}).get("parameters")}
+    counts |= {f"{PROBE}{name}": value for name, value in facts.get("probe", {}).items()}
+    seed = int(facts["flags"]["seed"])
 
     def of(target: Target) -> Measured:
-        split = facts.get("data", {}).get(FINGERPRINTS.get(target.metric, ""), {})
-        return Measured(int(facts["flags"]["seed"]), values_of(target, facts, rows), split.get("fingerprint"))
+        metric = target.metric
+        if metric in FINGERPRINTS:
+            return Measured(seed, text=data.get(FINGERPRINTS[metric], {}).get("fingerprint"))
+        if metric in BY_STEP:
+            found = {str(row["step"]): row[metric] for row in rows if row["step"] in target.steps and metric in row}
+            return Measured(seed, found)
+        step = max(evaluations, default=None) if target.step is None else target.step
+        metrics = {f"eval_{name}": v for name, v in evaluations.get(step, {}).items() if isinstance(v, int | float)}
+        value = (counts | metrics).get(metric)
+        return Measured(seed, {} if value is None else value if isinstance(value, dict) else {"": float(value)})
 
     return of
-
-
-def values_of(target: Target, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Find a metric among a run's facts and rows: by step, or at "" ."""
-    if target.metric in BY_STEP:
-        return {
-            str(row["step"]): row[target.metric] for row in rows if row["step"] in target.steps and target.metric in row
-        }
-    evaluations = {row["step"]: row["eval"] for row in rows if "eval" in row}
-    train = facts.get("data", {}).get("train", {})
-    values: dict[str, Any] = {f"train_{what}": train.get(name) for what, name in OF_TRAIN.items()}
-    values |= {"num_steps": facts.get("num_steps"), "parameters": facts.get("model", {}).get("parameters")}
-    step = target.step if target.step is not None else max(evaluations, default=None)
-    found = evaluations.get(step, {}) if step is not None else {}
-    values |= {f"eval_{name}": value for name, value in found.items() if isinstance(value, int | float)}
-    value = values.get(target.metric)
-    return {} if value is None else {"": float(value)}
 
 
 def _recipe_of(folder: Path) -> dict[str, Any]:
@@ -329,8 +311,7 @@ def as_junit(verification: Verification) -> bytes:
     cases = [(outcome.target.name, kinds[outcome.verdict], describe(outcome)) for outcome in verification.outcomes]
     cases += [("runs", "error", problem) for problem in verification.problems]
     count = Counter(kind for _, kind, _ in cases)
-    numbers = {"tests": len(cases), "failures": count["failure"], "errors": count["error"]}
-    suite = ET.Element("testsuite", {name: str(number) for name, number in numbers.items()})
+    suite = ET.Element("testsuite", tests=str(len(cases)), failures=str(count["failure"]), errors=str(count["error"]))
     suite.set("name", f"repro verify {verification.recipe}")
     for name, kind, message in cases:
         case = ET.SubElement(suite, "testcase", classname=verification.recipe, name=name)

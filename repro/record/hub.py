@@ -24,7 +24,6 @@ from repro.record.writer import ATTENTION, LOCK, NON_FINITE, REPORT, STATE, log,
 # What stays here of a run's folder: states, where the images are, and the report with small copies of them.
 LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ATTENTION, ".*")
 CARD = "README.md"
-THREAD = "hub"
 AGAIN = (408, 429)  # of the answers 400 to 499, those that may be different next time
 LONGEST_TEXT = 400
 REMEDIES = {
@@ -40,16 +39,13 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an upload is tried.
-
-    Attributes:
-        at_end: seconds that the end of a run waits for what is not uploaded yet; of several processes the others wait
-            for the first as well, and give up after 300. No pause that the Hub asks for is longer, either.
-    """
+    """How long an upload is tried."""
 
     attempts: int = 4  # how often, if the Hub answers 500 or more or not at all; what it refuses is not asked for again
     pause: float = 2.0  # seconds before the second attempt, and twice as long before each further one
     silence: float = 30.0  # seconds after which a request that hears nothing has failed
+    # Seconds that the end of a run waits for what is not uploaded yet; of several processes the others wait for the
+    # first as well, and give up after 300. No pause that the Hub asks for is longer, either.
     at_end: float = 240.0
 
 
@@ -93,7 +89,7 @@ class HubUploader:
             set_verbosity_error()
             limit_silence(self._patience.silence)
             self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
-            threading.Thread(target=self._work, name=THREAD, daemon=True).start()
+            threading.Thread(target=self._work, name="hub", daemon=True).start()
 
     def __enter__(self) -> HubUploader:
         return self
@@ -118,11 +114,7 @@ class HubUploader:
             self._changed.notify_all()
 
     def finish(self, message: str, *, stopped: Callable[[], bool]) -> None:
-        """Upload the folder as it is now, and wait for it as long as `Patience` says.
-
-        Args:
-            stopped: asked again and again; True ends the waiting.
-        """
+        """Upload the folder as it is now, and wait as long as `Patience` says, or until `stopped`, asked repeatedly."""
         self.push(message)
         if self._closed:
             return

@@ -29,6 +29,7 @@ LONGEST_TEXT = 200
 # Captions of training and validation; Source: http://cocodataset.org, as its annotation files have them.
 COCO_ROWS = {"2014": {414_113, 202_654}, "2017": {591_753, 25_014}}
 LABELS = {name: f"{metric.label}, {metric.unit}" for name, metric in METRICS.items()}
+COUNTS = ("read", "kept", "dropped", "images")  # rows of a split, and its images
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -169,12 +170,7 @@ def _body(folder: Path, trained: Trained) -> str:
         ],
         cut=cut_in_words(validation) if validation and validation["captions_cut"] else "",
         data=[
-            (
-                split,
-                *(f"{counts[key]:,}" for key in ("read", "kept", "dropped", "images")),
-                cut_in_words(counts),
-                counts["fingerprint"],
-            )
+            (split, *(f"{counts[key]:,}" for key in COUNTS), cut_in_words(counts), counts["fingerprint"])
             for split, counts in facts["data"].items()
         ],
         flags=[(f"`--{name}`", escaped(str(value))) for name, value in trained.flags.items()],

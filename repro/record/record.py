@@ -26,11 +26,12 @@ RUN = optional(
     model=keys(implementation=str, parameters=Count),
     **dict.fromkeys(("startup_seconds", "train_seconds", "seconds"), float),
     **{"num_replicas": Positive, "num_steps": Count, "shuffle": bool, "parts": list[dict[str, Any]]},
-    **{"finished": str, "checksums": dict[str, str], "versions": dict[str, Any], "protocol": dict[str, Any]},
+    **dict.fromkeys(("versions", "protocol", "probe"), dict[str, Any]),
+    **{"finished": str, "checksums": dict[str, str]},
 )
 OF_EVALUATION = optional(
     **{"rows_scored": Count, "rouge_intervals": dict[str, tuple[float, float]], "saving_seconds": float},
-    **{"sentence_splitter": str, "caption_tokenizer": str},
+    **{"sentence_splitter": str, "caption_tokenizer": str, "search": dict[str, Any]},
 )
 DETAILS = ("rows", "seconds", *OF_EVALUATION)  # what a row says of an evaluation besides its metrics, which are numbers
 DETAILS_FORM = keys(rows=Count, seconds=float, **OF_EVALUATION)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -13,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 CLIPPED = 400  # characters of a caption that are shown
 JOINERS = "\u200c\u200d"  # without which Persian, Indic scripts and composed pictographs are misspelt
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of control characters, directions, surrogates and line separators
+COMBINING = ("Mn", "Me")  # categories of marks over, under and around another character
 MARKS = 4  # combining marks in a row from which on they would pile up over the lines around them
 # JSON inside HTML's <script> ends with it, or opens a comment, unless these are written otherwise.
 IN_SCRIPT = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
@@ -28,7 +28,7 @@ def visible(text: str) -> str:
     shown: list[str] = []
     marks = 0
     for character in text:
-        marks = marks + 1 if _is_mark(character) else 0
+        marks = marks + 1 if unicodedata.category(character) in COMBINING else 0
         if marks <= MARKS:
             shown.append(f"⟨U+{ord(character):04X}⟩" if _is_hidden(character) else character)
     return "".join(shown)
@@ -48,23 +48,12 @@ def embedded_json(value: Any) -> str:
 
 def template(package: str, name: str, *, autoescape: bool, **filters: Callable[..., str]) -> Template:
     """Load a template of a package, with filters for what is put into it."""
-    environment = Environment(
-        loader=PackageLoader(package),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=PackageLoader(package), autoescape=autoescape, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     environment.filters |= filters
     return environment.get_template(name)
 
 
-@lru_cache(maxsize=4096)
 def _is_hidden(character: str) -> bool:
     code = ord(character)
     return (unicodedata.category(character) in HIDDEN and character not in JOINERS) or code & 0xFFFE == 0xFFFE
-
-
-@lru_cache(maxsize=4096)
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character) in ("Mn", "Me")

@@ -33,7 +33,7 @@ RUN_FILES = (
     *("eval_results.json", "eval_generation.json", "eval_captions.json", "eval_images.json"),
     *(ATTENTION, "test_results.json", "test_generation.json", "test_captions.json", "test_images.json"),
 )
-MODEL = re.compile(r"ckpt_epoch_[0-9]+_step_([0-9]{1,18})")
+MODEL = re.compile(r"ckpt_epoch_[0-9]+_step_[0-9]{1,18}")
 # What a run's figures are read from, in its folder and in those of its models.
 CHECKED = (ROWS, "*_results.json", "*_generation.json", "*_captions.json")
 WEIGHTS = ("flax_model*.msgpack", "model*.safetensors")  # of the last model, which the last figures are about
@@ -48,11 +48,8 @@ log = logging.getLogger("repro")
 def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Keep other runs out of a folder, which is made if need be; the system lets go of it when this process ends.
 
-    Args:
-        flag: that names the folder, for the message.
-
     Raises:
-        InputError: the folder cannot be written, or another run is at work in it.
+        InputError: the folder, which the flag names, cannot be written, or another run is at work in it.
     """
     check_writable(folder, flag)
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -61,9 +58,8 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(
-            f"{flag} {folder}: another run is at work in it; wait for it, or name another folder."
-        ) from error
+        text = f"{flag} {folder}: another run is at work in it; wait for it, or name another folder."
+        raise InputError(text) from error
     try:
         yield
     finally:
@@ -74,11 +70,7 @@ def locked(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
 
 
 def check_output_dir(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to mix a run with what lies in its folder; changes nothing.
-
-    Raises:
-        InputError: the folder cannot be written, or holds something and may not be overwritten.
-    """
+    """Refuse by an InputError a folder that cannot be written, or holds something and may not be overwritten."""
     check_writable(folder, "--output_dir")
     if not overwrite and folder.is_dir() and entries(folder):
         raise InputError(
@@ -98,10 +90,8 @@ def models_in(folder: Path) -> list[Path]:
 
 
 def step_of_model(folder: Path) -> int:
-    """Tell after which step a run saved a model, by its folder's name."""
-    found = MODEL.fullmatch(folder.name)
-    assert found, "of those that `models_in` lists"
-    return int(found[1])
+    """Tell after which step a run saved a model, by its folder's name, one of those that `models_in` lists."""
+    return int(folder.name.rpartition("_")[2])
 
 
 def checked_files(folder: Path) -> list[Path]:
@@ -160,10 +150,8 @@ class RunWriter:
         path = folder / ROWS
         write_whole(path, "".join(json.dumps(row) + "\n" for row in self.recorded.rows).encode())
         self._metrics = path.open("a", encoding="utf-8")
-        steps = [row["step"] for row in self.recorded.rows]
-        self._tensorboard = SummaryWriter(
-            logdir=str(folder), write_to_disk=True, purge_step=max(steps) + 1 if steps else None
-        )
+        begins = max((row["step"] + 1 for row in self.recorded.rows), default=None)
+        self._tensorboard = SummaryWriter(logdir=str(folder), write_to_disk=True, purge_step=begins)
 
     def __enter__(self) -> RunWriter:
         return self
@@ -209,9 +197,8 @@ class RunWriter:
 
     def train_scalars(self, step: int, row: dict[str, float], seconds: float) -> None:
         """Write the example's training scalars, with the seconds spent on steps, to TensorBoard."""
-        self._tensorboard.add_scalar("train_time", seconds, step)
-        self._tensorboard.add_scalar("train_loss", row["loss"], step)
-        self._tensorboard.add_scalar("train_learning_rate", row["learning_rate"], step)
+        for name, value in {"time": seconds, "loss": row["loss"], "learning_rate": row["learning_rate"]}.items():
+            self._tensorboard.add_scalar(f"train_{name}", value, step)
         self._tensorboard.flush()
 
     def images(self, prefix: str, paths: list[str], ids: list[str]) -> None:
@@ -258,11 +245,7 @@ class RunWriter:
     def read_evaluation(
         self, prefix: str, step: int, folder: Path, *, image_paths: list[str], image_ids: list[str]
     ) -> Evaluation:
-        """Read back an evaluation that `recorded` has.
-
-        Raises:
-            InputError: its captions are damaged.
-        """
+        """Read back an evaluation that `recorded` has; an InputError if its captions are damaged."""
         entry = self.recorded.evaluations(prefix)[step]
         file = folder / f"{prefix}_generation.json"
         found = read_json(file, list[GENERATION]) if file.exists() else []

@@ -25,9 +25,7 @@ class Line:
     number: int  # of the run, which decides on colour and dashes
     x: Sequence[float]  # steps
     y: Sequence[float]
-    low: Sequence[
-        float
-    ] = ()  # the range that each value stands for, or nothing; of what is wanted, open at an infinity
+    low: Sequence[float] = ()  # with `high` the range that each value stands for; of what is wanted, open at infinity
     high: Sequence[float] = ()
     dotted: bool = False  # whether each value is marked
 
@@ -56,11 +54,7 @@ class Chart:
 
 
 def curves_of(runs: Sequence[RunFiles], wanted: Mapping[str, Line]) -> list[Chart]:
-    """Draw up the curves of runs, those of metrics without a label last.
-
-    Args:
-        wanted: what curves are held against, by metric (`loss`, `eval_rouge2`).
-    """
+    """Draw up the curves of runs with what is wanted of them by metric, those of metrics without a label last."""
     last = max(1, *(run.last_step for run in runs))
     size = max(-(-max(len(run.recorded.steps) for run in runs) // POINTS), 1)
     averaged = f"each point is the mean of {size} steps, the shade their range" if size > 1 else ""

@@ -114,11 +114,7 @@ def with_thumbnails(items: list[Item]) -> list[Item]:
 
 
 def thumbnail(reference: str) -> str:
-    """Make a small JPEG of an image, as a data address.
-
-    Raises:
-        ImageError, OSError, ValueError: it cannot be read.
-    """
+    """Make a small JPEG of an image, as a data address; ImageError, OSError or ValueError if it cannot be read."""
     image = view_image(reference)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
     return _address(image)

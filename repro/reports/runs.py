@@ -59,7 +59,7 @@ class RunFiles(Record):
             return "running", ""
         if stopped:
             return ("interrupted" if stopped.startswith("Interrupted") else "stopped"), stopped
-        return "crashed", "it ended without saying why: it was killed, or the machine was"
+        return "crashed", "it ended without saying why: it was killed, or the machine was; --resume auto goes on"
 
     @property
     def progress(self) -> str:

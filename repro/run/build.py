@@ -16,23 +16,16 @@ from jax.sharding import NamedSharding
 
 from repro.data.batches import CaptionedImages, RowOrder, prefetch
 from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
+from repro.models.generation import search_settings
 from repro.progress import waiting
 from repro.record.writer import log
 from repro.run.prepare import PreparedRun, at_once_choices, num_beams
+from repro.training import steps
 from repro.training.checkpoint import abstract
 from repro.training.interrupt import StopSignals
 from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes, tree_bytes
 from repro.training.sharding import put, put_rows, state_sharding, train_batch_sharding
-from repro.training.steps import (
-    Batch,
-    TrainState,
-    TrainStep,
-    create_learning_rate_fn,
-    create_optimizer,
-    create_train_state,
-    make_eval_step,
-    make_train_step,
-)
+from repro.training.steps import Batch, TrainState, TrainStep
 
 SHRINKS_FROM = 32  # rows of an evaluation batch from which on captions that have ended leave it
 GIBIBYTE = 2**30
@@ -91,10 +84,10 @@ def training_batches(
 def build_training(prepared: PreparedRun) -> Training:
     """Compile the training step for as many replicas at once as are asked for, or as the memory holds."""
     settings, mesh = prepared.settings, prepared.mesh
-    learning_rate = create_learning_rate_fn(
+    learning_rate = steps.create_learning_rate_fn(
         settings.learning_rate, num_steps=settings.num_steps, warmup_steps=settings.warmup_steps
     )
-    optimizer = create_optimizer(
+    optimizer = steps.create_optimizer(
         learning_rate,
         rule=settings.rules.decay_mask,
         weight_decay=settings.weight_decay,
@@ -103,13 +96,13 @@ def build_training(prepared: PreparedRun) -> Training:
         epsilon=settings.adam_epsilon,
         max_grad_norm=settings.max_grad_norm,
     )
-    create = partial(create_train_state, optimizer=optimizer, seed=settings.seed, num_replicas=settings.replicas)
+    create = partial(steps.create_train_state, optimizer=optimizer, seed=settings.seed, num_replicas=settings.replicas)
     shapes = jax.eval_shape(create, prepared.pretrained.params)
     shardings = state_sharding(mesh, shapes)
     like = abstract(shapes, shardings)
     row = prepared.splits["train"].batch(np.zeros(1, np.int64))
     make_step = partial(
-        make_train_step,
+        steps.make_train_step,
         prepared.pretrained.captioner.logits,
         optimizer,
         learning_rate,
@@ -138,41 +131,34 @@ def build_training(prepared: PreparedRun) -> Training:
     return Training(prepared, step, start, like, row_order, batch_sharding, facts)
 
 
-def build_evaluator(
-    prepared: PreparedRun, signals: StopSignals | None = None, *, held_bytes: int = 0, limit: float | None = None
-) -> Evaluator:
+def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *, held_bytes: int = 0) -> Evaluator:
     """Put together what evaluates, as many device batches at once as the memory holds; a signal ends it between turns.
 
     Args:
         held_bytes: what else is on a device: the state, where it is evaluated in the middle of training.
-        limit: bytes that a device has to give; None to ask it.
     """
     settings, captioner, mesh = prepared.settings, prepared.pretrained.captioner, prepared.mesh
     num_replicas, replica_batch = settings.replicas, settings.per_device_eval_batch_size
     possible = choices(mesh, num_replicas=num_replicas, replica_batch=replica_batch) or [num_replicas]
     asked = [number for number in possible if number <= (settings.replicas_at_once or num_replicas)]
-    if limit is None:
-        limit = SHARE * device_bytes(mesh.local_devices[0]) - held_bytes
-
-    def generate(params: Any, memory: Any, *, num_rows: int) -> Any:
-        return captioner.generate(
-            params,
-            memory,
-            max_length=settings.max_length("validation"),
-            num_beams=num_beams(settings, prepared.pretrained),
-            stop_rule=settings.rules.stop_rule,
-            group_size=replica_batch,
-            # On one device down to a quarter: the pocket model's captions take 10 to 40 % less time on a CPU. A small
-            # batch does not repay compiling the search for each size; over several devices rows would have to move.
-            smallest_batch=num_rows // 4 if mesh.size == 1 and num_rows >= SHRINKS_FROM else None,
-        ).tokens[:, 0]
+    limit = SHARE * device_bytes(mesh.local_devices[0]) - held_bytes
+    search: dict[str, Any] = {"max_length": settings.max_length("validation"), "stop_rule": settings.rules.stop_rule}
+    search["num_beams"] = num_beams(settings, prepared.pretrained)
 
     def compile_batches(number: int) -> Programs:
         num_rows = number * replica_batch
+        # On one device down to a quarter: the pocket model's captions take 10 to 40 % less time on a CPU. A small
+        # batch does not repay compiling the search for each size; over several devices rows would have to move.
+        smallest = num_rows // 4 if mesh.size == 1 and num_rows >= SHRINKS_FROM else None
+
+        def generate(params: Any, memory: Any) -> Any:
+            sizes = {"group_size": replica_batch, "smallest_batch": smallest}
+            return captioner.generate(params, memory, **search, **sizes).tokens[:, 0]
+
         return compile_programs(
             captioner.encode,
-            make_eval_step(captioner.decode, label_smoothing=settings.label_smoothing_factor),
-            partial(generate, num_rows=num_rows) if settings.predict_with_generate else None,
+            steps.make_eval_step(captioner.decode, label_smoothing=settings.label_smoothing_factor),
+            generate if settings.predict_with_generate else None,
             prepared.pretrained.params,
             prepared.evaluated.batch(np.zeros(1, np.int64)),
             mesh,
@@ -203,5 +189,6 @@ def build_evaluator(
         num_replicas=num_replicas,
         replica_batch=replica_batch,
         caption_metrics=settings.caption_metrics,
+        search=search | search_settings(captioner),
         progress=prepared.progress,
     )

@@ -31,7 +31,7 @@ from repro.progress import waiting
 from repro.provenance import versions, where
 from repro.record.record import ROWS
 from repro.record.writer import log
-from repro.run.settings import DETERMINISTIC, Settings, is_deterministic, mesh_shape
+from repro.run.settings import DETERMINISTIC, SPLITS, Settings, is_deterministic, mesh_shape
 from repro.training.memory import choices
 from repro.training.processes import decided_by_first
 from repro.training.sharding import create_mesh
@@ -67,6 +67,7 @@ def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
         gradient_checkpointing=model_args.gradient_checkpointing,
         seed=seed,
         use_fast_tokenizer=model_args.use_fast_tokenizer,
+        weights_format=model_args.weights_format,  # type: ignore[arg-type]
         hub={name: getattr(model_args, name) for name in ("cache_dir", "token", "trust_remote_code")},
     )
     if model_args.model_name_or_path is not None:
@@ -79,11 +80,10 @@ def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
 def read_rows(settings: Settings) -> dict[str, Rows]:
     """Read the first rows of each split, or find them where an earlier run has put them."""
     named = {name: getattr(settings, name) for name in SOURCE_FLAGS}
-    found = load_splits(
-        splits=settings.splits, rows_dir=settings.cache / "rows", rebuild=_rebuilding(settings), **named
-    )
+    rows_dir = settings.cache / "rows"
+    found = load_splits(splits=settings.splits, rows_dir=rows_dir, rebuild=_rebuilding(settings), **named)
     for name, split in found.items():
-        most = settings.most_rows(name)
+        most = getattr(settings, SPLITS[name][1])
         if most is not None and most < len(split.dataset):
             found[name] = dataclasses.replace(split, dataset=split.dataset.select(range(most)))
     return found
@@ -92,16 +92,13 @@ def read_rows(settings: Settings) -> dict[str, Rows]:
 def prepare(settings: Settings, devices: Sequence[jax.Device], *, progress: bool) -> PreparedRun:
     """Read rows, load the model, decode the images and tokenize the captions, from caches where they are there.
 
-    A run is refused
+    A run is refused, by an InputError,
 
     - that evaluates or generates what its model or an optional package cannot (`check_run`), or asks for devices,
       meshes or determinism that are not there;
     - whose rows make no whole batch where one is needed (`Settings.with_rows`), looked at twice: as they are read, and
       as they are left once those are dropped whose image or caption cannot be used;
     - whose data, model or caches cannot be read, each by the module that reads it.
-
-    Raises:
-        InputError: one of these.
     """
     with waiting("reading the rows", progress=progress):
         rows = read_rows(settings)
@@ -146,11 +143,7 @@ def prepare(settings: Settings, devices: Sequence[jax.Device], *, progress: bool
 
 
 def check_run(settings: Settings, pretrained: Pretrained, devices: Sequence[jax.Device]) -> Mesh:
-    """Check what a run asks of its model and its devices; returns how it lays these out.
-
-    Raises:
-        InputError: the model or the devices cannot do it, or a package is missing.
-    """
+    """Lay out the devices; an InputError if these or the model cannot do what is asked, or a package is missing."""
     decoder = pretrained.captioner.config.decoder
     positions = getattr(decoder, "max_position_embeddings", None)
     for name in ("max_target_length", "val_max_target_length"):
@@ -160,8 +153,7 @@ def check_run(settings: Settings, pretrained: Pretrained, devices: Sequence[jax.
     if settings.caption_metrics:
         check_installed()
     if settings.predict_with_generate:
-        beams = num_beams(settings, pretrained)
-        check_beams(num_beams=beams, num_return_sequences=1, vocab_size=decoder.vocab_size)
+        check_beams(num_beams=num_beams(settings, pretrained), num_return_sequences=1, vocab_size=decoder.vocab_size)
     mesh = mesh_of(settings, devices)
     if settings.deterministic and not is_deterministic(mesh):
         raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
@@ -249,11 +241,7 @@ def turned_in_words(prepared: PreparedRun) -> Iterator[str]:
 
 
 def log_preparation(prepared: PreparedRun, after: int) -> None:
-    """Tell the log what is computed, on what and how, what the splits hold, and what is new in the model.
-
-    Args:
-        after: the step that the run goes on from, whose state has the weights; 0 for a start.
-    """
+    """Tell the log what is computed after a step, on what and how, what the splits hold, what is new in the model."""
     settings, devices = prepared.settings, list(prepared.mesh.devices.flat)
     halves = [value for name, value in settings.flags.items() if name.startswith(HALVES) and value is not None]
     log.info("model: %s", settings.model_name_or_path or " + ".join(halves))
@@ -278,5 +266,5 @@ def log_preparation(prepared: PreparedRun, after: int) -> None:
             log.warning("%s: %d of %d rows have no caption; %s", name, kept - captions, kept, what)
     for line in turned_in_words(prepared):
         log.warning(line)
-    for note in prepared.pretrained.notes if after == 0 else ():
+    for note in prepared.pretrained.notes if after == 0 else ():  # of a later step the state has the weights
         log.info("model: %s", note)

@@ -24,7 +24,7 @@ from repro.models.captioner import NativeCaptioner
 from repro.models.pretrained import Pretrained, save_model
 from repro.record.model_card import Trained, write_card
 from repro.record.record import FACTS, ROWS, Recorded, read_clock, read_record
-from repro.record.writer import STATE, RunWriter, check_output_dir, holds_only_run_files, locked, log, models_in
+from repro.record.writer import STATE, check_output_dir, holds_only_run_files, locked, log, models_in
 from repro.run.prepare import PreparedRun, num_beams
 from repro.run.settings import FLAGS, Settings
 from repro.run.step_log import StepLog
@@ -47,10 +47,6 @@ class Start:
     def step(self) -> int:
         return self.found.step if self.found else 0
 
-    @property
-    def num_replicas(self) -> int | None:
-        return self.found.record["settings"]["num_replicas"] if self.found else None
-
     def announce(self) -> None:
         """Say where the run goes on, in its own log."""
         if self.found:
@@ -72,14 +68,14 @@ def enter_folders(stack: ExitStack, settings: Settings) -> Start:
     Raises:
         InputError: in all processes; a folder cannot be written or is in use, or see `choose_start`.
     """
-
     folder = settings.folder
 
     def enter() -> dict[str, Any]:
         stack.enter_context(locked(folder))
         check_writable(settings.cache, "--cache_dir")
-        source = other_run(settings.resume, folder)
-        if source is not None and os.access(source, os.W_OK):  # else nobody of this run's rights can change it
+        source = folder if settings.resume in ("never", "auto") else _named(Path(settings.resume))[0]
+        # What cannot be written, nobody of this run's rights can change.
+        if source.is_dir() and not _same(source, folder) and os.access(source, os.W_OK):
             stack.enter_context(locked(source, "--resume"))
         return dataclasses.asdict(choose_start(settings, folder))
 
@@ -110,8 +106,7 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
     source, step = _named(Path(args.resume))
     if _same(source, folder):
         source = folder
-    states = source / STATE
-    found = find_newest(states, step=step) if states.is_dir() else None
+    found = find_newest(source / STATE, step=step)
     if found is None:
         raise InputError(
             f"--resume {args.resume}: holds no state that can be used; give auto, never, the folder of a run, or of one"
@@ -131,12 +126,6 @@ def _holds_only_a_start(folder: Path) -> bool:
     return not later and "finished" not in read_record(folder).facts and holds_only_run_files(folder)
 
 
-def other_run(resume: str, folder: Path) -> Path | None:
-    """The folder of the run that `--resume` names, if it is another than the output folder, whatever each is called."""
-    source = _named(Path(resume))[0] if resume not in ("never", "auto") else folder
-    return source if source.is_dir() and not _same(source, folder) else None
-
-
 def _named(path: Path) -> tuple[Path, int | None]:
     """The folder of the run that a path names, and the step if it is a state's."""
     path = path.absolute()
@@ -154,8 +143,7 @@ def _same(source: Path, folder: Path) -> bool:
 def _after(found: Found, source: Path, folder: Path) -> Start:
     record, branches_off = read_record(source), source != folder
     recorded = record.recorded.up_to(found.step)
-    missing = set(range(1, found.step + 1)) - {row["step"] for row in recorded.steps}
-    if missing:
+    if missing := set(range(1, found.step + 1)) - {row["step"] for row in recorded.steps}:
         raise InputError(
             f"{source / ROWS}: step {min(missing)} is missing or damaged in it, and the state is of step"
             f" {found.step}; put a whole copy there, or resume from an earlier state ({STATE}/STEP)."
@@ -187,13 +175,8 @@ def what_stays(prepared: PreparedRun) -> dict[str, Any]:
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run would go on as it began.
-
-    Raises:
-        InputError: names every setting that differs, with both values.
-    """
-    different = list(_differences(saved, now))
-    if different:
+    """Check that a run would go on as it began; an InputError names every setting that differs, with both values."""
+    if different := list(_differences(saved, now)):
         raise InputError(
             "--resume: the state belongs to a run that computes something else:\n  "
             + "\n  ".join(different)
@@ -205,27 +188,25 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
     for name in sorted({*saved, *now}):
         before, after = saved.get(name, "absent"), now.get(name, "absent")
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _differences(before, after, f"--{name[:0]}" if name == "flags" else f"{prefix}{name} ")
+            yield from _differences(before, after, "--" if name == "flags" else f"{prefix}{name} ")
         elif before != after and not (prefix in ("data ", "protocol ") and "absent" in (before, after)):
             yield f"{prefix}{name}: {before} then, {after} now"
 
 
-def save_state(
-    states: Checkpoints, state: TrainState, step: int, steps: StepLog, writer: RunWriter, prepared: PreparedRun
-) -> None:
+def save_state(states: Checkpoints, state: TrainState, step: int, steps: StepLog, prepared: PreparedRun) -> None:
     """Save a state to go on from, once it is known to be finite and everything before it is written."""
     settings = prepared.settings
     if settings.save_steps == 0 or step in states.steps():
         return
     steps.flush()
-    writer.sync()
+    steps.writer.sync()
     record = {
         "step": step,
         "epoch": settings.epoch_of(step),
         "step_in_epoch": (step - 1) % settings.steps_per_epoch + 1,
         "training_seconds": steps.training_seconds,
         "waiting_for_input_seconds": steps.waited,
-        "seconds": round(writer.seconds(), 3),
+        "seconds": round(steps.writer.seconds(), 3),
         "settings": what_stays(prepared),
         "versions": prepared.facts["versions"],
     }
@@ -239,11 +220,7 @@ def how_to_go_on(states: Checkpoints, settings: Settings) -> str:
 
 
 def save_whole_model(prepared: PreparedRun, params: Any, folder: Path, *, again: bool) -> float:
-    """Write a model's folder whole or not at all; returns the seconds that this took.
-
-    Args:
-        again: also where it is there already.
-    """
+    """Write a model's folder whole or not at all, or again where it is there; returns the seconds that this took."""
     if not is_first() or (folder.exists() and not again):
         return 0.0
     started = time.perf_counter()

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 from jax.sharding import Mesh
 
 from repro.config import ARGUMENTS, HALVES, DataArguments, ModelArguments, TrainingArguments
@@ -77,9 +78,9 @@ class Settings(ModelArguments, DataArguments, TrainingArguments):
         known = [name for name, found in METRICS.items() if found.better]
         if metric not in known:
             raise InputError(f"--metric_for_best_model {metric}: choose one of {', '.join(known)}.")
-        missing = [f"--{name}" for name in ("do_train", "do_eval", METRICS[metric].needs) if not self.flags[name]]
-        if missing:
-            raise InputError(f"--metric_for_best_model {metric}: needs {', '.join(dict.fromkeys(missing))} too.")
+        needed = dict.fromkeys(["do_train", "do_eval", METRICS[metric].needs])
+        if missing := [f"--{name}" for name in needed if not self.flags[name]]:
+            raise InputError(f"--metric_for_best_model {metric}: needs {', '.join(missing)} too.")
         if self.save_steps == 0:
             raise InputError(f"--metric_for_best_model {metric}: keeps a state, --save_steps 0 saves none: drop one.")
 
@@ -110,11 +111,7 @@ class Settings(ModelArguments, DataArguments, TrainingArguments):
     @property
     def cache(self) -> Path:
         """Where rows, tokens and decoded images are kept."""
-        if self.cache_dir is not None:
-            return Path(self.cache_dir) / "repro"
-        from datasets.config import HF_CACHE_HOME
-
-        return Path(HF_CACHE_HOME) / "repro"
+        return Path(datasets.config.HF_CACHE_HOME if self.cache_dir is None else self.cache_dir) / "repro"
 
     # Its rows.
 
@@ -122,10 +119,6 @@ class Settings(ModelArguments, DataArguments, TrainingArguments):
     def splits(self) -> list[str]:
         """The splits that it uses."""
         return [split for split, (flag, _) in SPLITS.items() if getattr(self, flag)]
-
-    def most_rows(self, split: str) -> int | None:
-        """How many rows of a split are used at most; None for all."""
-        return getattr(self, SPLITS[split][1])
 
     def max_length(self, split: str) -> int:
         """Tokens of a caption, or of a generated one."""
@@ -231,11 +224,7 @@ def is_deterministic(mesh: Mesh) -> bool:
 
 
 def mesh_shape(text: str | None) -> dict[str, int] | None:
-    """Read `--mesh data=N,fsdp=M`, of which one may be left out.
-
-    Raises:
-        InputError: it is not like that.
-    """
+    """Read `--mesh data=N,fsdp=M`, of which one may be left out; an InputError if it is not like that."""
     if text is None:
         return None
     parts = text.split(",")

@@ -31,8 +31,7 @@ class NonFinite(Exception):
 
     def __init__(self, step: int, metrics: dict[str, float]) -> None:
         super().__init__(f"step {step}: {metrics}")
-        self.step = step
-        self.metrics = metrics
+        self.step, self.metrics = step, metrics
 
 
 @dataclass
@@ -62,20 +61,11 @@ class StepLog:
         every = max(self.num_steps // FEWEST_LINES, 1) if self.num_steps < self.logging_steps else self.logging_steps
         self._lines_every = every
         self.bar = progress_bar(
-            progress=self.progress,
-            total=self.num_steps,
-            initial=self.first_step,
-            desc="train",
-            unit="step",
-            bar_format=BAR,
+            progress=self.progress, total=self.num_steps, initial=self.first_step, desc="train", bar_format=BAR
         )
 
     def add(self, step: int, metrics: dict[str, jax.Array], *, waited: float = 0.0) -> None:
-        """Take a step's metrics over; reads them when it is time to log or to refresh the bar.
-
-        Args:
-            waited: seconds until the step's batch was there.
-        """
+        """Take over a step's metrics, read to log them or refresh the bar, and the seconds until its batch came."""
         self._pending.append((step, metrics))
         self.waited += waited
         if self.logs(step):
@@ -89,11 +79,7 @@ class StepLog:
         return self.logging_steps > 0 and step % self.logging_steps == 0
 
     def flush(self) -> None:
-        """Wait for all steps so far and write them.
-
-        Raises:
-            NonFinite: one of them cannot be gone on from; those before it are written.
-        """
+        """Wait for all steps so far and write them, up to one that cannot be gone on from, which raises NonFinite."""
         self._write(self._pending)
         self._pending = []
 

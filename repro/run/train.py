@@ -32,6 +32,7 @@ from repro.training.processes import is_first, wait_for_all
 from repro.training.sharding import put, replicated
 
 Score = Callable[[Evaluation], dict[str, float]]
+Probe = Callable[[Training], dict[str, Any]]
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 SPLIT_OF = {"eval": "validation", "test": "test"}
 PART = ("started", "devices", "mesh", "processes", "platform", "versions")  # what may differ after resuming
@@ -59,6 +60,7 @@ def run(
     *,
     devices: Sequence[jax.Device] | None = None,
     score: Score | None = None,
+    probe: Probe | None = None,
     watch: Watch | None = None,
     progress: bool = True,
 ) -> RunResult:
@@ -67,6 +69,7 @@ def run(
     Args:
         devices: that compute; None for all that JAX sees. They change the time, not the numbers.
         score: further metrics of an evaluation of the validation rows.
+        probe: what `run.json` says of the compiled training, before its first step.
         watch: sees `run.json` and the recorded rows before training and whenever steps are logged, and may raise
             RunStopped.
 
@@ -81,7 +84,8 @@ def run(
         stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
         start = resume.enter_folders(stack, settings)
-        settings = dataclasses.replace(settings, num_replicas=settings.num_replicas or start.num_replicas)
+        if start.found and not settings.num_replicas:
+            settings = dataclasses.replace(settings, num_replicas=start.found.record["settings"]["num_replicas"])
         prepared = prepare(settings, devices, progress=progress and is_first())
         settings, facts = prepared.settings, dict(prepared.facts)
         if start.found:
@@ -98,11 +102,12 @@ def run(
         writer = stack.enter_context(RunWriter(own, recorded, branches_off=start.branches_off, clock=clock))
         uploader = None
         if settings.push_to_hub and is_first():
-            found = HubUploader(settings.folder, repository=settings.hub_model_id, token=settings.hub_token)
-            uploader = stack.enter_context(found)
+            uploader = HubUploader(settings.folder, repository=settings.hub_model_id, token=settings.hub_token)
+            stack.enter_context(uploader)
         wait_for_all("folder")
         stack.enter_context(_writing_why_it_ends(writer, facts, prepared))
         facts |= {} if training is None else training.facts
+        facts |= {"probe": probe(training)} if training and probe else {}
         facts |= {"shuffle": settings.shuffle, "startup_seconds": round(time.perf_counter() - began, 1)}
         facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
         writer.describe(facts, prepared.dropped)
@@ -171,7 +176,7 @@ def _train(
                         state, metrics = training.step(state, batch)
                         steps.add(step, metrics, waited=waited)
                     if settings.saves_at(step):
-                        resume.save_state(states, state, step, steps, writer, prepared)
+                        resume.save_state(states, state, step, steps, prepared)
                     evaluates = settings.evaluates_at(step)
                     # The example saves its models when it evaluates, which may be never; here no training ends without.
                     if evaluates or (step == settings.num_steps and not recorded.evaluations("eval")):
@@ -179,18 +184,16 @@ def _train(
                         params = whole(state.params)
                         folder = writer.folder / f"ckpt_epoch_{settings.epoch_of(step)}_step_{step}"
                         seconds = resume.save_whole_model(prepared, params, folder, again=batch is not None)
-                        evaluation = None
                         if evaluates:
-                            evaluation = evaluate(params, "eval", step, folder, saving_seconds=seconds)
-                            evaluations["eval"] = evaluation
-                        resume.describe_model(prepared, step, evaluation, folder)
+                            evaluations["eval"] = evaluate(params, "eval", step, folder, saving_seconds=seconds)
+                        resume.describe_model(prepared, step, evaluations.get("eval"), folder)
                         if uploader:
                             uploader.push(f"epoch {settings.epoch_of(step)}, step {step}")
                         steps.resume()
                     if watch and steps.logs(step):
                         watch(facts, recorded.rows)
                     if signals.requested(step) and step < settings.num_steps:
-                        resume.save_state(states, state, step, steps, writer, prepared)
+                        resume.save_state(states, state, step, steps, prepared)
                         assert signals.received is not None
                         raise Interrupted(signals.received, "between two steps.")
         except NonFinite as error:

@@ -34,7 +34,6 @@ SMALLEST_SLICE = 2**22
 
 log = logging.getLogger("repro")
 
-
 LATER = optional(waiting_for_input_seconds=float, seconds=float)
 # What is saved with a state and needed to go on from it.
 STATE_RECORD = keys(step=Count, training_seconds=float, settings=keys(num_replicas=Positive), **LATER)
@@ -69,40 +68,23 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, best: Callable[[], int | None] = lambda: None) -> None:
-        """Open or make the folder.
-
-        Args:
-            keep: how many of the last states are kept.
-            best: gives the step of one more that is.
-        """
+        """Open or make the folder, where the last `keep` states are kept, and that of the step that `best` gives."""
         self.folder = folder.absolute()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         # It reports what is also raised, each of several threads for itself.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        ocp.type_handlers.register_type_handler(
-            jax.Array,
-            ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_SLICE),
-            override=True,
-        )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_handlers=_handlers(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_LastAndBest(keep, best), cleanup_tmp_directories=True
-            ),
-        )
+        handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SMALLEST_SLICE)
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+        how = {"preservation_policy": _LastAndBest(keep, best), "cleanup_tmp_directories": True}
+        self._manager = _manager(self.folder, **how)
 
     def steps(self) -> list[int]:
         """List the steps whose states are kept, in order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, step: int, record: dict[str, Any]) -> None:
-        """Copy the state to the host, and write it in the background.
-
-        Raises:
-            RunStopped: the disk is full; this may be found at the next call.
-        """
+        """Copy the state to the host, and write it in the background; RunStopped, maybe later, on a full disk."""
         self.wait()
         arguments = {"state": ocp.args.PyTreeSave(state), "record": ocp.args.JsonSave(record)}
         with stopping_on_full_disk(f"the state of step {step}"):
@@ -115,11 +97,7 @@ class Checkpoints:
             write_checksums(self.folder / str(step))
 
     def wait(self) -> None:
-        """Wait until the last state is on disk.
-
-        Raises:
-            RunStopped: the disk is full; what was written of the state is removed again.
-        """
+        """Wait until the last state is on disk; RunStopped if that is full, and what was written is removed again."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -134,28 +112,19 @@ class Checkpoints:
             raise
 
     def restore(self, found: Found, like: TrainState) -> TrainState:
-        """Read a state.
-
-        Args:
-            like: shapes, dtypes and shardings of its arrays; these may be others than it was saved with.
+        """Read a state into the shapes, dtypes and shardings of `like`, which may be others than it was saved with.
 
         Raises:
             InputError: it is damaged, and was killed before its checksums could tell.
         """
-        manager = self._manager
-        if Path(found.folder) != self.folder:
-            manager = ocp.CheckpointManager(
-                found.folder, item_handlers=_handlers(), options=ocp.CheckpointManagerOptions(read_only=True)
-            )
-        places = ocp.checkpoint_utils.construct_restore_args(like)
-        path = Path(found.folder) / str(found.step)
+        is_own, path = Path(found.folder) == self.folder, Path(found.folder) / str(found.step)
+        manager = self._manager if is_own else _manager(Path(found.folder), read_only=True)
+        wanted = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
         try:
-            restored = manager.restore(
-                found.step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=places))
-            )
+            restored = manager.restore(found.step, args=ocp.args.Composite(state=wanted))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # it has no checksums
             raise InputError(f"{path}: the state cannot be read ({error}); remove it and resume once more.") from error
-        if is_first() and path.parent == self.folder and not (path / CHECKSUMS).exists():
+        if is_first() and is_own and not (path / CHECKSUMS).exists():
             write_checksums(path)
         return restored["state"]
 
@@ -172,9 +141,10 @@ class Checkpoints:
                     raise
 
 
-def _handlers() -> dict[str, Any]:
+def _manager(folder: Path, **how: Any) -> ocp.CheckpointManager:
     # Weights hardly compress: zstd, Orbax's default, saves a tenth of the disk for twice the time.
-    return {"state": ocp.PyTreeCheckpointHandler(use_compression=False), "record": ocp.JsonCheckpointHandler()}
+    kinds = {"state": ocp.PyTreeCheckpointHandler(use_compression=False), "record": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(folder, item_handlers=kinds, options=ocp.CheckpointManagerOptions(**how))
 
 
 def whole_states(folder: Path) -> list[int]:
@@ -224,11 +194,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path) -> None:
-    """Check the files of a folder; one that was killed before its checksums were written is trusted.
-
-    Raises:
-        ValueError, OSError, InputError: a file differs or is gone.
-    """
+    """Check the files of a folder, but of one that was killed before its checksums: ValueError, OSError, InputError."""
     if not (folder / CHECKSUMS).exists():
         return
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -47,13 +47,8 @@ def start_processes(
         raise InputError(f"--process_id {process_id}: must be between 0 and {num_processes - 1}.")
     if not coordinator.rpartition(":")[2].isdigit():
         raise InputError(f"--coordinator {coordinator}: must be host:port.")
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    how: Any = {"cluster_detection_method": "deactivate", "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    jax.distributed.initialize(coordinator, num_processes, process_id, **how)
 
 
 def launched_several(environment: Mapping[str, str]) -> bool:
