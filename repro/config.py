@@ -68,12 +68,13 @@ def _free(default: Any, text: str, allowed: Numbers | None = None, **metadata: A
 
 @dataclass(frozen=True)
 class CreateModelArguments(Checked):
-    """What `repro create-model` takes; the same five flags may be given to `repro train`."""
+    """What `repro create-model` takes; the same six flags may be given to `repro train`."""
 
     encoder_model_name_or_path: str | None = flag(None, "Folder or Hub id of the vision encoder's weights.")
     decoder_model_name_or_path: str | None = flag(None, "Folder or Hub id of the text decoder's weights and tokenizer.")
     encoder_config_name: str | None = flag(None, "The encoder's configuration; alone, its weights are random.")
     decoder_config_name: str | None = flag(None, "The decoder's configuration; alone, its weights are random.")
+    weights_format: str | None = flag(None, "Of their weights, those in this format.", choices=FORMATS)
     seed: int = flag(42, "Seed of the weights that are not loaded.", SEED)
     output_dir: str | None = flag(None, "Folder to write the new model to.")
 
@@ -102,7 +103,7 @@ class ModelArguments(Checked):
     token: str | None = _free(None, "Hub token, for private models and data sets.", secret=True)
     trust_remote_code: bool = _free(False, "Allow a Hub model to run its own code.")
     dtype: str = flag("float32", "Type of the computation; parameters stay float32.", choices=DTYPES)
-    model_implementation: str | None = flag(None, "Further: whose model (default: native).", choices=IMPLEMENTATIONS)
+    model_implementation: str | None = flag(None, "Further: whose (native where it can).", choices=IMPLEMENTATIONS)
     gradient_checkpointing: bool = _free(False, "Further: recompute activations backward, for less memory (native).")
 
 

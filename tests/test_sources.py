@@ -496,6 +496,13 @@ def test_a_shard_that_is_empty_cut_or_compressed_is_named(tmp_path: Path, keep: 
         load(write_shard(path, {}))
 
 
+def test_a_shard_that_is_missing_among_others_is_named(tmp_path: Path) -> None:
+    for number in (0, 2):
+        write_shard(tmp_path / f"{number}.tar", {"a.jpg": picture(0), "a.txt": "a"})
+    with pytest.raises(InputError, match=r"1\.tar: there is no such file"):
+        load(str(tmp_path / "{0..2}.tar"), rows_dir=tmp_path / "rows")
+
+
 def test_a_real_shard_is_read(real_data: Path, tmp_path: Path) -> None:
     rows = load(str(real_data / "cc12m_sample.tar"), cache_dir=str(tmp_path / "hf")).dataset
     assert len(rows) == 32

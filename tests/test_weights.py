@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from repro import Captioner
 from repro.__main__ import main
 from repro.errors import InputError
 from repro.models.pretrained import load_model, save_model
@@ -270,3 +271,11 @@ def test_a_model_trained_on_elsewhere_is_exported_by_its_format(model, tmp_path,
     assert "--weights_format msgpack or safetensors" in capsys.readouterr().err
     assert main([*command, "--weights_format", "safetensors"]) == 0
     assert_same(load_model(str(tmp_path / "new")).params, later)
+    for form, params in (("msgpack", model.params), ("safetensors", later)):
+        assert_same(Captioner.from_pretrained(tmp_path / "model", weights_format=form).pretrained.params, params)
+
+
+def test_weights_that_are_not_finite_in_both_formats_are_named_as_that(model, tmp_path):
+    save_model(model, jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), model.params), tmp_path)
+    with pytest.raises(InputError, match=r"\d+ not finite"):
+        load(tmp_path, model)

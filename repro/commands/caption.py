@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from repro.commands import COMMANDS
 from repro.commands.terminal import printable, start_logging
-from repro.config import COUNT, DTYPES, IMPLEMENTATIONS, LENGTH, flag, make_arguments
+from repro.config import COUNT, DTYPES, FORMATS, IMPLEMENTATIONS, LENGTH, flag, make_arguments
 from repro.errors import InputError
 from repro.limits import IMAGE_SUFFIXES, LISTED_BYTES, URL_SCHEMES
 from repro.parser import Checked, Parser, add_fields, sentence
@@ -45,9 +45,8 @@ class CaptionArguments(Checked):
     max_length: int | None = flag(None, "Tokens, start token included (default: the model's, else 32).", LENGTH)
     batch_size: int = flag(8, "Images at once.", COUNT)
     dtype: str = flag("float32", "Type of the computation.", choices=DTYPES)
-    model_implementation: str | None = flag(
-        None, "Whose model (default: native for a ViT with GPT-2).", choices=IMPLEMENTATIONS
-    )
+    model_implementation: str | None = flag(None, "Whose model (default: native if it can).", choices=IMPLEMENTATIONS)
+    weights_format: str | None = flag(None, "Of the model's weights, those in this format.", choices=FORMATS)
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> int:
         from repro.models.captioning import Captioner
 
         settings = vars(how) | {"allow_image_urls": args.allow_image_urls}
-        of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation")}
+        of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation", "weights_format")}
         results = Captioner.from_pretrained(_checkpoint_of(args.model), **of_model).stream(images, **settings)
     outcomes = ((name, problem or next(results)[1]) for name, problem in found)
     failures = _print(outcomes, len(found), as_json=args.json, width=_width(found))

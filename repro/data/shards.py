@@ -34,7 +34,7 @@ def read_shards(paths: Sequence[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
         try:
             opened = limits.BoundedReads(limits.open_file(path, limits.LIST_BYTES))
-            with tarfile.open(fileobj=opened, mode="r:") as shard:
+            with opened, tarfile.open(fileobj=opened, mode="r:") as shard:
                 for key, members in groupby(_files(shard), lambda member: _split(member.name)[0]):
                     yield _sample(os.path.abspath(path), shard, key, members, first_place)
         except (OSError, ValueError, tarfile.TarError) as error:

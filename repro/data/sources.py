@@ -132,8 +132,8 @@ def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | N
     if suffix not in (*TABLES, *FORMATS) and not file.is_dir():
         raise InputError(f"{path}: cannot tell the format; name it {', '.join((*FORMATS, *TABLES))}.")
     found = _expanded(path) if suffix in TABLES and not file.exists() else [path]
-    if not Path(found[0]).exists():
-        raise InputError(f"{path}: there is no such file.")
+    if missing := [part for part in found if not Path(part).exists()]:
+        raise InputError(f"{missing[0]}: there is no such file.")
     if suffix == PARQUET:
         return _table(_parquet(found, cache_dir), split, path, file.parent, columns)
 
@@ -166,9 +166,8 @@ def _select(records: Iterator[dict[str, Any]], split: str, source: str, columns:
     inner = [name for name in first if name.startswith("json.")]
     image, caption = _found_columns(split, source, [name for name in first if name not in inner], columns, inner)
     for row, record in enumerate(chain([first], records)):
-        value, caption_of_it = record.get(image), record.get(caption) if caption else None
-        image_id = record.get("__name__") or value
-        yield {"row": row, "image_path": value, "image_id": image_id, "caption": caption_of_it}
+        value, text = record.get(image), record.get(caption) if caption else None
+        yield {"row": row, "image_path": value, "image_id": record.get("__name__") or value, "caption": text}
 
 
 def _table(dataset: Dataset, split: str, source: str, folder: Path, columns: Columns) -> _Source:

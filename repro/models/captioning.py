@@ -21,6 +21,7 @@ from repro.errors import InputError
 from repro.limits import URL_SCHEMES
 from repro.models.beam_search import check_beams
 from repro.models.pretrained import Implementation, Options, Pretrained, load_model
+from repro.models.weights import Form
 
 # A path (or an address), a PIL image, or an array uint8[H,W,3], [H,W,4] or [H,W].
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -76,6 +77,7 @@ class Captioner:
         *,
         dtype: str = "float32",
         model_implementation: Implementation | None = None,
+        weights_format: Form | None = None,
         cache_dir: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
@@ -86,13 +88,14 @@ class Captioner:
             path: folder or Hub id.
             dtype: type of the computation: float32, bfloat16 or float16.
             model_implementation: None for `native` where it knows the pair, else `transformers`.
+            weights_format: of its weights, those in this format; None for any, where all hold the same.
             cache_dir, token, trust_remote_code: for models from the Hub.
 
         Raises:
             InputError: it is not there or not whole, or no such model.
         """
         hub = {"cache_dir": cache_dir, "token": token, "trust_remote_code": trust_remote_code}
-        options = Options(implementation=model_implementation, dtype=dtype, hub=hub)
+        options = Options(implementation=model_implementation, dtype=dtype, weights_format=weights_format, hub=hub)
         pretrained = load_model(os.fspath(path), options)
         for note in pretrained.notes:
             log.warning("%s: %s", path, note)

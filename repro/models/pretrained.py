@@ -259,9 +259,7 @@ def _joined_config(encoder: Any, decoder: Any) -> Any:
     decoder.is_decoder = decoder.add_cross_attention = True
     config: Any = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.architectures = ["VisionEncoderDecoderModel"]
-    start, end, pad = (
-        getattr(decoder, name, None) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-    )
+    start, end, pad = (getattr(decoder, name, None) for name in configuration.SPECIAL)
     config.decoder_start_token_id = getattr(decoder, "bos_token_id", None) if start is None else start
     config.eos_token_id = end
     config.pad_token_id = pad if pad is not None else end[0] if isinstance(end, list) else end

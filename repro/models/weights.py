@@ -33,10 +33,6 @@ FLAX_INDEX = "flax_model.msgpack.index.json"
 INDEX = keys(weight_map=dict[str, str])
 PICKLE_FILE = "pytorch_model.bin"
 Form = Literal["msgpack", "safetensors", "pickle"]
-FORMS: dict[str, Form] = {
-    **{FLAX_FILE: "msgpack", PICKLE_FILE: "pickle"},
-    **{SAFETENSORS_FILE: "safetensors", SAFETENSORS_INDEX: "safetensors"},
-}
 
 # What a file holds, as the prefix of its parameters in the whole tree.
 WHOLE, ENCODER, DECODER = "", "encoder.", "decoder."
@@ -75,7 +71,9 @@ def load_weights(
     found, unexpected = _as_named(weights, shapes, holds, is_flax=file.name == FLAX_FILE)
     for other, weights in files:
         again, _ = _as_named(weights, shapes, holds, is_flax=False)
-        differ = [name for name in found if name not in again or not np.array_equal(found[name], again[name])]
+        differ = [
+            name for name in found if name not in again or not np.array_equal(found[name], again[name], equal_nan=True)
+        ]
         if differ:
             raise InputError(
                 f"{file}: and {other.name} hold different weights ({len(differ)} of {len(found)}, such as"
@@ -169,20 +167,22 @@ def _read(path: str, hub: Mapping[str, Any], form: Form | None, largest: int) ->
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
         return None if found is None else Path(found)
 
-    readers: dict[str, Callable[[Path], Weights]] = {
-        FLAX_FILE: lambda file: flatten(serialization.msgpack_restore(file.read_bytes())),
-        SAFETENSORS_FILE: load_file,
-        SAFETENSORS_INDEX: partial(_read_shards, find=find, largest=largest),
-        PICKLE_FILE: _read_pickle,
+    readers: dict[str, tuple[Form, Callable[[Path], Weights]]] = {
+        FLAX_FILE: ("msgpack", lambda file: flatten(serialization.msgpack_restore(file.read_bytes()))),
+        SAFETENSORS_FILE: ("safetensors", load_file),
+        SAFETENSORS_INDEX: ("safetensors", partial(_read_shards, find=find, largest=largest)),
+        PICKLE_FILE: ("pickle", _read_pickle),
     }
-    readers = {name: read for name, read in readers.items() if form is None or FORMS[name] == form}
-    there = ((file, read) for name, read in readers.items() if (file := find(name)))
-    file, read = next(there, (None, None))
-    if file is None or read is None:
-        raise InputError(f"{path}: holds no weights; one of {', '.join(readers)} is needed.")
-    yield file, _checked(file, read, largest)
-    if file.name == FLAX_FILE and Path(path).is_dir():  # of a Hub's formats, one is enough to fetch
-        yield from ((file, _checked(file, read, largest)) for file, read in there if read is not _read_pickle)
+    first: Path | None = None
+    for name, (kind, read) in readers.items():
+        if form in (None, kind) and (first is None or kind == "safetensors") and (file := find(name)):
+            first = first or file
+            yield file, _checked(file, read, largest)
+            if name != FLAX_FILE or not Path(path).is_dir():  # of a Hub's formats, one is enough to fetch
+                return
+    if first is None:
+        wanted = [name for name, (kind, _) in readers.items() if form in (None, kind)]
+        raise InputError(f"{path}: holds no weights; one of {', '.join(wanted)} is needed.")
 
 
 def shards_of(index: Path) -> list[str]:
