@@ -21,8 +21,6 @@ LEFT_OUT: dict[str, Any] = {
     **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "sequence_bias", "stop_strings", "max_time")),
     **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "dola_layers")),
 }
-
-
 UNBOUNDED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
 
 

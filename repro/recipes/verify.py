@@ -201,11 +201,11 @@ def measures(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Run
     seed = int(facts["flags"]["seed"])
 
     def of(target: Target) -> Measured:
-        metric = target.metric
+        metric, steps = target.metric, target.steps
         if metric in FINGERPRINTS:
             return Measured(seed, text=data.get(FINGERPRINTS[metric], {}).get("fingerprint"))
         if metric in BY_STEP:
-            found = {str(row["step"]): row[metric] for row in rows if row["step"] in target.steps and metric in row}
+            found = {str(row["step"]): row[metric] for row in rows if row["step"] in steps and metric in row}
             return Measured(seed, found)
         step = max(evaluations, default=None) if target.step is None else target.step
         metrics = {f"eval_{name}": v for name, v in evaluations.get(step, {}).items() if isinstance(v, int | float)}
