@@ -1,11 +1,15 @@
 """Fine-tune an image captioner in JAX/Flax, and show that it reproduces what was published."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repro.interface import Result, report, reproduce, train, verify
     from repro.models.captioning import Caption, Captioner
     from repro.recipes.verify import Verification
+
+# transformers 5 says at every start that PyTorch is missing, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Caption", "Captioner", "Result", "Verification", "report", "reproduce", "train", "verify"]

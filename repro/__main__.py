@@ -117,8 +117,6 @@ def program() -> None:
     All that is to be kept is on disk by then.
     """
     preload()
-    # transformers 5 says at every start that PyTorch is missing, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.excepthook = print_exception
     try:
         try:

@@ -47,7 +47,8 @@ def render_pocket(
     target = Path(data_dir).absolute()
     num_images = {"train": num_train, "val": num_val, "test": num_test}
     settings: dict[str, Any] = {**num_images, "image_size": image_size, "seed": seed}
-    settings |= {"source": _source_hash(), "pillow": PIL.__version__}
+    rules = b"".join(path.read_bytes() for path in (Path(__file__), Path(scene_rules.__file__)))
+    settings |= {"source": hashlib.sha256(rules).hexdigest(), "pillow": PIL.__version__}  # changed rules render anew
     marker = target / "pocket.json"
     with suppress(InputError):  # one that is not there, or damaged, says nothing
         if read_json(marker, dict) == settings:
@@ -71,12 +72,6 @@ def render_pocket(
         building.rename(target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _source_hash() -> str:
-    """Hash the rules that made a folder, so that changed rules render anew."""
-    sources = (Path(__file__), Path(scene_rules.__file__))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def read_scenes(data_dir: str | Path, split: str) -> dict[int, Scene]:

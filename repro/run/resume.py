@@ -96,7 +96,8 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
     if args.resume == "auto":
         found = find_newest(folder / STATE)
         if found is None:
-            if not _holds_only_a_start(folder):
+            later = [*models_in(folder), *whole_states(folder / STATE)]  # than what a run writes before its first state
+            if later or "finished" in read_record(folder).facts or not holds_only_run_files(folder):
                 raise InputError(
                     f"--resume auto: {folder} holds no state that can be used, but other files; name another"
                     " --output_dir, or start anew in it with --overwrite_output_dir instead of --resume."
@@ -118,12 +119,6 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
     if start.branches_off:
         check_output_dir(folder, overwrite=args.overwrite_output_dir)
     return start
-
-
-def _holds_only_a_start(folder: Path) -> bool:
-    """Tell whether a folder is empty, or holds nothing but what a run writes before its first state."""
-    later = [*models_in(folder), *whole_states(folder / STATE)]
-    return not later and "finished" not in read_record(folder).facts and holds_only_run_files(folder)
 
 
 def _named(path: Path) -> tuple[Path, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,9 @@ def run(
         stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
         start = resume.enter_folders(stack, settings)
+        if jax.config.jax_compilation_cache_dir is None:  # a run that goes on, or another seed, compiles nothing anew
+            stack.callback(jax.config.update, "jax_compilation_cache_dir", None)
+            jax.config.update("jax_compilation_cache_dir", str(settings.cache / "programs" / platform.node()))
         if start.found and not settings.num_replicas:
             settings = dataclasses.replace(settings, num_replicas=start.found.record["settings"]["num_replicas"])
         prepared = prepare(settings, devices, progress=progress and is_first())
@@ -106,8 +110,8 @@ def run(
             stack.enter_context(uploader)
         wait_for_all("folder")
         stack.enter_context(_writing_why_it_ends(writer, facts, prepared))
-        facts |= {} if training is None else training.facts
-        facts |= {"probe": probe(training)} if training and probe else {}
+        if training:
+            facts |= training.facts | ({"probe": probe(training)} if probe else {})
         facts |= {"shuffle": settings.shuffle, "startup_seconds": round(time.perf_counter() - began, 1)}
         facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
         writer.describe(facts, prepared.dropped)
