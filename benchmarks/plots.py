@@ -116,23 +116,20 @@ def draw_moves(output: Path) -> None:
 
 def draw_band(output: Path) -> None:
     pyplot = start()
-    runs = read("ablation.json")["runs"]
-    recipe = read("pocket.json", HERE.parent / "repro" / "recipes")
+    recipe, seeds = read("pocket.json", HERE.parent / "repro" / "recipes"), read("pocket_seeds.json")
     targets = {target["metric"]: target for target in recipe["targets"] if "standard_deviation" in target}
-    figure, (axes, others) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
-    names = [name for name in runs if name.endswith((", native", ", transformers"))][::-1]
+    figure, (axes, others) = pyplot.subplots(1, 2, figsize=(8, 2.2), layout="constrained", sharey=True)
+    groups = {name: runs for name, runs in seeds.items() if name.endswith(("seeds", "TPU")) and runs}
     for axis, metric, label in ((axes, "eval_loss", "evaluation loss"), (others, "eval_rouge2", "ROUGE-2")):
         target = targets[metric]
         false_fails = FALSE_FAILS / len(targets)
         reach = prediction_reach(target["standard_deviation"], target["freedom"], target["runs"], false_fails)
         axis.axvspan(target["value"] - reach, target["value"] + reach, color=OTHERS, alpha=0.35, linewidth=0)
         axis.axvline(target["value"], color=QUIET, linewidth=1)
-        for place, name in enumerate(names):
-            values = [run[metric] for run in runs[name].values()]
-            color = OURS if name.endswith("native") else INK
-            axis.plot(values, [place] * len(values), "|", color=color, markersize=11)
+        for place, runs in enumerate(groups.values()):
+            axis.plot([run[metric] for run in runs], [-place] * len(runs), "|", color=OURS, markersize=11)
         axis.set_xlabel(label)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(0, -len(groups), -1), groups)
     save(figure, output / "band.svg")
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/verdict_rates.py                  # the tables of repro/recipes/README.md, in half a minute
 
-Runs are drawn as the measured ones vary: with the spread and the correlations of all of pocket's metrics within groups
-of runs that differ by the seed alone (`results/cpu-2-cores/ablation.json` and the recipe's own seeds). The spread that
+Runs are drawn as the measured ones vary: with the spread and the correlations of all of pocket's metrics in runs that
+differ by the seed alone (`results/cpu-2-cores/pocket_seeds.json`). The spread that
 the recipe knows is drawn anew too, from as many degrees of freedom as it has. What is drawn is judged by the package's
 own functions: nothing of the rules is written down here.
 """
@@ -20,6 +20,7 @@ import numpy as np
 
 from repro.recipes import read_recipe
 from repro.recipes.equivalence import (
+    CANNOT_TELL,
     FAIL,
     FALSE_FAILS,
     FALSE_PASSES,
@@ -32,16 +33,7 @@ from repro.recipes.equivalence import (
 )
 from repro.recipes.targets import WIDEST, Measured, Target, judge, read_targets
 
-ABLATION = Path(__file__).with_name("results") / "cpu-2-cores" / "ablation.json"
-# Trained anew and scored by the recipe's own protocol, so that they differ as the recipe's runs do.
-GROUPS = (
-    "loss: mean of 8 replicas' means",
-    "random stream of 2021",
-    "bfloat16",
-    "0.2 % of the rows dropped",
-    "products as on a TPU, of bfloat16",
-    "exact, transformers",
-)
+SEEDS = Path(__file__).with_name("results") / "cpu-2-cores" / "pocket_seeds.json"
 COUNTS = (1, 2, 3, 5, 8, 16)
 MARGINS_OFF = (0.0, 0.5, 1.0, 2.0)
 DRAWS = 20_000
@@ -57,13 +49,10 @@ def statistical(name: str) -> list[Target]:
 
 
 def measured_spread(metrics: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Covariance of metrics within groups of runs that differ by the seed alone, and its degrees of freedom."""
-    known = json.loads(ABLATION.read_text())["runs"]
-    groups = [list(known[name].values()) for name in GROUPS] + [read_recipe("pocket")["seeds"]]
-    values = [np.array([[run[metric] for metric in metrics] for run in group]) for group in groups]
-    residuals = np.concatenate([group - group.mean(0) for group in values])
-    freedom = sum(len(group) - 1 for group in values)
-    return residuals.T @ residuals / freedom, freedom
+    """Covariance of metrics over runs that differ by the seed alone, and its degrees of freedom."""
+    known = json.loads(SEEDS.read_text())
+    values = [[run[metric] for metric in metrics] for run in (*known["reference seeds"], *known["further seeds"])]
+    return np.cov(np.array(values), rowvar=False), len(values) - 1
 
 
 class Pocket:
@@ -109,8 +98,8 @@ class Pocket:
 
 def rates(places: np.ndarray) -> tuple[float, float, float]:
     """Shares of PASS, FAIL and CANNOT TELL."""
-    passes, fails = float((places == PASS).mean()), float((places == FAIL).mean())
-    return passes, fails, 1 - passes - fails
+    passes, fails, cannot_tell = (float((places == place).mean()) for place in (PASS, FAIL, CANNOT_TELL))
+    return passes, fails, cannot_tell
 
 
 def percent(found: Iterable[float]) -> str:

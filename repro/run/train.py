@@ -85,7 +85,7 @@ def run(
         stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
         start = resume.enter_folders(stack, settings)
-        if jax.config.jax_compilation_cache_dir is None:  # a run that goes on, or another seed, compiles nothing anew
+        if jax.config.values["jax_compilation_cache_dir"] is None:  # to go on, or another seed, compiles nothing
             stack.callback(jax.config.update, "jax_compilation_cache_dir", None)
             jax.config.update("jax_compilation_cache_dir", str(settings.cache / "programs" / platform.node()))
         if start.found and not settings.num_replicas:
