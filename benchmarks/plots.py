@@ -148,7 +148,7 @@ def draw_pictures(run: Path, output: Path) -> None:
         with Image.open(images[place]) as image:
             axis.imshow(image.convert("RGB").resize((256, 256), Image.Resampling.NEAREST))
         axis.set_axis_off()
-        said = "\n".join(textwrap.wrap(rows[place]["pred"], 30))
+        said = "\n".join(textwrap.wrap(rows[place]["pred"], 27))
         meant = "\n".join(textwrap.wrap(rows[place]["label"], 34))
         axis.set_title(said, fontsize=9, color=OURS, weight="bold", loc="left")
         axis.text(0, -0.04, meant, fontsize=8, color=QUIET, va="top", transform=axis.transAxes)
