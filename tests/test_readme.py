@@ -358,7 +358,7 @@ def small_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe["flags"] |= {"num_replicas": 2, "per_device_eval_batch_size": 10}
     recipe["recompute"] = False
     recipe["targets"] = [
-        {"metric": "eval_loss", "value": 6.0, "standard_deviation": 0.2, "runs": 5, "margin": 0.5, "source": "any"}
+        {"metric": "eval_loss", "value": 6.0, "standard_deviation": 1.0, "runs": 5, "margin": 0.5, "source": "any"}
     ]
     for module in (repro.recipes, repro.reports.write, repro.recipes.reproduce, repro.recipes.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: {"pocket": recipe}[name])

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 import repro.run.train
@@ -179,25 +178,6 @@ def test_a_damaged_state_costs_only_the_steps_since_the_one_before(whole, tmp_pa
     assert "state of step 9 is corrupt: set aside as 9.corrupt" in (folder / "log").read_text()
     shutil.rmtree(folder / "state" / "9.corrupt")
     assert_same_run(folder, whole)
-
-
-def test_a_run_that_goes_on_compiles_nothing_anew(whole: Path, tmp_path: Path) -> None:
-    def goes_on(name: str) -> set[str]:
-        folder = copy_of(whole, tmp_path / name, up_to=8)
-        start(folder, "--resume", "auto", "--cache_dir", str(tmp_path / "cache"))
-        return {path.name for path in (tmp_path / "cache").rglob("programs/*/*-cache")}
-
-    named = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
-        programs = goes_on("first")
-        assert any("train_step" in name for name in programs)
-        assert goes_on("second") == programs
-        assert jax.config.jax_compilation_cache_dir is None, "what else the process compiles is not kept there"
-    finally:
-        compilation_cache.reset_cache()
-        jax.config.update("jax_compilation_cache_dir", named)
 
 
 def test_more_devices_go_on_with_the_same_replicas(whole, tmp_path):

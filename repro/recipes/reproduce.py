@@ -64,7 +64,7 @@ def reproduce(
             args = dataclasses.replace(args, resume="auto")
         scenes = partial(_score_scenes, home / "data") if "data" in recipe else None
         watch = None if keep_going else partial(stop_if_hopeless, recipe)
-        result = run(model_args, data_args, args, score=scenes, probe=scenes and first_steps, watch=watch)
+        result = run(model_args, data_args, args, score=scenes, probe=first_steps if scenes else None, watch=watch)
         verification = verify([folder], recipe=name, recompute=False)
         write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
     return Reproduction(folder, result, verification, _samples(result, home / "data" if scenes else None))

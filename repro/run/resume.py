@@ -96,7 +96,7 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
     if args.resume == "auto":
         found = find_newest(folder / STATE)
         if found is None:
-            later = [*models_in(folder), *whole_states(folder / STATE)]  # than what a run writes before its first state
+            later = [*models_in(folder), *whole_states(folder / STATE)]  # which the first state precedes
             if later or "finished" in read_record(folder).facts or not holds_only_run_files(folder):
                 raise InputError(
                     f"--resume auto: {folder} holds no state that can be used, but other files; name another"

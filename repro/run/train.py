@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,9 +84,6 @@ def run(
         stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
         start = resume.enter_folders(stack, settings)
-        if jax.config.values["jax_compilation_cache_dir"] is None:  # to go on, or another seed, compiles nothing
-            stack.callback(jax.config.update, "jax_compilation_cache_dir", None)
-            jax.config.update("jax_compilation_cache_dir", str(settings.cache / "programs" / platform.node()))
         if start.found and not settings.num_replicas:
             settings = dataclasses.replace(settings, num_replicas=start.found.record["settings"]["num_replicas"])
         prepared = prepare(settings, devices, progress=progress and is_first())
