@@ -119,7 +119,7 @@ def draw_band(output: Path) -> None:
     recipe, seeds = read("pocket.json", HERE.parent / "repro" / "recipes"), read("pocket_seeds.json")
     targets = {target["metric"]: target for target in recipe["targets"] if "standard_deviation" in target}
     figure, (axes, others) = pyplot.subplots(1, 2, figsize=(8, 2.2), layout="constrained", sharey=True)
-    groups = {name: runs for name, runs in seeds.items() if name.endswith(("seeds", "TPU")) and runs}
+    groups = {name: runs for name, runs in seeds["groups"].items() if runs}
     for axis, metric, label in ((axes, "eval_loss", "evaluation loss"), (others, "eval_rouge2", "ROUGE-2")):
         target = targets[metric]
         false_fails = FALSE_FAILS / len(targets)

@@ -1,6 +1,6 @@
 """Measure a recipe's targets: run it under several seeds, and write what they give into the recipe.
 
-    python benchmarks/recipe_targets.py pocket --seeds 42 1 2 3 4 5 6 7 --further 8 9 10 --rounded 42 --folder DIR \
+    python benchmarks/recipe_targets.py pocket --seeds 42 1 2 3 4 5 6 7 --further 8 9 --folder DIR \
         --output benchmarks/results/cpu-2-cores/pocket_seeds.json
 
 Of each metric the mean over the seeds is written, the standard deviation over these and the further ones, and the
@@ -48,8 +48,6 @@ PROBED = {"loss": (5, 5e-4), "grad_norm": (4, 0.015), "moved": (1, 1.0), "idle":
 START = 0.1
 """By how much the first loss of random weights differs from seed to seed at most, with room."""
 RATES = (1, 10, 100, 200, 500, 1000, 2000)
-
-
 ROUNDED = (str(Path(__file__).with_name("rounded_products.py")), "7")
 
 
@@ -181,7 +179,7 @@ def main() -> None:
         name: [{"seed": seed, **scores_of(run / "run"), **judged(run, args.recipe)} for seed, run in found.items()]
         for name, found in (("further seeds", further), ("products as on a TPU", rounded))
     }
-    write_result("recipe_targets", groups, args.output)
+    write_result("recipe_targets", {"groups": groups}, args.output)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/verdict_rates.py                  # the tables of repro/recipes/README.md, in half a minute
 
 Runs are drawn as the measured ones vary: with the spread and the correlations of all of pocket's metrics in runs that
-differ by the seed alone (`results/cpu-2-cores/pocket_seeds.json`). The spread that
-the recipe knows is drawn anew too, from as many degrees of freedom as it has. What is drawn is judged by the package's
-own functions: nothing of the rules is written down here.
+differ by the seed alone (`results/cpu-2-cores/pocket_seeds.json`). The spread that the recipe knows is drawn anew too,
+from as many degrees of freedom as it has. What is drawn is judged by the package's own functions: nothing of the rules
+is written down here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from repro.recipes.equivalence import (
 from repro.recipes.targets import WIDEST, Measured, Target, judge, read_targets
 
 SEEDS = Path(__file__).with_name("results") / "cpu-2-cores" / "pocket_seeds.json"
-COUNTS = (1, 2, 3, 5, 8, 16)
+COUNTS = (1, 2, 3, 5, 8, 12, 16)
 MARGINS_OFF = (0.0, 0.5, 1.0, 2.0)
 DRAWS = 20_000
 OFF = "eval_rouge2"  # of all targets the one whose margin is smallest beside its spread
@@ -50,7 +50,7 @@ def statistical(name: str) -> list[Target]:
 
 def measured_spread(metrics: Sequence[str]) -> tuple[np.ndarray, int]:
     """Covariance of metrics over runs that differ by the seed alone, and its degrees of freedom."""
-    known = json.loads(SEEDS.read_text())
+    known = json.loads(SEEDS.read_text())["groups"]
     values = [[run[metric] for metric in metrics] for run in (*known["reference seeds"], *known["further seeds"])]
     return np.cov(np.array(values), rowvar=False), len(values) - 1
 
