@@ -6,8 +6,8 @@
 Of each metric the mean over the seeds is written, the standard deviation over these and the further ones, and the
 margin of `MARGINS`; what is concluded from them is in `repro.recipes.targets`. Counts, learning rates, fingerprints of
 data and the losses of each seed's first steps are written as they are: a run has just these, but for rounding. The
-promised accuracies are lower bounds. The further seeds, and those whose products are rounded as on a TPU
-(`rounded_products.py`), are then held against the new targets, one by one.
+promised accuracies are lower bounds. Without `--seeds` all of this stays, and further seeds tell the spread anew.
+These, and those whose products are rounded as on a TPU (`rounded_products.py`), are then judged one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,8 @@ def judged(folder: Path, recipe: str) -> dict[str, Any]:
     return {"verdict": found.verdict, "missed": missed or list(found.problems)}
 
 
-def make_targets(
-    runs: Mapping[int, Path], further: Sequence[Mapping[str, float]] = ()
-) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-    """Turn the seeds' runs into targets, whose spread is that of further scores too; returns each run's own as well."""
+def make_targets(runs: Mapping[int, Path]) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Turn the seeds' runs into targets; returns each run's own scores as well."""
     facts = [json.loads((run / "run.json").read_text()) for run in runs.values()]
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs.values()]
     listed = [{"seed": seed, **scores_of(run)} for seed, run in runs.items()]
@@ -136,29 +134,34 @@ def make_targets(
         source += f"; {TOLERATED.format(ROUNDING[name])}" if name in ROUNDING else ""
         row = {"metric": f"probe_{name}", "values" if by_step else "value": wanted, "tolerance": tolerance}
         targets.append(row | {"source": source})
+    targets += score_targets(listed, ())
+    targets += [{"metric": metric, "low": low, "source": "promise of the project"} for metric, low in PROMISED.items()]
+    return targets, listed
+
+
+def score_targets(
+    listed: Sequence[Mapping[str, float]], further: Sequence[Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """Give the targets of `MARGINS`: the mean of the listed runs, the spread of these and the further ones."""
     for metric, margin in MARGINS.items():
         values = [row[metric] for row in listed]
         every = [*values, *(row[metric] for row in further)]
-        targets.append(
-            {
-                "metric": metric,
-                "value": round(statistics.fmean(values), 4),
-                "standard_deviation": round(statistics.stdev(every), 4),
-                "freedom": len(every) - 1,
-                "runs": len(values),
-                "margin": margin,
-                "source": f"mean of the {len(values)} seeds listed below, spread of {len(every)}",
-            }
-        )
-    targets += [{"metric": metric, "low": low, "source": "promise of the project"} for metric, low in PROMISED.items()]
-    return targets, listed
+        yield {
+            "metric": metric,
+            "value": round(statistics.fmean(values), 4),
+            "standard_deviation": round(statistics.stdev(every), 4),
+            "freedom": len(every) - 1,
+            "runs": len(values),
+            "margin": margin,
+            "source": f"mean of the {len(values)} seeds listed below, spread of {len(every)}",
+        }
 
 
 def main() -> None:
     """Run the seeds one after another, rewrite the recipe's file, and hold the other runs against it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="five or more, which become the reference")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="five or more, which become the reference")
     parser.add_argument("--further", type=int, nargs="+", default=[], help="which tell the spread")
     parser.add_argument("--rounded", type=int, nargs="+", default=[], help="with products as on a TPU")
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go, and are found again")
@@ -167,11 +170,12 @@ def main() -> None:
     folders = {seed: run_seed(args.recipe, seed, args.folder) for seed in (*args.seeds, *args.further)}
     rounded = {seed: run_seed(args.recipe, seed, args.folder, rounded=True) for seed in args.rounded}
     recipe = read_recipe(args.recipe)
-    recipe["targets"], recipe["seeds"] = make_targets(
-        {seed: folders[seed] / "run" for seed in args.seeds},
-        [scores_of(folders[seed] / "run") for seed in args.further],
-    )
-    recipe["measured_with"] = {name: importlib.metadata.version(name) for name in ("jax", "flax", "transformers")}
+    if args.seeds:
+        recipe["targets"], recipe["seeds"] = make_targets({seed: folders[seed] / "run" for seed in args.seeds})
+        recipe["measured_with"] = {name: importlib.metadata.version(name) for name in ("jax", "flax", "transformers")}
+    scores = score_targets(recipe["seeds"], [scores_of(folders[seed] / "run") for seed in args.further])
+    spread = {row["metric"]: row for row in scores}
+    recipe["targets"] = [spread.get(row["metric"], row) for row in recipe["targets"]]
     path = Path(repro.recipes.__file__).with_name(f"{args.recipe}.json")
     path.write_text(json.dumps(recipe, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
     further = {seed: folders[seed] for seed in args.further}

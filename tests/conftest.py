@@ -26,6 +26,8 @@ import transformers
 from hypothesis import settings
 
 from repro.recipes.selftest import GOLDEN
+from repro.run import build
+from repro.training import steps
 
 # A broadcast between ranks that nobody has written is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -52,6 +54,17 @@ def quiet_log() -> Iterator[None]:
     logger = logging.getLogger("repro")
     logger.handlers.clear()
     logger.propagate = True
+
+
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    """Let a test change what compiled functions call: those that were built before it, and in it, are not shared."""
+    shared = (steps.make_train_step, build._eval_functions)
+    for functions in shared:
+        functions.cache_clear()
+    yield
+    for functions in shared:
+        functions.cache_clear()
 
 
 @pytest.fixture(scope="session")

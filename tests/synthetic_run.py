@@ -21,10 +21,12 @@ def write_run(
 ) -> Path:
     """Write a run of some steps and evaluations of rows (image path, generated caption, reference)."""
     with RunWriter(folder) as writer:
-        writer.train_steps(
-            {"step": step, "loss": 3 / step, "learning_rate": 1e-3 / step}
-            | ({"seconds": 0.5 * step} if step % 10 == 0 else {})
-            for step in range(1, num_steps + 1)
+        writer.append(
+            [
+                {"step": step, "loss": 3 / step, "learning_rate": 1e-3 / step}
+                | ({"seconds": 0.5 * step} if step % 10 == 0 else {})
+                for step in range(1, num_steps + 1)
+            ]
         )
         for step in range(10, num_steps + 1, 10):
             writer.train_scalars(step, {"loss": 3 / step, "learning_rate": 1e-3 / step}, seconds=0.5 * step)

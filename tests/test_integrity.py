@@ -350,6 +350,7 @@ FAULTS: dict[str, Plant] = {
 }
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_scoring_shows_when_an_older_run_is_evaluated_again(
     fault: str, runs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -19,7 +19,7 @@ from repro.run.prepare import PreparedRun, prepare
 from repro.run.settings import Settings
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from planted_faults import FAULTS
+from planted_faults import FAULTS, planted
 
 CASE = read_case("current_block0")
 SHUFFLED = ("--num_train_epochs", "2", "--block_size", "96", "--overwrite_output_dir")
@@ -81,6 +81,6 @@ OTHERS = sorted(FAULTS.keys() - {*QUICK, "none", "no clipping", "2 % wrong pictu
 
 @pytest.mark.parametrize("fault", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_faults_of_training_show_under_any_seed(prepared, expected, fault) -> None:
-    with FAULTS[fault]():
+    with planted(FAULTS[fault]):
         found = first_steps(build_training(prepared))
     assert differences(found, expected)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -34,8 +36,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 def start(
-    folder: Path, num_processes: int, devices_each: int, *more: str, program: tuple[str, str] = MAIN
+    folder: Path,
+    num_processes: int,
+    devices_each: int,
+    *more: str,
+    program: tuple[str, str] = MAIN,
+    hosts: Sequence[Path | None] = (None,) * 4,
+    last: tuple[str, ...] = (),
 ) -> list[subprocess.Popen[str]]:
+    """Start the processes of a run, in their hosts' folders, the last one with further flags."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -43,7 +52,13 @@ def start(
     together = ["--coordinator", address, "--num_processes", str(num_processes), *more]
     command = [sys.executable, *program, "train", *command_line(CASE, folder), *together]
     return [
-        subprocess.Popen([*command, "--process_id", str(i)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, "--process_id", str(i), *(last if i == num_processes - 1 else ())],
+            env=environment,
+            cwd=hosts[i],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for i in range(num_processes)
     ]
 
@@ -161,6 +176,39 @@ def test_bad_input_ends_all_processes_with_the_same_message(tmp_path):
     said = finish(processes)
     assert [process.returncode for process in processes] == [2, 2], said
     assert all("is not empty; name another folder" in message for message in said)
+
+
+def make_hosts(folder: Path, inputs: Path, what: str) -> list[Path]:
+    """Make two folders with the same names in them, and in the second other rows or weights."""
+    hosts = [folder / "0", folder / "1"]
+    for host in hosts:
+        shutil.copytree(inputs, host)
+    if what == "rows":
+        rows = hosts[1] / "train.jsonl"
+        rows.write_text(rows.read_text().replace("blue", "green"))
+    elif what == "weights":
+        for weights in hosts[1].glob("model/*.msgpack"):
+            content = bytearray(weights.read_bytes())
+            content[-1] ^= 1
+            weights.write_bytes(content)
+    return hosts
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("flag", "--learning_rate: 0.5 here, 0"), ("rows", "(data: "), ("weights", "(weights: ")],
+    ids=["flag", "rows", "weights"],
+)
+def test_a_process_that_was_started_with_something_else_ends_all_and_names_it(what, told, tmp_path, golden_inputs):
+    hosts = make_hosts(tmp_path, golden_inputs, what)
+    its_own = ("--learning_rate", "0.5") if what == "flag" else ()
+    relative = ("--train_file", "train.jsonl", "--model_name_or_path", "model")
+    processes = start(tmp_path / "run", 2, 1, *relative, hosts=hosts, last=its_own)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "process 0: the processes of a run are not alike (others say in what)" in said[0]
+    assert told in said[1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_folder_that_cannot_be_written_ends_all_processes_at_once(tmp_path):

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import repro.models.generation
 import repro.run.train
+import repro.training.steps
 from repro.__main__ import main
 from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from repro.errors import InputError, Interrupted, RunStopped
@@ -70,6 +72,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     start(folder)
     assert [json.loads(row)["step"] for row in rows(folder) if "loss" in json.loads(row)] == list(range(1, STEPS + 1))
     return folder
+
+
+def test_a_second_run_of_a_process_traces_nothing_again_whatever_its_seed(whole, tmp_path, monkeypatch):
+    start(tmp_path / "first" / "run")
+    for module, name in ((repro.training.steps, "row_losses"), (repro.models.generation, "beam_search")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("traced again"))
+    start(tmp_path / "again" / "run")
+    assert_same_run(tmp_path / "again" / "run", whole)
+    start(tmp_path / "other" / "run", "--seed", "2")
+    assert rows(tmp_path / "other" / "run") != rows(whole)
+    with pytest.raises(pytest.fail.Exception, match="traced again"):
+        start(tmp_path / "smoothed" / "run", "--label_smoothing_factor", "0.1")
 
 
 def copy_of(whole: Path, tmp_path: Path, *, up_to: int | None = None) -> Path:

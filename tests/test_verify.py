@@ -222,6 +222,7 @@ def shifted_labels(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "target"), [(wrong_order, "loss"), (wrong_rate, "learning_rate"), (shifted_labels, "loss")]
 )
+@pytest.mark.usefixtures("traced_anew")
 def test_a_planted_fault_fails(fault, target, runs, tmp_path, monkeypatch):
     fault(monkeypatch)
     folder = tmp_path / "faulty"

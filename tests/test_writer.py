@@ -189,7 +189,7 @@ def test_tensorboard_has_images_with_captions(tmp_path, golden_inputs):
 def test_metrics_have_one_line_for_each_step_and_evaluation(tmp_path):
     steps = [{"step": step, "loss": 1 / step, "learning_rate": 3e-5} for step in (1, 2, 3)]
     with RunWriter(tmp_path) as writer:
-        writer.train_steps(steps)
+        writer.append(steps)
         writer.evaluation("eval", evaluation(loss=1 / 3), step=3, folder=tmp_path, seconds=1.23456)
     *lines, last = read_lines(tmp_path / "metrics.jsonl")
     assert lines == steps

@@ -22,7 +22,7 @@ from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.data.image_cache import in_parallel
 from repro.errors import InputError
 from repro.json_files import write_json
-from repro.progress import progress_bar
+from repro.progress import progress_bar, waiting
 
 YEAR = "2017"
 CHUNK = 1 << 20
@@ -50,10 +50,6 @@ FILES = {
     "validation": (RemoteFile("zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", 815_585_330), ANNOTATIONS),
     "test": (RemoteFile("zips/test2017.zip", "77ad2c53ac5d0aea611d422c0938fb35", 6_646_970_404), TEST_IMAGES),
 }
-
-
-class _Interrupted(requests.ConnectionError):
-    """What may pass, too: the server is busy, or sent less than it said."""
 
 
 def download_coco(
@@ -151,7 +147,7 @@ def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
         if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # all of it is there, or more than all of it: the check says which
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            raise _Interrupted(answer)
+            raise requests.ConnectionError(answer)  # the server is busy, which may pass as well
         if not response.ok:
             raise InputError(f"{url}: {answer}; check --base_url.")
         resumes = status == HTTPStatus.PARTIAL_CONTENT
@@ -168,13 +164,14 @@ def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
             raise InputError(
                 f"{url}: {total - start:,} bytes are to come and {part.parent} has room for {free:,}; make room first."
             )
-        bar = _bar(part.stem, progress, total=total, initial=start)
+        in_bytes = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
+        bar = progress_bar(progress=progress, desc=part.stem, total=total, initial=start, **in_bytes)
         with part.open("ab" if resumes else "wb") as opened, bar:
             for chunk in response.iter_content(CHUNK):
                 opened.write(chunk)
                 bar.update(len(chunk))
         if total and _size(part) < total:
-            raise _Interrupted(f"{_size(part):,} of {total:,} bytes arrived")
+            raise requests.ConnectionError(f"{_size(part):,} of {total:,} bytes arrived")
 
 
 def _check(path: Path, file: RemoteFile, *, source: str | None = None, progress: bool) -> None:
@@ -195,12 +192,8 @@ def _check(path: Path, file: RemoteFile, *, source: str | None = None, progress:
 
 
 def _md5(path: Path, *, progress: bool) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as opened, _bar(f"checking {path.stem}", progress, total=_size(path)) as bar:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+    with path.open("rb") as opened, waiting(f"checking {path.name}", progress=progress):
+        return hashlib.file_digest(opened, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Sequence[str], progress: bool) -> Path:
@@ -230,11 +223,6 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
     cut.parent.mkdir(exist_ok=True)
     write_json(cut, content, indent=None)
     return target
-
-
-def _bar(description: str, progress: bool, **settings: Any) -> Any:
-    in_bytes = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
-    return progress_bar(progress=progress, desc=description, **in_bytes, **settings)
 
 
 def _size(path: Path) -> int:

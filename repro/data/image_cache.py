@@ -12,14 +12,13 @@ import logging
 import math
 import os
 import shutil
-import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -243,36 +242,13 @@ def _decoded_again(references: Sequence[str], decode: Decode, places: Iterable[i
 
 
 class DecodedImages:
-    """Images that are decoded once to see which can be used (see `ImageStore`), and again when they are asked for.
+    """Images that are decoded when they are asked for, those that `decode` does not remember."""
 
-    Of them `capacity` stay in memory, unless more are asked for at once; None keeps all.
-    """
-
-    def __init__(self, references: Sequence[str], decode: Decode, capacity: int | None, bar: Any) -> None:
-        self._references, self._decode = references, decode
-        self._capacity = len(references) if capacity is None else capacity
-        self._kept: dict[int, np.ndarray] = {}  # the last used come last
-        self._lock = threading.Lock()
-        self.failures: dict[str, str] = {}
-        self.turned: set[str] = set()
-        for place, image in self._decode(range(len(references))):
-            bar.update()
-            if isinstance(image, ImageError):
-                self.failures[references[place]] = str(image)
-                continue
-            if len(self._kept) < self._capacity:
-                self._kept[place] = image[0]
-            if image[1]:
-                self.turned.add(references[place])
+    def __init__(self, decode: Again) -> None:
+        self._decode = decode
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        with self._lock:
-            wanted = dict.fromkeys(places.tolist())
-            images = {place: self._kept.pop(place) for place in wanted if place in self._kept}
-            while self._kept and len(self._kept) + len(wanted) > self._capacity:
-                del self._kept[next(iter(self._kept))]
-            images |= _decoded_again(self._references, self._decode, [place for place in wanted if place not in images])
-            self._kept |= images
+        images = dict(self._decode(dict.fromkeys(places.tolist())))
         return np.stack([images[place] for place in places.tolist()])
 
 
@@ -307,13 +283,20 @@ def load_images(
         except ImageError as error:
             return error
 
-    decode = partial(in_parallel, decode_one, num_workers=num_workers or cores())
+    remembered = lru_cache(capacity)(decode_one) if cache_dir is None else decode_one
+    decode = partial(in_parallel, remembered, num_workers=num_workers or cores())
     bar = progress_bar(progress=progress, total=len(references), desc="images", unit="image", leave=False, smoothing=0)
     with bar:
         if cache_dir is None:
             _check_memory(len(references), capacity, resize)
-            images = DecodedImages(references, decode, capacity, bar)
-            return ImageStore(images, images.failures, images.turned)
+            store = ImageStore(DecodedImages(partial(_decoded_again, references, decode)), {}, set())
+            for place, image in decode(range(len(references))):  # to see which can be used
+                bar.update()
+                if isinstance(image, ImageError):
+                    store.failures[references[place]] = str(image)
+                elif image[1]:
+                    store.turned.add(references[place])
+            return store
         cache = ImageCache(cache_dir, resize, convert_to_rgb=convert_to_rgb, turn_upright=turn_upright)
         try:
             return cache.load(references, decode, rebuild, bar)

@@ -64,7 +64,7 @@ class VisionEncoderDecoder(Part):
         return self.enc_to_dec_proj(states) if hasattr(self, "enc_to_dec_proj") else states
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NativeCaptioner:
     """A captioning model as pure functions of its parameters."""
 

@@ -246,11 +246,7 @@ def _generation_config(path: str, config: Any, options: Options, *, saved: bool)
 
 def _notes(random: Iterable[str], seed: int) -> list[str]:
     """Say in one line which kinds of weights are random."""
-    kinds = {
-        "cross-attention": r"crossattention|ln_cross_attn",
-        "enc_to_dec_proj": "enc_to_dec_proj",
-        "pooler (unused)": "pooler",
-    }
+    kinds = {"cross-attention": "cross_?att", "enc_to_dec_proj": "enc_to_dec_proj", "pooler (unused)": "pooler"}
     found = [kind for kind, pattern in kinds.items() if any(re.search(pattern, name) for name in random)]
     return [f"{', '.join(found)}: random weights, seed {seed}"] if found else []
 

@@ -21,7 +21,7 @@ from repro.models.generation import search
 from repro.models.weights import FLAX_INDEX, shards_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FlaxClassCaptioner:
     """`NativeCaptioner` for a model of transformers; its own parameters are not used."""
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import xxhash
 from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
@@ -43,6 +44,7 @@ HEADS = re.compile(r"^(classifier|score|qa_outputs|multiple_choice_head|lm_head|
 # Weights that a half was trained without, and the pooler, whose output no captioner uses.
 MAY_BE_MISSING = re.compile(r"crossattention\.|ln_cross_attn\.|enc_to_dec_proj\.|^encoder\.pooler\.")
 LISTED = 20
+TO_TORCH, FROM_TORCH = (3, 2, 0, 1), (2, 3, 1, 0)  # axes of a convolution: [h,w,in,out] and [out,in,h,w]
 
 
 def load_weights(
@@ -106,7 +108,9 @@ def _as_named(weights: Weights, shapes: Mapping[str, Any], holds: str, *, is_fla
     unexpected: Weights = {}
     for name, array in _in_tree(weights, holds).items():
         if name in names:
-            found[names[name]] = np.asarray(array if is_flax else from_torch_layout(names[name], array), np.float32)
+            found[names[name]] = np.asarray(
+                array if is_flax else other_layout(names[name], array, FROM_TORCH), np.float32
+            )
         elif not BUFFERS.search(name) and not name.startswith("decoder.lm_head."):  # tied, the embedding again
             unexpected[name] = array
     return found, unexpected
@@ -116,8 +120,12 @@ def save_weights(params: Params, folder: Path) -> None:
     """Write a tree as `flax_model.msgpack` and, under PyTorch's names, as `model.safetensors`."""
     params = jax.tree.map(np.asarray, params)
     (folder / FLAX_FILE).write_bytes(serialization.msgpack_serialize(params))
-    state = {torch_name(name): to_torch_layout(name, array) for name, array in flatten(params).items()}
-    save_file(state, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
+    state = {torch_name(name): other_layout(name, array, TO_TORCH) for name, array in flatten(params).items()}
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in state.items()},
+        folder / SAFETENSORS_FILE,
+        metadata={"format": "pt"},
+    )
     # safetensors makes a file that nobody else may read.
     (folder / SAFETENSORS_FILE).chmod((folder / FLAX_FILE).stat().st_mode)
 
@@ -127,23 +135,20 @@ def flatten(params: Params) -> dict[str, Any]:
     return traverse_util.flatten_dict(params, sep=".")
 
 
+def digest_of(params: Params) -> str:
+    """Hash a tree's values."""
+    digests = (xxhash.xxh3_64_digest(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(params))
+    return xxhash.xxh3_64_hexdigest(b"".join(digests))
+
+
 def torch_name(name: str) -> str:
     """PyTorch's name of a parameter."""
     return re.sub(r"(?<=\.)(kernel|scale|embedding)$", "weight", name)
 
 
-def to_torch_layout(name: str, array: np.ndarray) -> np.ndarray:
-    """Dense [in,out] to [out,in], GPT-2's [out,in] to [in,out], convolution [h,w,in,out] to [out,in,h,w]."""
-    if name.endswith(".kernel"):
-        array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    return np.ascontiguousarray(array)
-
-
-def from_torch_layout(name: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_torch_layout`."""
-    if not name.endswith(".kernel"):
-        return array
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+def other_layout(name: str, array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Turn a kernel around, dense [in,out] to [out,in], GPT-2's [out,in] to [in,out], a convolution's as `axes` say."""
+    return array if not name.endswith(".kernel") else array.transpose(axes) if array.ndim == 4 else array.T
 
 
 def _in_tree(weights: Weights, holds: str) -> Weights:
@@ -227,5 +232,4 @@ def _read_pickle(file: Path) -> Weights:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    return ", ".join(names[:LISTED]) + f" and {len(names) - LISTED} more" * (len(names) > LISTED)

@@ -33,9 +33,6 @@ def first_steps(training: Training) -> dict[str, Any]:
         around = 1.0 if path[-1].key == "scale" else 0.0
         return (around + SPREAD * random.standard_normal(leaf.shape)).astype(leaf.dtype)
 
-    def idle(moved: np.ndarray, momentum: np.ndarray) -> float:
-        return float(np.abs(np.where(momentum == 0, moved, 0)).max())
-
     start = jax.tree_util.tree_map_with_path(weights, training.like.params)
     keys = jax.random.split(jax.random.PRNGKey(0), row_order.num_replicas)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, training.like)
@@ -47,10 +44,11 @@ def first_steps(training: Training) -> dict[str, Any]:
         taken.append({name: float(value) for name, value in metrics.items()})
     change = jax.tree.map(np.subtract, jax.device_get(state.params), start)
     momentum = jax.device_get(tree_utils.tree_get(state.opt_state, "mu"))
+    idle = jax.tree.map(lambda moved, mean: np.abs(np.where(mean == 0, moved, 0)).max(), change, momentum)
     epochs = [row_order.epoch_rows(epoch, len(data)).reshape(-1) for epoch in range(row_order.num_epochs)]
     return {
         **{name: {str(step): taken[step - 1][name] for step in STEPS} for name in ("loss", "grad_norm")},
         "moved": float(tree_utils.tree_norm(change)) / sum(step["learning_rate"] for step in taken),
-        "idle": max(jax.tree.leaves(jax.tree.map(idle, change, momentum))),
+        "idle": float(max(jax.tree.leaves(idle))),
         "orders": len({rows.tobytes() for rows in (np.arange(len(epochs[0])), *epochs)}),
     }

@@ -187,10 +187,6 @@ class RunWriter:
         """Write why the run ends to its log; the terminal is told by the command."""
         self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "ended: %s", (reason,), None))
 
-    def train_steps(self, rows: Iterable[dict[str, float]]) -> None:
-        """Append {"step", "loss", "learning_rate"} of each step to `metrics.jsonl`."""
-        self._append(list(rows))
-
     def sync(self) -> None:
         """Have the system write `metrics.jsonl` to the disk, which is to know of every step before a saved state."""
         os.fsync(self._metrics.fileno())
@@ -227,7 +223,7 @@ class RunWriter:
             write_json(folder / f"{prefix}_captions.json", captions, indent=None)
         times = {name: round(value, 3) for name, value in {"seconds": seconds, **more}.items()}
         entry = {**evaluation.metrics, **evaluation.details, **times}
-        self._append([{"step": step, prefix: entry}])
+        self.append([{"step": step, prefix: entry}])
         for name, value in results.items():
             self._tensorboard.add_scalar(name, value, step)
         if pictures := some_captions(evaluation, PICTURES):
@@ -235,7 +231,8 @@ class RunWriter:
             self._tensorboard.add_image(f"{prefix}_captions", sheet, step, dataformats="HWC")
         self._tensorboard.flush()
 
-    def _append(self, rows: list[dict[str, Any]]) -> None:
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to `metrics.jsonl`: {"step", "loss", "learning_rate"} of each step, or an evaluation's."""
         self._metrics.writelines(json.dumps(row) + "\n" for row in rows)
         self._metrics.flush()
         self.recorded.rows.extend(rows)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from repro.training.sharding import put, put_rows, state_sharding, train_batch_s
 from repro.training.steps import Batch, TrainState, TrainStep
 
 SHRINKS_FROM = 32  # rows of an evaluation batch from which on captions that have ended leave it
-GIBIBYTE = 2**30
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,9 @@ class Training:
     batch_sharding: NamedSharding  # of a batch [R,b,...]
     facts: dict[str, Any]  # how it was compiled, for `run.json`
 
-    def batches(self, first_step: int) -> Iterator[tuple[int, Batch | None, float]]:
-        """Give the batches of the steps after `first_step` (`training_batches`); first, of a step taken already, none.
-
-        What was due after that step may not have been done before the run was ended.
-        """
-        if first_step:
-            yield first_step, None, 0.0
-        data = self.prepared.splits["train"]
-        yield from training_batches(data, self.row_order, self.batch_sharding, first_step=first_step)
+    def batches(self, first_step: int) -> Generator[tuple[int, Batch | None, float]]:
+        """Load the batches of the run's rows, see `training_batches`."""
+        return training_batches(self.prepared.splits["train"], self.row_order, self.batch_sharding, first_step)
 
     def rows_of(self, step: int) -> Dataset:
         """The rows that a step takes."""
@@ -61,13 +54,16 @@ class Training:
 
 
 def training_batches(
-    data: CaptionedImages, row_order: RowOrder, sharding: NamedSharding, *, first_step: int = 0
-) -> Generator[tuple[int, Batch, float]]:
+    data: CaptionedImages, row_order: RowOrder, sharding: NamedSharding, first_step: int = 0
+) -> Generator[tuple[int, Batch | None, float]]:
     """Load the batches of all steps after `first_step` ahead of them.
 
-    Returns:
-        The step, counted from 1 over the whole run; its batch, on the device; the seconds until that was there.
+    Yields:
+        The step, counted from 1 over the whole run; its batch, on the device; the seconds until that was there. First,
+        without a batch, a step that was taken already: what was due after it may not have been done.
     """
+    if first_step:
+        yield first_step, None, 0.0
     steps_per_epoch = row_order.steps_per_epoch(len(data))
     load = partial(put_rows, data.batch, sharding)
     for epoch in range(first_step // steps_per_epoch, row_order.num_epochs):
@@ -79,6 +75,17 @@ def training_batches(
                 asked = time.perf_counter()
                 batch = next(batches)
                 yield step, batch, time.perf_counter() - asked
+
+
+@lru_cache(maxsize=4)
+def _eval_functions(captioner: Any, smoothing: float, generates: bool, **search: Any) -> tuple[Any, Any, Any]:
+    """Give what encodes, computes rows' losses and captions images, for `compile_programs`."""
+
+    def generate(params: Any, memory: Any) -> Any:
+        return captioner.generate(params, memory, **search).tokens[:, 0]
+
+    row_losses = steps.make_eval_step(captioner.decode, label_smoothing=smoothing)
+    return captioner.encode, row_losses, generate if generates else None
 
 
 def build_training(prepared: PreparedRun) -> Training:
@@ -119,7 +126,7 @@ def build_training(prepared: PreparedRun) -> Training:
         )
     facts = {"replicas_at_once": at_once, "step_bytes": step_bytes(step), "state_bytes": tree_bytes(like)}
     if at_once < settings.replicas:
-        size = facts["step_bytes"] / GIBIBYTE
+        size = facts["step_bytes"] / 2**30
         log.info("%d of %d replicas at once: a step takes %.1f GiB", at_once, settings.replicas, size)
 
     def start() -> TrainState:
@@ -150,15 +157,10 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *
         # On one device down to a quarter: the pocket model's captions take 10 to 40 % less time on a CPU. A small
         # batch does not repay compiling the search for each size; over several devices rows would have to move.
         smallest = num_rows // 4 if mesh.size == 1 and num_rows >= SHRINKS_FROM else None
-
-        def generate(params: Any, memory: Any) -> Any:
-            sizes = {"group_size": replica_batch, "smallest_batch": smallest}
-            return captioner.generate(params, memory, **search, **sizes).tokens[:, 0]
-
+        sizes = {"group_size": replica_batch, "smallest_batch": smallest}
+        wanted = (captioner, settings.label_smoothing_factor, settings.predict_with_generate)
         return compile_programs(
-            captioner.encode,
-            steps.make_eval_step(captioner.decode, label_smoothing=settings.label_smoothing_factor),
-            generate if settings.predict_with_generate else None,
+            *_eval_functions(*wanted, **search, **sizes),
             prepared.pretrained.params,
             prepared.evaluated.batch(np.zeros(1, np.int64)),
             mesh,
@@ -172,7 +174,7 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *
                 compile_batches, asked or possible[-1:], limit=limit, bytes_of=lambda found: found.num_bytes
             )
         if at_once < num_replicas:
-            size = found.num_bytes / GIBIBYTE
+            size = found.num_bytes / 2**30
             log.info("%d of %d device batches are evaluated at once: %.1f GiB", at_once, num_replicas, size)
 
         def encode(params: Any, pixels: Any) -> Any:

@@ -40,6 +40,9 @@ from repro.training.steps import count_parameters
 # Which the reader of rows takes under the same names.
 SOURCE_FLAGS = signature(load_splits).parameters.keys() - {"splits", "rows_dir", "rebuild"}
 
+# By what they compute: runs of one process share them, because JAX compiles the functions of one object once.
+_CAPTIONERS: dict[tuple[Any, ...], NativeCaptioner] = {}
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -70,11 +73,14 @@ def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
         weights_format=model_args.weights_format,  # type: ignore[arg-type]
         hub={name: getattr(model_args, name) for name in ("cache_dir", "token", "trust_remote_code")},
     )
-    if model_args.model_name_or_path is not None:
-        return load_model(model_args.model_name_or_path, options)
+    whole = model_args.model_name_or_path
     encoder = Source(model_args.encoder_model_name_or_path, model_args.encoder_config_name)
     decoder = Source(model_args.decoder_model_name_or_path, model_args.decoder_config_name)
-    return create_model(encoder, decoder, options)
+    found = create_model(encoder, decoder, options) if whole is None else load_model(whole, options)
+    if not isinstance(found.captioner, NativeCaptioner):  # the class holds its parameters, too large to be kept
+        return found
+    key = (found.fingerprint(), model_args.dtype, model_args.gradient_checkpointing)
+    return dataclasses.replace(found, captioner=_CAPTIONERS.setdefault(key, found.captioner))
 
 
 def read_rows(settings: Settings) -> dict[str, Rows]:

@@ -131,7 +131,7 @@ class StepLog:
             if not self.log_grad_norm:
                 values.pop("grad_norm", None)
             rows.append({"step": step, **values} | ({"seconds": self.training_seconds} if self.logs(step) else {}))
-        self.writer.train_steps(rows)
+        self.writer.append(rows)
         self._written += len(rows)
         for row in rows:
             if self.logs(row["step"]):

@@ -19,6 +19,8 @@ from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator, word_attention
 from repro.json_files import write_json
+from repro.models.weights import digest_of
+from repro.provenance import versions
 from repro.record.hub import HubUploader
 from repro.record.writer import ATTENTION, NON_FINITE, STATE, RunWriter, log, prefixed
 from repro.run import resume
@@ -28,13 +30,14 @@ from repro.run.settings import Settings
 from repro.run.step_log import NonFinite, StepLog, in_short
 from repro.training.checkpoint import Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
-from repro.training.processes import is_first, wait_for_all
+from repro.training.processes import check_alike, is_first, wait_for_all
 from repro.training.sharding import put, replicated
 
 Score = Callable[[Evaluation], dict[str, float]]
 Probe = Callable[[Training], dict[str, Any]]
 Watch = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 SPLIT_OF = {"eval": "validation", "test": "test"}
+OWN = ("process_id", "preprocessing_num_workers", "data_dir", "cache_dir")  # flags of each process for itself
 PART = ("started", "devices", "mesh", "processes", "platform", "versions")  # what may differ after resuming
 
 
@@ -80,6 +83,7 @@ def run(
     """
     began, devices = time.perf_counter(), devices or jax.devices()
     settings = Settings.of(model_args, data_args, args, num_devices=len(devices))
+    check_alike(lambda: {f"--{name}": flag for name, flag in settings.flags.items() if name not in OWN} | versions())
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
@@ -87,6 +91,7 @@ def run(
         if start.found and not settings.num_replicas:
             settings = dataclasses.replace(settings, num_replicas=start.found.record["settings"]["num_replicas"])
         prepared = prepare(settings, devices, progress=progress and is_first())
+        check_alike(lambda: resume.what_stays(prepared) | {"weights": digest_of(prepared.pretrained.params)})
         settings, facts = prepared.settings, dict(prepared.facts)
         if start.found:
             resume.check_same(start.found.record["settings"], resume.what_stays(prepared))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from repro.training.processes import true_in_all
-from repro.training.sharding import make_whole, replicated, train_batch_sharding
+from repro.training.sharding import gather_on, replicated, train_batch_sharding
 from repro.training.steps import TrainState, TrainStep
 
 # Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest.
@@ -32,7 +31,7 @@ def compile_step(
     replicas_at_once: int,
 ) -> jax.stages.Compiled:
     """Compile a step that takes the buffers of its state and gives the next one the same place."""
-    step = make_step(replicas_at_once=replicas_at_once, gather=partial(make_whole, mesh=mesh))
+    step = make_step(replicas_at_once=replicas_at_once, gather=gather_on(mesh))
     sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=replicas_at_once)
     batch = batch_shapes(row, (num_replicas, replica_batch), sharding)
     places = jax.tree.map(lambda array: array.sharding, like)

@@ -86,6 +86,22 @@ def true_in_all(mine: bool) -> bool:
     return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(mine)).all())
 
 
+def check_alike(find: Callable[[], dict[str, Any]]) -> None:
+    """Check that all processes find the same; an InputError in each of them names what differs from the first's."""
+    if jax.process_count() == 1:
+        return
+    mine = json.loads(json.dumps(find()))
+    first = decided_by_first(lambda: mine)
+    found = [
+        f"{name}: {its} here, {first.get(name)} in process 0" for name, its in mine.items() if its != first.get(name)
+    ]
+    if not true_in_all(not found):
+        raise InputError(
+            f"process {jax.process_index()}: the processes of a run are not alike"
+            f" ({'; '.join(found) or 'others say in what'}); start all with the same flags, versions, data and weights."
+        )
+
+
 def wait_for_all(name: str) -> None:
     """Go on once every process has come here."""
     if jax.process_count() > 1:

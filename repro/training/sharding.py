@@ -7,6 +7,7 @@ Rajbhandari et al. 2020), which a step then gathers for its own time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -81,9 +82,10 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def make_whole(tree: Any, *, mesh: Mesh) -> Any:
-    """Inside a compiled function, gather arrays that `fsdp` cuts."""
-    return jax.lax.with_sharding_constraint(tree, replicated(mesh)) if mesh.shape["fsdp"] > 1 else tree
+@cache
+def gather_on(mesh: Mesh) -> Callable[[Any], Any]:
+    """Give what gathers, inside a compiled function, the arrays that `fsdp` cuts."""
+    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh)) if mesh.shape["fsdp"] > 1 else tree
 
 
 def train_batch_sharding(mesh: Mesh, *, num_replicas: int, replicas_at_once: int | None = None) -> NamedSharding:

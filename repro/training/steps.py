@@ -7,7 +7,7 @@ mean loss; which devices compute them is the sharding's matter (`repro.training.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import chex
@@ -39,6 +39,7 @@ class TrainState:
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 EvalStep = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+_built_once = lru_cache(maxsize=4, typed=True)  # of equal parts, so that several runs of one process compile it once
 
 
 def create_train_state(
@@ -75,6 +76,7 @@ def replica_weights(counts: jax.Array, reduction: LossReduction) -> jax.Array:
     return jnp.broadcast_to(1.0 / counts.sum(), counts.shape)
 
 
+@_built_once
 def make_train_step(
     logits_fn: LogitsFn,
     optimizer: optax.GradientTransformation,
@@ -163,6 +165,7 @@ BART_LAYER_NORMS = ("self_attn_layer_norm", "layernorm_embedding", "final_layer_
 LAYER_NORM_MARKS = ("layernorm", "layer_norm", "ln")
 
 
+@_built_once
 def create_learning_rate_fn(learning_rate: float, *, num_steps: int, warmup_steps: int = 0) -> optax.Schedule:
     """Rise linearly from 0 over `warmup_steps`, then fall linearly to 0 at `num_steps`.
 
@@ -191,6 +194,7 @@ def decay_mask(params: Any, rule: DecayMask) -> Any:
     return traverse_util.unflatten_dict({path: path[-1] != "bias" and path[-2:] not in spared for path in paths})
 
 
+@_built_once
 def create_optimizer(
     schedule: optax.Schedule,
     *,
