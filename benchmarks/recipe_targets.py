@@ -1,6 +1,6 @@
 """Measure a recipe's targets: run it under several seeds, and write what they give into the recipe.
 
-    python benchmarks/recipe_targets.py pocket --seeds 42 1 2 3 4 5 6 7 --further 8 9 --folder DIR \
+    python benchmarks/recipe_targets.py pocket --seeds 42 1 2 3 4 5 6 7 --further 8 9 10 --folder DIR \
         --output benchmarks/results/cpu-2-cores/pocket_seeds.json
 
 Of each metric the mean over the seeds is written, the standard deviation over these and the further ones, and the

@@ -110,7 +110,7 @@ def test_pockets_spread_is_that_of_all_seeds_that_were_run() -> None:
     assert len(targets) == 7
     for target, variance in zip(targets, covariance.diagonal(), strict=True):
         assert target.standard_deviation == pytest.approx(variance**0.5, rel=0.01)
-        assert target.freedom == freedom == 9
+        assert target.freedom == freedom == 27
 
 
 @pytest.mark.parametrize("margins", verdict_rates.MARGINS_OFF)
