@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from repro.__main__ import main
 from repro.models.weights import SAFETENSORS_FILE
 from repro.recipes.selftest import command_line, read_case
 from repro.record import hub
-from repro.record.hub import HubUploader, Patience, answer_of, tried
+from repro.record.hub import HubUploader, Patience, answer_of, files_of, tried
 
 TOKEN = "hf_aVerySecretTokenOfTheTests"
 BARE_TOKEN = "a-token-of-another-kind/+=42"
@@ -312,6 +313,21 @@ def test_the_librarys_login_is_used(stub, folder, monkeypatch):
     with uploader(folder, token=None) as uploading:
         finish(uploading)
     assert stub.commits
+
+
+def test_a_state_that_is_renamed_meanwhile_does_not_matter(tmp_path, monkeypatch):
+    for name in ("metrics.jsonl", f"{MODEL}/config.json", "state/8.orbax-checkpoint-tmp/array"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    scan = os.scandir
+
+    def vanished(place: object = ".") -> object:
+        if os.path.basename(str(place)) == "state":
+            raise FileNotFoundError(2, "No such file or directory", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", vanished)
+    assert list(files_of(tmp_path)) == [f"{MODEL}/config.json", "metrics.jsonl"]
 
 
 def test_a_file_that_cannot_be_read_costs_the_upload_alone(stub, folder, caplog, monkeypatch):

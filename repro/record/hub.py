@@ -218,9 +218,9 @@ def files_of(folder: Path) -> dict[str, bytes | Path]:
     folder has one of its own.
     """
     found: dict[str, bytes | Path] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(fnmatchcase(name.parts[0], pattern) for pattern in LEFT_AT_HOME):
-            found[name.as_posix()] = path.read_bytes() if len(name.parts) == 1 else path
+    for top in sorted(folder.iterdir()):  # what stays is not even looked into: a state may be on its way
+        stays = any(fnmatchcase(top.name, pattern) for pattern in LEFT_AT_HOME)
+        for path in () if stays else filter(Path.is_file, (top, *sorted(top.rglob("*")))):
+            found[path.relative_to(folder).as_posix()] = path.read_bytes() if path == top else path
     cards = [path for model in models_in(folder) if (path := model / CARD).is_file()]
     return ({CARD: cards[-1]} if cards else {}) | found
