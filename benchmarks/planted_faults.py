@@ -117,9 +117,11 @@ FAULTS: dict[str, Fault] = {
 def planted(fault: Fault) -> Iterator[None]:
     """Have what is built meanwhile be faulty, and nothing else: a step that was built of equal parts is kept."""
     steps.make_train_step.cache_clear()
-    with fault():
-        yield
-    steps.make_train_step.cache_clear()
+    try:
+        with fault():
+            yield
+    finally:
+        steps.make_train_step.cache_clear()
 
 
 @contextlib.contextmanager
