@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from repro.errors import InputError
-from repro.models.captioner import VisionEncoderDecoder
+from repro.models.captioner import VisionEncoderDecoder, looked_up_by_products, normalize
 from repro.models.configuration import check_config
 from repro.models.gpt2 import start_cache
 from repro.models.layers import FEW_ROWS, WIDE, times_transposed
@@ -337,3 +337,16 @@ def test_a_half_in_the_place_of_a_whole_model_is_named(golden_inputs, tmp_path):
     ViTConfig().save_pretrained(tmp_path / "vit")
     with pytest.raises(InputError, match="holds a vit, not a vision-encoder-decoder"):
         load_model(str(tmp_path / "vit"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_tpu_s_look_up_by_products_gives_the_table_s_values_bit_for_bit(dtype):
+    random = np.random.default_rng(0)
+    table = random.standard_normal((256, 3)).astype(np.float32) * 10.0 ** random.integers(-20, 20, (256, 3))
+    table = table.astype(np.float32)
+    pixels = random.integers(0, 256, (3, 17, 19, 3), dtype=np.uint8)
+    pixels[0, 0, : len(pixels[0, 0])] = np.arange(19)[:, None]
+    wanted = np.asarray(jnp.asarray(table[pixels, np.arange(3)], dtype))
+    for found in (normalize(pixels, table, dtype), looked_up_by_products(pixels, jnp.asarray(table, dtype))):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(found).view(np.uint8), wanted.view(np.uint8))

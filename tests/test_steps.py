@@ -456,3 +456,20 @@ def test_as_many_replicas_are_computed_at_once_as_fit():
     } == fits
     assert step_bytes(Compiled(3)) == 310
     assert device_bytes(jax.devices()[0]) > 2**27
+
+
+def test_what_a_compiler_refuses_for_want_of_memory_does_not_fit():
+    refused = []
+
+    def compile_program(number):
+        refused.append(number)
+        if number > 2:
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Used {number}G of 2G hbm.\nand more")
+        return number
+
+    assert compile_what_fits(compile_program, [8, 4, 2, 1], limit=10, bytes_of=lambda number: number) == (2, 2)
+    assert refused == [8, 4, 2]
+    with pytest.raises(InputError, match=r"--gradient_checkpointing or --mesh fsdp=N.*Used 4G of 2G hbm\.\)\.$"):
+        compile_what_fits(compile_program, [8, 4], limit=10, bytes_of=lambda number: number)
+    with pytest.raises(ZeroDivisionError):
+        compile_what_fits(lambda number: number / 0, [8, 4], limit=10, bytes_of=lambda number: number)

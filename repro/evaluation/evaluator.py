@@ -247,7 +247,7 @@ def word_attention(
     ids = ids[:, : config.decoder.max_position_embeddings]  # a caption may be cut into more tokens than it was made of
     rows = np.array([evaluation.image_paths.index(path) for path in found])
     inputs = shift_right(ids, config.decoder_start_token_id)
-    looks = pretrained.captioner.looks_at(params, data.images[data.image_index[rows]], inputs)
+    looks = jax.jit(pretrained.captioner.looks_at)(params, data.images[data.image_index[rows]], inputs)
     pictures = []
     for path, row_ids, row_looks in zip(found, ids, np.asarray(looks, np.float32), strict=True):
         tokens = [tokenizer.decode([token], skip_special_tokens=True) for token in row_ids]

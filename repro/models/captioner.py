@@ -153,4 +153,16 @@ def normalize(pixels: jax.Array, pixel_table: np.ndarray, dtype: Any) -> jax.Arr
     """Look up what each byte of uint8[B,S,S,3] stands for."""
     chex.assert_shape(pixels, (None, None, None, 3))
     chex.assert_type(pixels, jnp.uint8)
-    return jnp.asarray(pixel_table)[pixels.astype(jnp.int32), jnp.arange(3)].astype(dtype)
+    table = jnp.asarray(pixel_table, dtype)
+    # A TPU looks up one scalar after another: its compiler expects a second for 32 images, and 0.1 ms for the products.
+    return jax.lax.platform_dependent(pixels, table, tpu=looked_up_by_products, default=_looked_up)
+
+
+def _looked_up(pixels: jax.Array, table: jax.Array) -> jax.Array:
+    return table[pixels.astype(jnp.int32), jnp.arange(3)]
+
+
+def looked_up_by_products(pixels: jax.Array, table: jax.Array) -> jax.Array:
+    """Give table[pixels[...,c],c] bit for bit: with one 1 in a row, products of the highest precision are exact."""
+    rows = jax.nn.one_hot(pixels, len(table), dtype=table.dtype)
+    return jnp.einsum("bhwcv,vc->bhwc", rows, table, precision="highest")

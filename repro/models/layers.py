@@ -55,9 +55,10 @@ def times_transposed(rows: jax.Array, kernel: jax.Array) -> jax.Array:
     XLA:CPU brings its second operand into another layout first: with the smaller one there, one beam of one image takes
     a third of the time (jax 0.10). The barrier keeps XLA from turning the product around again.
     """
-    if rows.shape[0] > FEW_ROWS or min(kernel.shape) < WIDE or jax.default_backend() != "cpu":
+    if rows.shape[0] > FEW_ROWS or min(kernel.shape) < WIDE:
         return rows @ kernel.T
-    return jax.lax.optimization_barrier(kernel @ rows.T).T
+    turned = lambda rows, kernel: jax.lax.optimization_barrier(kernel @ rows.T).T  # noqa: E731
+    return jax.lax.platform_dependent(rows, kernel, cpu=turned, default=lambda rows, kernel: rows @ kernel.T)
 
 
 def split_heads(values: jax.Array, num_heads: int) -> jax.Array:

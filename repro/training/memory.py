@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from repro.errors import InputError
 from repro.training.processes import true_in_all
 from repro.training.sharding import gather_on, replicated, train_batch_sharding
 from repro.training.steps import TrainState, TrainStep
 
 # Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest.
 SHARE = 0.92
+REMEDY = "add --gradient_checkpointing or --mesh fsdp=N, or lower the batch size"
 
 Program = TypeVar("Program")
 
@@ -78,9 +80,24 @@ def choices(mesh: Mesh, *, num_replicas: int, replica_batch: int) -> list[int]:
 def compile_what_fits(
     compile_program: Callable[[int], Program], at_once: list[int], *, limit: float, bytes_of: Callable[[Program], int]
 ) -> tuple[int, Program]:
-    """Compile for the most replicas at once that take at most `limit` bytes in every process, else for the fewest."""
+    """Compile for the most replicas at once that take at most `limit` bytes in every process, else for the fewest.
+
+    Raises:
+        InputError: the compiler refuses even these, as a TPU's does with what its memory does not hold.
+    """
     for number in at_once:
-        compiled = compile_program(number)
-        if number == at_once[-1] or true_in_all(bytes_of(compiled) <= limit):
+        is_last = number == at_once[-1]
+        try:
+            compiled = compile_program(number)
+            fits = bytes_of(compiled) <= limit
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if is_last:
+                raise InputError(
+                    f"takes more memory than a device has; {REMEDY} ({str(error).splitlines()[0]})."
+                ) from error
+            fits = False
+        if is_last or true_in_all(fits):
             return number, compiled
     raise AssertionError("the caller gives at least one")
