@@ -309,20 +309,6 @@ def test_where_too_few_have_ended_the_best_that_have_not_follow():
 
 
 @pytest.mark.parametrize(
-    ("num_beams", "stop_rule", "group_size"), [(1, "exact", 1), (3, "exact", 1), (3, "current", 2)]
-)
-def test_rows_that_leave_the_batch_when_they_have_ended_change_no_caption(model, num_beams, stop_rule, group_size):
-    rows = 8
-    whole = compiled(model, num_beams, 12, stop_rule, group_size)
-    shrinking = compiled(model, num_beams, 12, stop_rule, group_size, smallest_batch=1)
-    for seed in range(5):
-        params, pixels = randomized(model.params, seed), images(seed, rows)
-        expected, found = whole(params, pixels), shrinking(params, pixels)
-        np.testing.assert_array_equal(found.tokens, expected.tokens)
-        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
     ("num_beams", "returned", "message"),
     [
         (0, 1, "--num_beams 0: must be between 1 and the vocabulary's 340 tokens"),

@@ -350,20 +350,6 @@ def build(data, *, devices=1, replicas=1, rows=2, protocol=EXACT, asked=None, to
     return evaluator, model
 
 
-@pytest.mark.parametrize(
-    ("devices", "rows", "smallest"), [(1, 32, 8), (1, 256, 64), (1, 31, None), (8, 32, None)], ids=str
-)
-def test_captions_that_have_ended_leave_large_batches_on_one_device(devices, rows, smallest):
-    evaluator, model = build(make_data(3), devices=devices, rows=rows)
-    assert evaluator.programs().num_rows == rows
-    assert model.asked == [
-        {
-            **{"rows": rows, "max_length": LENGTH, "num_beams": 3, "stop_rule": "exact", "group_size": rows},
-            "smallest_batch": smallest,
-        }
-    ]
-
-
 def test_nothing_is_compiled_for_an_evaluation_that_does_not_come():
     assert build(make_data(3))[1].asked == []
 

@@ -14,6 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nltk.stem.porter import PorterStemmer
+from rouge_score import tokenize
 from test_verify import OWN, runs
 
 import repro.models.captioner
@@ -361,9 +363,9 @@ def test_a_fault_in_scoring_shows_when_an_older_run_is_evaluated_again(
 
 
 SCORERS: dict[str, Plant] = {
-    "ROUGE without stemming": replaced(rouge.PorterStemmer, "stem", lambda _, self, word: word),
+    "ROUGE without stemming": replaced(PorterStemmer, "stem", lambda _, self, word: word),
     "letters that are not made small": replaced(
-        rouge.tokenize,
+        tokenize,
         "tokenize",
         lambda _, text, stemmer: [stemmer.stem(word) for word in re.findall("[a-z0-9]+", text)],
     ),

@@ -120,7 +120,7 @@ def test_english_parameters_are_asked_for_and_absent(monkeypatch: pytest.MonkeyP
     def absent(_: str) -> None:
         raise LookupError("punkt_tab")
 
-    monkeypatch.setattr(rouge.punkt, "PunktTokenizer", absent)
+    monkeypatch.setattr(punkt, "PunktTokenizer", absent)
     rouge._splitter.cache_clear()
     assert rouge_scores(["a"], ["a"]).sentence_splitter == "punkt_default"
     with pytest.raises(LookupError):

@@ -57,9 +57,8 @@ def main(argv: list[str]) -> int:
 
     models = [name for flag, name in {**read_recipe(recipe)["flags"], **given}.items() if flag.endswith("_or_path")]
     first = f"recipe {recipe} in {folder}: starting JAX and transformers"
-    start_logging(first, models=models, imports=("repro.recipes.reproduce", "repro.reports.write"))
+    start_logging(first, models=models, imports=("repro.recipes.reproduce",))
     from repro.recipes.reproduce import leaving_nothing, reproduce, reproduce_seeds, started
-    from repro.reports.write import report_at_end
 
     if own.dry_run:
         from repro.recipes.preflight import dry_run
@@ -70,11 +69,15 @@ def main(argv: list[str]) -> int:
         return INPUT_ERROR if found.problems else 0
     if seeds:
         runs, together = reproduce_seeds(recipe, folder, seeds, given, keep_going=own.keep_going)
+        from repro.reports.write import report_at_end
+
         report_at_end(folder, [run.folder for run in runs])
         status = conclude(together)
         print_end(folder, {"seconds": sum(run.result.facts["seconds"] for run in runs)}, runs[-1].result.folder)
         return status
     done = reproduce(recipe, folder, given, keep_going=own.keep_going)
+    from repro.reports.write import report_at_end
+
     report_at_end(folder)
     print("\ncaptions of validation images")
     for image_path, caption, truth in done.samples:

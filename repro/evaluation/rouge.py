@@ -15,9 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from nltk.stem.porter import PorterStemmer
-from nltk.tokenize import punkt
-from rouge_score import rouge_scorer, tokenize
 
 TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 NUM_RESAMPLES = 1000
@@ -53,6 +50,10 @@ def rouge_scores(
     Raises:
         LookupError: the English parameters were asked for and are not installed.
     """
+    # NLTK takes longer to import than JAX, and no run needs it before its first evaluation.
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score import rouge_scorer, tokenize
+
     name, split = _splitter(splitter)
     # Captions repeat few words, and stemming is most of the time: each word is stemmed once.
     stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
@@ -74,9 +75,7 @@ def rouge_scores(
     )
 
 
-def f_measures(
-    scorer: rouge_scorer.RougeScorer, predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> np.ndarray:
+def f_measures(scorer: Any, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Score each prediction against its references, of which the best of each type counts: float64[N,types], 0..1."""
     scored = (scorer.score_multi(*pair) for pair in zip(references, predictions, strict=True))
     return np.array([[scores[kind].fmeasure for kind in scorer.rouge_types] for scores in scored])
@@ -114,6 +113,8 @@ def _warn_once(text: str) -> None:
 
 @lru_cache
 def _splitter(name: str | None) -> tuple[str, Any]:
+    from nltk.tokenize import punkt
+
     if name != "punkt_default":
         try:
             return "punkt_english", punkt.PunktTokenizer("english")

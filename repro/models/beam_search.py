@@ -21,7 +21,6 @@ Source: Freitag and Al-Onaizan 2017 for the search; transformers 4.15 and 4.57 f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -92,7 +91,6 @@ def beam_search(
     constrain: Constrain = lambda _sequences, _length, scores: scores,
     only_best_end: bool = False,
     num_return_sequences: int = 1,
-    smallest_batch: int | None = None,
 ) -> Captions:
     """Find the most probable captions of a batch.
 
@@ -106,8 +104,6 @@ def beam_search(
             that are searched: of log-probabilities with beams, of logits in a greedy search, as in PyTorch.
         only_best_end: let no continuation end that is not among the K best, as in PyTorch; the Flax class lets it.
         num_return_sequences: R; where fewer have ended, the best of those that have not follow them.
-        smallest_batch: let rows that have ended leave the batch, halving it down to this many; None to keep them.
-            The decoder is compiled once for each size.
     """
     chex.assert_is_divisible(batch_size, group_size)
     group_size = 1 if stop_rule == "exact" or num_beams == 1 else group_size
@@ -127,7 +123,7 @@ def beam_search(
         return jnp.repeat(on, group_size)
 
     def advance(search: _Search) -> _Search:
-        known, rows = search.beams, len(search.going_on)
+        known = search.beams
         last = jax.lax.dynamic_index_in_dim(known.running, search.length - 1, 2, keepdims=False)
         logits, cache = decode_step(last, search.parents, search.length - 1, search.cache)
         logits, vocabulary = logits.astype(jnp.float32), logits.shape[-1]
@@ -135,7 +131,7 @@ def beam_search(
             log_probs = constrain(known.running, search.length, jax.nn.log_softmax(logits))
         else:
             log_probs = jax.nn.log_softmax(constrain(known.running, search.length, logits))
-        totals = (log_probs + known.running_scores[:, :, None]).reshape(rows, -1)
+        totals = (log_probs + known.running_scores[:, :, None]).reshape(batch_size, -1)
 
         # Twice the beams where there is one end: even if the best K all end here, K others go on. A greedy search ends
         # there instead.
@@ -173,11 +169,8 @@ def beam_search(
             cache=cache,
         )
 
-    def more_than(fewer: int, search: _Search) -> jax.Array:
-        return (search.length < max_length) & (search.going_on.sum() > fewer)
-
     blank = jnp.full((batch_size, beams, max_length), pad_token_id, jnp.int32)
-    results = _Beams(
+    beginning = _Beams(
         running=blank.at[:, :, 0].set(start_token_id),
         # All beams start alike; only the first may have children, or all K would be the same.
         running_scores=jnp.tile(jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE), (batch_size, 1)),
@@ -185,38 +178,15 @@ def beam_search(
         finished_scores=jnp.full((batch_size, beams), IMPOSSIBLE),
         is_finished=jnp.zeros((batch_size, beams), bool),
     )
-    search = _Search(
+    start = _Search(
         length=jnp.asarray(1, jnp.int32),
-        beams=results,
+        beams=beginning,
         parents=jnp.tile(jnp.arange(beams), (batch_size, 1)),
         going_on=jnp.ones(batch_size, bool),
         cache=cache,
     )
-    row_of = jnp.arange(batch_size)
-    sizes = _batch_sizes(batch_size, group_size, smallest_batch)
-    for size, fewer in zip(sizes, [*sizes[1:], 0], strict=True):
-        search = jax.lax.while_loop(partial(more_than, fewer), advance, search)
-        results = jax.tree.map(lambda all_rows, some, row=row_of: all_rows.at[row].set(some), results, search.beams)
-        if fewer:
-            staying = jnp.argsort(~search.going_on, stable=True)[:fewer]
-            row_of = row_of[staying]
-            search = jax.tree.map(partial(_select_rows, staying, size), search)
-    return _best(results, num_return_sequences, pad_token_id, penalty)
-
-
-def _batch_sizes(batch_size: int, group_size: int, smallest: int | None) -> list[int]:
-    """The batch and its halves, in whole groups, down to the smallest."""
-    sizes = [batch_size]
-    while smallest is not None and sizes[-1] // 2 >= max(smallest, 1) and sizes[-1] // 2 % group_size == 0:
-        sizes.append(sizes[-1] // 2)
-    return sizes
-
-
-def _select_rows(rows: jax.Array, size: int, leaf: jax.Array) -> jax.Array:
-    """Pick rows of [size*n,...], n entries a row."""
-    if leaf.ndim == 0:
-        return leaf
-    return leaf.reshape(size, -1, *leaf.shape[1:])[rows].reshape(-1, *leaf.shape[1:])
+    end = jax.lax.while_loop(lambda search: (search.length < max_length) & search.going_on.any(), advance, start)
+    return _best(end.beams, num_return_sequences, pad_token_id, penalty)
 
 
 def _take(values: jax.Array, indices: jax.Array) -> jax.Array:

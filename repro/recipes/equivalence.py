@@ -27,9 +27,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from scipy.stats import f as f_distribution
-from scipy.stats import norm
-from scipy.stats import t as students_t
+import scipy  # whose `stats` take long to import, and are when they are first used
 
 FALSE_PASSES = 0.05
 FALSE_FAILS = 0.01
@@ -99,7 +97,7 @@ def compare(
     distance = np.abs(difference)
     outlying, uneven = np.zeros(values.shape, bool), np.zeros(difference.shape, bool)
     if known and count > 1:
-        uneven = own > reference.spread * math.sqrt(f_distribution.ppf(1 - false_fails, count - 1, reference.freedom))
+        uneven = own > reference.spread * math.sqrt(scipy.stats.f.ppf(1 - false_fails, count - 1, reference.freedom))
     if freedom == 0:
         reach = np.full_like(distance, np.inf)
         places = np.where(distance > HOPELESS * margin, FAIL, CANNOT_TELL)
@@ -108,8 +106,8 @@ def compare(
         places = np.where(distance > reach, FAIL, np.where((reach > widest) | uneven, CANNOT_TELL, PASS))
     else:
         error = spread * math.sqrt(1 / count + 1 / reference.runs)
-        reach = students_t.ppf(1 - false_passes, freedom) * error
-        beyond = distance - students_t.ppf(1 - false_fails / 2, freedom) * error > margin
+        reach = scipy.stats.t.ppf(1 - false_passes, freedom) * error
+        beyond = distance - scipy.stats.t.ppf(1 - false_fails / 2, freedom) * error > margin
         if known:
             of_one = false_fails / 2 / count
             limit = margin + prediction_reach(reference.spread, reference.freedom, reference.runs, of_one)
@@ -124,7 +122,7 @@ def compare(
 
 def prediction_reach(spread: Any, freedom: int, runs: float, false_fails: float) -> Any:
     """How far from the mean of `runs` runs one further run lies at most, but for a share `false_fails` of them."""
-    return students_t.ppf(1 - false_fails / 2, freedom) * spread * math.sqrt(1 + 1 / runs)
+    return scipy.stats.t.ppf(1 - false_fails / 2, freedom) * spread * math.sqrt(1 + 1 / runs)
 
 
 def seeds_that_would_tell(spread: float, freedom: int, *, margin: float, false_passes: float) -> int | None:
@@ -134,7 +132,7 @@ def seeds_that_would_tell(spread: float, freedom: int, *, margin: float, false_p
     """
     for count in range(2, MOST_SEEDS + 1):
         error = spread * math.sqrt(2 / count)
-        reach = students_t.ppf(1 - false_passes, max(freedom, 2 * count - 2)) * error
-        if error == 0 or 2 * norm.cdf((margin - reach) / error) - 1 >= POWER:
+        reach = scipy.stats.t.ppf(1 - false_passes, max(freedom, 2 * count - 2)) * error
+        if error == 0 or 2 * scipy.stats.norm.cdf((margin - reach) / error) - 1 >= POWER:
             return count
     return None

@@ -100,7 +100,7 @@ def check_data(
         *([f"training: {settings.num_steps} steps of {settings.train_batch} rows"] if settings.do_train else []),
         _disk_in_words(needs),
         *(f"problem: {problem}" for problem in _lacking_room(settings, needs)),
-        f"read, decoded and tokenized in {_duration(seconds)}; a run finds it in {settings.cache}",
+        f"read, decoded and tokenized in {duration(seconds)}; a run finds it in {settings.cache}",
     ]
     return "\n".join(lines)
 
@@ -129,10 +129,10 @@ def _bytes_on_disk(prepared: PreparedRun, num_images: int) -> dict[str, int]:
 
 
 def _disk_in_words(needs: dict[str, int]) -> str:
-    return "disk: " + ", ".join(f"{_size(size)} for {name}" for name, size in needs.items())
+    return "disk: " + ", ".join(f"{size_of(size)} for {name}" for name, size in needs.items())
 
 
-def _size(num_bytes: int) -> str:
+def size_of(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
@@ -152,7 +152,7 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     with jax.threefry_partitionable(settings.rules.threefry_partitionable):
         rows, reading = timed(lambda: read_rows(settings))
         settings = settings.with_rows({name: len(split.dataset) for name, split in rows.items()})
-        trial = _prepare_trial(settings, rows["validation"], devices)
+        trial = prepare_trial(settings, rows["validation"], devices)
         image_seconds = _time_images(rows["train"], trial)
         check_run(settings, trial.pretrained, devices)
         facts = _time_steps(trial)
@@ -171,26 +171,26 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
     needs = _bytes_on_disk(replace(trial, settings=settings), sum(num_images.values()))
     problems = [*_lacking_room(settings, needs), *_lacking_memory(facts, available)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    parts = ", ".join(f"{name} {_duration(value)}" for name, value in seconds.items())
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     lines = [
-        f"machine: {len(devices)} x {devices[0]} with {_gib(available)} GiB, {_gib(memory)} GiB of memory,"
+        f"machine: {len(devices)} x {devices[0]} with {gib(available)} GiB, {gib(memory)} GiB of memory,"
         f" {settings.preprocessing_num_workers or cores()} threads",
         *(f"model: {note}" for note in trial.pretrained.notes),
         *(f"{name}: {count} rows of {num_images[name]} images" for name, count in settings.num_rows.items()),
         *(f"dropped among the first rows: {row['reason']}" for row in trial.dropped[:3]),
         _disk_in_words(needs),
-        f"step: {_gib(facts['step_bytes'])} GiB with one replica on each device,"
+        f"step: {gib(facts['step_bytes'])} GiB with one replica on each device,"
         f" {facts['train_rows_per_second']:.0f} rows/s",
-        f"evaluation: {_gib(facts['evaluation_bytes'])} GiB with {facts['evaluation_rows_at_once']} at once,"
+        f"evaluation: {gib(facts['evaluation_bytes'])} GiB with {facts['evaluation_rows_at_once']} at once,"
         f" {facts['evaluation_rows_per_second']:.0f} {unit}/s",
-        f"time: {_duration(sum(seconds.values()))} for {settings.num_steps} steps and {settings.num_evaluations}"
+        f"time: {duration(sum(seconds.values()))} for {settings.num_steps} steps and {settings.num_evaluations}"
         f" evaluations ({parts}), before rows are dropped",
         *(f"problem: {problem}" for problem in problems),
     ]
     return DryRun(problems, facts, "\n".join(lines))
 
 
-def _prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.Device]) -> PreparedRun:
+def prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.Device]) -> PreparedRun:
     """Prepare a run of the first rows with at most one replica for each device."""
     replicas, paths = min(settings.replicas, len(devices)), validation.dataset["image_path"][:]
     # A global batch of evaluation, with room for rows that are dropped.
@@ -273,7 +273,7 @@ def _lacking_room(settings: Settings, needs: dict[str, int]) -> Iterator[str]:
         free = shutil.disk_usage(folder).free
         if size > free:
             yield (
-                f"{folder}: {_size(size)} are needed and {_size(free)} free; make room, name another"
+                f"{folder}: {size_of(size)} are needed and {size_of(free)} free; make room, name another"
                 " --output_dir or --cache_dir, or add --no_image_cache"
             )
 
@@ -282,22 +282,22 @@ def _lacking_memory(facts: dict[str, Any], available: int) -> Iterator[str]:
     """Say what of a trial takes more than the bytes that a device has."""
     if facts["step_bytes"] > available:
         yield (
-            f"one replica's step takes {_gib(facts['step_bytes'])} GiB and a device has {_gib(available)}; add"
+            f"one replica's step takes {gib(facts['step_bytes'])} GiB and a device has {gib(available)}; add"
             " --gradient_checkpointing or --mesh fsdp=N"
         )
     evaluation = facts["evaluation_bytes"] + facts["state_bytes"]
     if evaluation > available:
         yield (
-            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {_gib(evaluation)} GiB and a"
-            f" device has {_gib(available)}; lower --per_device_eval_batch_size or --num_beams, or add --mesh fsdp=N"
+            f"evaluating {facts['evaluation_rows_at_once']} rows beside the state takes {gib(evaluation)} GiB and a"
+            f" device has {gib(available)}; lower --per_device_eval_batch_size or --num_beams, or add --mesh fsdp=N"
         )
 
 
-def _gib(num_bytes: int) -> str:
+def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 

@@ -27,8 +27,6 @@ from repro.training.memory import SHARE, choices, compile_step, compile_what_fit
 from repro.training.sharding import put, put_rows, state_sharding, train_batch_sharding
 from repro.training.steps import Batch, TrainState, TrainStep
 
-SHRINKS_FROM = 32  # rows of an evaluation batch from which on captions that have ended leave it
-
 
 @dataclass(frozen=True)
 class Training:
@@ -153,18 +151,13 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *
     search["num_beams"] = num_beams(settings, prepared.pretrained)
 
     def compile_batches(number: int) -> Programs:
-        num_rows = number * replica_batch
-        # On one device down to a quarter: the pocket model's captions take 10 to 40 % less time on a CPU. A small
-        # batch does not repay compiling the search for each size; over several devices rows would have to move.
-        smallest = num_rows // 4 if mesh.size == 1 and num_rows >= SHRINKS_FROM else None
-        sizes = {"group_size": replica_batch, "smallest_batch": smallest}
         wanted = (captioner, settings.label_smoothing_factor, settings.predict_with_generate)
         return compile_programs(
-            *_eval_functions(*wanted, **search, **sizes),
+            *_eval_functions(*wanted, **search, group_size=replica_batch),
             prepared.pretrained.params,
             prepared.evaluated.batch(np.zeros(1, np.int64)),
             mesh,
-            num_rows=num_rows,
+            num_rows=number * replica_batch,
         )
 
     @cache
@@ -178,11 +171,11 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *
             log.info("%d of %d device batches are evaluated at once: %.1f GiB", at_once, num_replicas, size)
 
         def encode(params: Any, pixels: Any) -> Any:
-            if signals:
-                signals.raise_if_received()
+            assert signals is not None
+            signals.raise_if_received()
             return found.encode(params, pixels)
 
-        return replace(found, encode=encode)
+        return replace(found, encode=encode) if signals else found
 
     return Evaluator(
         programs=programs,
