@@ -96,7 +96,7 @@ def make_case(folder: Path, *, num_train: int, num_processes: int = 1) -> Case:
 def start(case: Case, out: Path) -> list[subprocess.Popen[bytes]]:
     """Start a run, or go on with it; what its processes say is appended to a log beside it."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

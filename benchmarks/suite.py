@@ -56,7 +56,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "training step": ("train_step.py", "--turns", "7"),
     "training step, float32": ("train_step.py", "--turns", "7"),
     "batch sizes": ("train_step.py", "--turns", "3", "--peers", "native"),
-    "step memory": ("scaling.py", "--layouts", "0", "2"),
     "generation": ("generation.py", "--turns", "5"),
     "evaluation": ("generation.py", "--evaluation", "--turns", "5"),
     "input pipeline": ("input_pipeline.py",),
@@ -103,8 +102,6 @@ class Plan:
             fraction = () if self.smoke else FRACTION["cpu" if platform == "cpu" else "accelerator"]
             folder = ("--folder", str(self.folder)) if self.folder else ()
             found += [*folder, *(self.rehearsal or fraction), *dtype]
-        if name == "step memory":
-            found += dtype
         if name in TIMED:
             apart = [] if platform == "cpu" else ["--apart"]
             found += [*dtype, "--batch", str(self.batch), *apart, "--peers", *self.peers]
@@ -229,11 +226,6 @@ def page(result: dict[str, Any]) -> str:
     ]
     if "batch sizes" in measured:
         lines += _batches_table(measured["batch sizes"]["batches"])
-    if "step memory" in measured:
-        sizes = [
-            f"{layout['name']} {layout['step_bytes'] / 1e9:.1f} GB" for layout in measured["step memory"]["layouts"]
-        ]
-        lines.append(f"\nThe documented step's memory, as the compiler plans it: {'; '.join(sizes)}.")
     if "input pipeline" in measured:
         lines += _input_lines(measured["input pipeline"])
     if "saving and restart" in measured:

@@ -185,7 +185,10 @@ def one_process(arguments: dict) -> None:
     np.savez(arguments["out"], asked=json.dumps(asked), **arrays)
 
 
-@pytest.mark.parametrize(("num_processes", "devices_each"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("num_processes", "devices_each"),
+    [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow)],
+)
 def test_each_process_reads_its_own_rows_and_together_they_are_the_batch(
     coco: Path, expected: Batches, golden_inputs: Path, tmp_path: Path, num_processes: int, devices_each: int
 ) -> None:
@@ -194,7 +197,7 @@ def test_each_process_reads_its_own_rows_and_together_they_are_the_batch(
         port = free.getsockname()[1]
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices_each}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parent),
     }

@@ -23,7 +23,6 @@ peers = importlib.import_module("peers")
 plots = importlib.import_module("plots")
 roofline = importlib.import_module("roofline")
 saving = importlib.import_module("saving")
-scaling = importlib.import_module("scaling")
 suite = importlib.import_module("suite")
 train_step = importlib.import_module("train_step")
 
@@ -88,25 +87,6 @@ def test_work_is_bound_by_the_longer_of_its_roofs():
     idle = roofline.verdict({"operations": 1e9, "bytes": 1e12}, 40.0, roofs | {"peak": {}}, "float32")
     assert (idle["bound_by"], idle["roof_seconds"], idle["share_of_roof"]) == ("memory", 10.0, 0.25)
     assert "utilisation" not in idle
-
-
-def test_collectives_are_counted_with_their_bytes_and_apart_in_loops():
-    hlo = """
-%body.1 (arg: (f32[8])) -> (f32[8]) {
-  %all-reduce.3 = f32[1024,512]{1,0} all-reduce(%x), replica_groups={}
-}
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = (f32[8]) while(%t), condition=%cond.1, body=%body.1
-  %all-reduce.1 = (f32[768]{0}, /*index=1*/bf16[3,4]{1,0}) all-reduce(%a, %b), to_apply=%add
-  %all-gather-start.1 = f32[16]{0} all-gather-start(%a), dimensions={0}
-  %use = f32[8] get-tuple-element(%all-reduce.1), index=0
-}
-"""
-    assert scaling.count_collectives(hlo) == {
-        "all-reduce in a loop": {"count": 1, "larger": 1, "bytes": 4 * 1024 * 512},
-        "all-reduce": {"count": 1, "larger": 0, "bytes": 4 * 768 + 2 * 12},
-        "all-gather": {"count": 1, "larger": 0, "bytes": 64},
-    }
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

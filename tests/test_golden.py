@@ -53,20 +53,22 @@ def test_long_runs_stay_with_the_reference_as_far_as_rounding_lets_them(name: st
 
 WAYS = {
     "1 device": (1, []),
+    "2 x 4, cut by 4": (8, ["--mesh", "data=2,fsdp=4"]),
+    "2 at once": (1, ["--replicas_at_once", "2", "--gradient_checkpointing"]),
+    "4 at once, 2 x 2, cut by 2": (4, ["--replicas_at_once", "4", "--mesh", "data=2,fsdp=2"]),
+}
+MORE_WAYS = {
     "2 devices": (2, []),
     "4 devices": (4, []),
-    "2 x 4, cut by 4": (8, ["--mesh", "data=2,fsdp=4"]),
     "cut by 8": (8, ["--mesh", "fsdp=8"]),
     "4 at once": (1, ["--replicas_at_once", "4"]),
-    "2 at once": (1, ["--replicas_at_once", "2", "--gradient_checkpointing"]),
     "1 at once": (1, ["--replicas_at_once", "1"]),
-    "4 at once, 2 x 2, cut by 2": (4, ["--replicas_at_once", "4", "--mesh", "data=2,fsdp=2"]),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.slow) for way in MORE_WAYS)])
 def test_eight_replicas_give_the_same_numbers_whatever_computes_them(way: str, tmp_path: Path) -> None:
-    num_devices, flags = WAYS[way]
+    num_devices, flags = (WAYS | MORE_WAYS)[way]
     folder = tmp_path / "run"
     result = run_case("published_8dev", folder, bounds=ANY_LAYOUT, devices=jax.devices()[:num_devices], flags=flags)
     assert result.passed, result
@@ -76,7 +78,7 @@ def test_eight_replicas_give_the_same_numbers_whatever_computes_them(way: str, t
         assert facts["replicas_at_once"] == int(flags[1])
 
 
-@pytest.mark.parametrize("num_devices", [1, 4])
+@pytest.mark.parametrize("num_devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_today_s_protocol_does_not_depend_on_the_devices_either(num_devices: int, tmp_path: Path) -> None:
     devices = jax.devices()[:num_devices]
     result = run_case("current_8dev", tmp_path / "run", bounds=ANY_LAYOUT, devices=devices)

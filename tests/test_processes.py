@@ -48,7 +48,10 @@ def start(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices_each}",
+    }
     together = ["--coordinator", address, "--num_processes", str(num_processes), *more]
     command = [sys.executable, *program, "train", *command_line(CASE, folder), *together]
     return [
@@ -196,7 +199,11 @@ def make_hosts(folder: Path, inputs: Path, what: str) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("what", "told"),
-    [("flag", "--learning_rate: 0.5 here, 0"), ("rows", "(data: "), ("weights", "(weights: ")],
+    [
+        ("flag", "--learning_rate: 0.5 here, 0"),
+        pytest.param("rows", "(data: ", marks=pytest.mark.slow),
+        ("weights", "(weights: "),
+    ],
     ids=["flag", "rows", "weights"],
 )
 def test_a_process_that_was_started_with_something_else_ends_all_and_names_it(what, told, tmp_path, golden_inputs):

@@ -428,8 +428,8 @@ def test_a_benchmark_knows_its_flags(
         module.main()
     known, others = parsed.value.args
     assert [name for name in flags_in(command) if not hasattr(known, name)] == [word[2:] for word in others[::2]]
-    # A rehearsal passes flags on to the run.
-    assert {word[2:] for word in others[::2]} <= (flags_of_commands["train"] if "rehearsal" in program else set())
+    passes_on = Path(program).stem in ("rehearsal", "topology")  # further flags to the run
+    assert {word[2:] for word in others[::2]} <= (flags_of_commands["train"] if passes_on else set())
 
 
 def flags_in(text: str) -> list[str]:
