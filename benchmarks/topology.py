@@ -29,6 +29,7 @@ if "jax" not in sys.modules:
     os.environ["TPU_ACCELERATOR_TYPE"] = "v3-8"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["TPU_WORKER_ID"] = "0"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # beside another process that compiles
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is compiled for another machine cannot be read back
 
 import jax
