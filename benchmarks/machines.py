@@ -22,7 +22,10 @@ from typing import Any
 
 import stand_in
 from peers import write_result
-from topology import CHIPS, compile_for, devices_of
+from topology import compile_for, devices_of
+
+from repro.config import ARGUMENTS, make_arguments
+from repro.recipes import read_recipe
 
 IMAGES = 600
 # A machine, the type of the computation, and flags of the layout.
@@ -49,19 +52,13 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def compile_row(row: tuple[str, str, dict[str, Any]], folder: Path, *, smoke: bool) -> dict[str, Any]:
     """Compile the run for one machine."""
-    from repro.config import ARGUMENTS, make_arguments
-    from repro.recipes import read_recipe
-
     topology, dtype, layout = row
     flags = {name: value for name, value in read_recipe("coco2017")["flags"].items() if "_model_" not in name}
     flags |= {f"{half}_config_name": str(folder / "halves" / half) for half in ("encoder", "decoder")}
     flags |= {"data_dir": str(folder / "data"), "cache_dir": str(folder / "cache"), "dtype": dtype, **layout}
     flags |= {"output_dir": str(folder / "run")} | ({"max_target_length": 8, "num_beams": 2} if smoke else {})
-    started, devices = time.perf_counter(), devices_of(topology)
-    found = compile_for(*make_arguments(ARGUMENTS, flags), devices)
-    facts = {name: value for name, value in found.facts.items() if name != "words"}
-    if facts:
-        facts["step_seconds_at_least"] = facts["operations"] / CHIPS[devices[0].device_kind].teraflops / 1e12
+    started = time.perf_counter()
+    found = compile_for(*make_arguments(ARGUMENTS, flags), devices_of(topology))
     return {
         "topology": topology,
         "dtype": dtype,
@@ -69,7 +66,7 @@ def compile_row(row: tuple[str, str, dict[str, Any]], folder: Path, *, smoke: bo
         "compile_seconds": round(time.perf_counter() - started),
         "problems": found.problems,
         "text": found.text.splitlines(),
-        **facts,
+        **found.facts,
     }
 
 

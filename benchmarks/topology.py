@@ -141,13 +141,12 @@ def compile_for(
             problems.append(f"with {flags}: takes {gib(facts['bytes'])} GiB")
         else:
             flags = ""
-    kind = devices[0].device_kind
-    seconds = facts.get("operations", 0) / CHIPS[kind].teraflops / 1e12
+    seconds = facts.get("step_seconds_at_least", 0.0)
     lines = [
-        f"machine: {len(devices)} x {kind} with {gib(bytes_of(devices[0]))} GiB, not at hand",
+        f"machine: {len(devices)} x {devices[0].device_kind} with {gib(bytes_of(devices[0]))} GiB, not at hand",
         *(f"problem: {problem}" for problem in problems),
         *([f"it fits with {flags}:"] if problems and flags else []),
-        *(f"{name}: {found}" for name, found in facts.get("words", {}).items()),
+        *(f"{name}: {found}" for name, found in facts.pop("words", {}).items()),
         f"time: at least {seconds * 1e3:.1f} ms a step and {duration(settings.num_steps * seconds)} of training, by the"
         " operations alone at the chip's peak in bfloat16",
     ]
@@ -181,6 +180,7 @@ def _compile(trial: PreparedRun, settings: Settings, devices: Sequence[jax.Devic
         if program is not None
     }
     at_once, held = training.facts["replicas_at_once"], evaluation.num_bytes + training.facts["state_bytes"]
+    peak = CHIPS[devices[0].device_kind].teraflops * 1e12
     words = {"layout": f"{dict(prepared.mesh.shape)}, {at_once} of {settings.replicas} replicas at once"}
     for name, found in programs.items():
         sent = [f"{number} {kind} of {size_of(size)}" for kind, (number, size) in found["collectives"].items()]
@@ -196,7 +196,7 @@ def _compile(trial: PreparedRun, settings: Settings, devices: Sequence[jax.Devic
         "evaluation_rows_at_once": evaluation.num_rows,
         "evaluation_bytes": held,
         "bytes": max(programs["step"]["bytes"], held),
-        "operations": programs["step"]["operations"] * settings.replicas / at_once,  # of all turns
+        "step_seconds_at_least": programs["step"]["operations"] * settings.replicas / at_once / peak,  # of all turns
         "words": words,
     }
 

@@ -32,7 +32,7 @@ from repro.record.model_card import cut_in_words
 from repro.run.build import build_evaluator, build_training
 from repro.run.prepare import PreparedRun, check_run, mesh_of, prepare, read_rows, turned_in_words
 from repro.run.settings import Settings
-from repro.training.memory import device_bytes
+from repro.training.memory import REMEDY, device_bytes
 from repro.training.sharding import put, replicated
 from repro.training.steps import count_parameters
 
@@ -281,10 +281,7 @@ def _lacking_room(settings: Settings, needs: dict[str, int]) -> Iterator[str]:
 def _lacking_memory(facts: dict[str, Any], available: int) -> Iterator[str]:
     """Say what of a trial takes more than the bytes that a device has."""
     if facts["step_bytes"] > available:
-        yield (
-            f"one replica's step takes {gib(facts['step_bytes'])} GiB and a device has {gib(available)}; add"
-            " --gradient_checkpointing or --mesh fsdp=N"
-        )
+        yield f"one replica's step takes {gib(facts['step_bytes'])} GiB and a device has {gib(available)}; {REMEDY}"
     evaluation = facts["evaluation_bytes"] + facts["state_bytes"]
     if evaluation > available:
         yield (

@@ -170,12 +170,14 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *
             size = found.num_bytes / 2**30
             log.info("%d of %d device batches are evaluated at once: %.1f GiB", at_once, num_replicas, size)
 
+        if signals is None:
+            return found
+
         def encode(params: Any, pixels: Any) -> Any:
-            assert signals is not None
             signals.raise_if_received()
             return found.encode(params, pixels)
 
-        return replace(found, encode=encode) if signals else found
+        return replace(found, encode=encode)
 
     return Evaluator(
         programs=programs,

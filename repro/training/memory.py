@@ -94,9 +94,8 @@ def compile_what_fits(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if is_last:
-                raise InputError(
-                    f"takes more memory than a device has; {REMEDY} ({str(error).splitlines()[0]})."
-                ) from error
+                said = str(error).splitlines()[0]
+                raise InputError(f"{number} at once: more than the memory of a device; {REMEDY} ({said}).") from error
             fits = False
         if is_last or true_in_all(fits):
             return number, compiled
