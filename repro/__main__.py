@@ -19,7 +19,6 @@ from repro.commands import COMMANDS, ELSEWHERE, INPUT_ERROR, SIGNALLED
 from repro.commands.terminal import coloured, printable
 from repro.errors import InputError, Interrupted, RunStopped
 from repro.masking import learn, learn_flags, masked, print_exception
-from repro.parser import Parser
 from repro.provenance import versions
 
 STOPPED = 3
@@ -36,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "_ARGCOMPLETE" in os.environ:
-        arguments = _to_complete()
     learn(os.environ.get("HF_TOKEN"))
     learn_flags(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -77,21 +74,6 @@ def _say(message: str) -> None:
     """Print on standard error; names in a message may hold anything."""
     text = "\n".join(printable(line, sys.stderr) for line in masked(message).split("\n"))
     print(coloured(text, sys.stderr), file=sys.stderr)
-
-
-def _to_complete() -> list[str]:
-    """The command that a shell asks to complete: `eval "$(register-python-argcomplete repro)"` has it ask."""
-    from argcomplete.lexers import split_line
-
-    *_, words, _ = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
-    if len(words) < 2 or words[1] not in COMMANDS:
-        parser = Parser(prog="repro")
-        parser.add_argument("command", choices=list(COMMANDS))
-        parser.parse_args([])
-    # argcomplete leaves out the words before the one with this number: the command, a recipe, `data check`.
-    is_two = words[1:3] == ["data", "check"] or (words[1] == "reproduce" and words[2:3] and words[2][0] != "-")
-    os.environ["_ARGCOMPLETE"] = "3" if is_two else "2"
-    return words[1 : 3 if is_two else 2]
 
 
 def _help() -> str:

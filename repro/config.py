@@ -137,7 +137,6 @@ class DataArguments(Checked):
     image_cache: bool = _free(
         True, "Further: keep decoded images on disk; --no_image_cache keeps --block_size of them in memory (0: all)."
     )
-    allow_image_urls: bool = _free(False, "Further: fetch images whose path is a http or https address.")
     predict_with_generate: bool = flag(False, "Generate captions and compute ROUGE.")
     caption_metrics: bool = flag(False, "Further: BLEU and CIDEr-D too, of one caption an image against all it has.")
     attention_pictures: int = _free(

@@ -30,7 +30,6 @@ IMAGE_SUFFIXES = (  # of the files that are taken from a folder; a file that is 
 )
 URL_SCHEMES = ("http://", "https://")
 IMAGE_BYTES = 96 << 20  # an image's file, or a zip file's list of members (train2017.zip's has 12 MB)
-DOWNLOAD_BYTES = 32 << 20  # an image that is fetched
 IMAGE_PIXELS = 110_000_000  # also half-way through a resize; phones make 108 million; WebP takes 16 bytes for each
 IMAGE_SIDE = 1 << 18
 SCANNED_PIXELS = 1 << 32  # a JPEG's pixels times its scans, 1.5 ns each; a progressive photograph has ten scans

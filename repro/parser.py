@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import os
 import re
 import tomllib
 from argparse import SUPPRESS
@@ -80,10 +79,6 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(local_path(text)))
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        if "_ARGCOMPLETE" in os.environ:  # a shell asks, and is answered by the end of this process
-            import argcomplete
-
-            argcomplete.autocomplete(self)
         end = args.index("--") if "--" in args else len(args)
         flags, known = [_with_underscores(arg) for arg in args[:end]], self._names()
         # Before argparse takes the value of a flag that does not exist for something else.

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import http.server
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -383,62 +379,11 @@ def test_standard_input_that_names_nothing_is_an_error(run, monkeypatch):
     assert "standard input names no image" in err[0]
 
 
-def test_addresses_are_fetched_only_where_that_is_allowed(run, pictures):
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200 if "good" in self.path else 404)
-            self.end_headers()
-            self.wfile.write(Path(pictures[0]).read_bytes())
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        good, bad = (f"http://127.0.0.1:{server.server_port}/{name}.jpg" for name in ("good", "bad"))
-        status, lines, err = run(good, pictures[1], "--json")
-        assert (status, asked) == (1, [])
-        assert "--allow_image_urls" in err[0]
-        assert "captions" in json.loads(lines[1])
-        status, lines, err = run(bad, good, "--json", "--allow_image_urls")
-        assert (status, set(asked)) == (1, {"/good.jpg", "/bad.jpg"})
-        assert "404" in err[0]
-        assert "captions" in json.loads(lines[1])
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.mark.parametrize("what", ["the image", "the headers"])
-def test_a_server_that_drips_holds_an_image_no_longer_than_is_said(run, pictures, monkeypatch, what):
-    monkeypatch.setattr("repro.data.images.DOWNLOAD_SECONDS", 1)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            if what == "the image":
-                self.end_headers()
-            self.flush_headers()
-            with suppress(OSError):
-                for byte in b"X" * 100 + Path(pictures[0]).read_bytes():
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.2)
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        began = time.monotonic()
-        status, _, err = run(f"http://127.0.0.1:{server.server_port}/a.jpg", "--allow_image_urls")
-        assert (status, time.monotonic() - began < 15) == (1, True)
-        assert "is not there after 1 s" in err[0]
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_an_address_is_named_and_the_others_are_captioned(run, pictures):
+    status, lines, err = run("https://example.org/a.jpg", pictures[1], "--json")
+    assert status == 1
+    assert "https://example.org/a.jpg: is an address; save the image" in err[0]
+    assert "captions" in json.loads(lines[1])
 
 
 def no_folder(model: Path) -> None:

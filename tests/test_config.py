@@ -74,7 +74,6 @@ FURTHER_FLAGS = [
     ("weights_format", None, "safetensors", "safetensors"),
     ("gradient_checkpointing", False, "true", True),
     ("image_cache", True, "False", False),
-    ("allow_image_urls", False, "True", True),
     ("caption_metrics", False, "True", True),
     ("attention_pictures", 12, "3", 3),
     ("replicas_at_once", None, "4", 4),

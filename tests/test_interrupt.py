@@ -38,6 +38,20 @@ def test_in_training_a_signal_waits_for_the_end_of_a_step_and_a_second_one_does_
     assert ended == [128 + signal.SIGINT]
 
 
+def test_what_another_process_was_sent_is_no_first_signal(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", lambda step: True)
+    with StopSignals() as signals:
+        signals.defer()
+        assert signals.requested(1)
+        os.kill(os.getpid(), signal.SIGTERM)  # as Slurm sends it to all, some of which have heard of it by then
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [128 + signal.SIGTERM]
+
+
 def test_the_switch_for_determinism_keeps_other_flags():
     environment = {"XLA_FLAGS": "--xla_other=1"}
     make_deterministic(environment)

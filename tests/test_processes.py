@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,10 +20,12 @@ import pytest
 from repro.__main__ import main
 from repro.errors import InputError
 from repro.recipes.selftest import command_line, compare, read_case
+from repro.training import processes as own
 from repro.training.processes import launched_several, start_processes
 
 CASE = read_case("published_8dev")
 PATIENCE = 300
+HEARTBEAT = own.PATIENCE["heartbeat_timeout_seconds"]
 
 
 MAIN = ("-m", "repro")
@@ -35,6 +38,19 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+SMALL_RECIPE = """
+import sys, repro.recipes.reproduce, repro.recipes.verify
+from repro.__main__ import main
+recipe = repro.recipes.read_recipe("pocket")
+recipe["data"] |= {"num_train": 24, "num_val": 7}
+recipe["flags"] |= {"num_train_epochs": 1, "num_replicas": 2, "block_size": 0}
+recipe["targets"] = [{"metric": "eval_loss", "low": 0.5, "high": 50.0, "source": "any loss"}]
+for module in (repro.recipes, repro.recipes.reproduce, repro.recipes.verify):
+    module.read_recipe = lambda name: recipe
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def start(
     folder: Path,
     num_processes: int,
@@ -43,8 +59,9 @@ def start(
     program: tuple[str, str] = MAIN,
     hosts: Sequence[Path | None] = (None,) * 4,
     last: tuple[str, ...] = (),
+    command: Sequence[str] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Start the processes of a run, in their hosts' folders, the last one with further flags."""
+    """Start the processes of a run, that of `CASE` or of a command, in their hosts' folders, the last with more."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -53,10 +70,10 @@ def start(
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices_each}",
     }
     together = ["--coordinator", address, "--num_processes", str(num_processes), *more]
-    command = [sys.executable, *program, "train", *command_line(CASE, folder), *together]
+    words = [sys.executable, *program, *(command or ("train", *command_line(CASE, folder))), *together]
     return [
         subprocess.Popen(
-            [*command, "--process_id", str(i), *(last if i == num_processes - 1 else ())],
+            [*words, "--process_id", str(i), *(last if i == num_processes - 1 else ())],
             env=environment,
             cwd=hosts[i],
             stderr=subprocess.PIPE,
@@ -131,6 +148,65 @@ def test_a_run_of_which_one_process_was_killed_ends_and_goes_on(tmp_path):
     assert f"the state of step {steps[-1]} is saved" in said[0]
 
 
+@pytest.mark.slow
+def test_a_second_signal_ends_a_process_at_once(tmp_path):
+    folder = tmp_path / "run"
+    processes = start(folder, 2, 1, "--resume", "auto", "--num_train_epochs", "400")
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(1)  # the first evaluation is compiled, which no signal ends but the second
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    asked = time.monotonic()
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [143, 143], said
+    assert time.monotonic() - asked < HEARTBEAT
+    assert not any("is saved" in message for message in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(), ("--seeds", "1,2")], ids=["one", "seeds"])
+def test_a_recipe_runs_on_several_processes_and_again_on_one(seeds, tmp_path, capfd):
+    command = ["reproduce", "--output_dir", str(tmp_path / "pocket"), *seeds]
+    processes = start(tmp_path, 2, 1, program=("-c", SMALL_RECIPE), command=command)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert capfd.readouterr().out.count("\nPASS: ") == 1
+    runs = list(tmp_path.glob("pocket/run") if not seeds else tmp_path.glob("pocket/seed-*/run"))
+    assert len(runs) == max(len(seeds), 1)
+    rows = [(run / "metrics.jsonl").read_bytes() for run in runs]
+    assert all(json.loads((run / "run.json").read_text())["processes"] == 2 for run in runs)
+    again = subprocess.run([sys.executable, "-c", SMALL_RECIPE, *command], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert [(run / "metrics.jsonl").read_bytes() for run in runs] == rows, "it goes on from its end"
+
+
+@pytest.mark.parametrize(
+    ("started", "missing"), [((0, 1, 2), []), ((0, 2), [1]), ((1,), [0])], ids=["all", "one is missing", "no first"]
+)
+def test_every_process_that_has_come_is_told_which_has_not(started, missing, monkeypatch):
+    monkeypatch.setattr(own, "START_SECONDS", 2 if missing else 30)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor() as threads:
+        found = [threads.submit(own._missing, "localhost", port, number, 3) for number in started]
+        if 0 in started and not missing:  # what is no process of the run disturbs nobody
+            threads.submit(socket.create_connection, ("localhost", port)).exception()
+    assert [answer.result() for answer in found] == [missing] * len(started)
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("localhost", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"--coordinator {address}: cannot be opened .*name another port"):
+            start_processes(coordinator=address, process_id=0, num_processes=2)
+
+
 @pytest.mark.parametrize(
     ("environment", "several"),
     [
@@ -157,9 +233,8 @@ def test_clusters_are_recognized_where_there_are_other_processes(environment, se
     ids=str,
 )
 def test_processes_that_cannot_find_each_other_say_what_is_missing(given, message):
-    values = {"coordinator": None, "process_id": None, "num_processes": None, "distributed": False}
     with pytest.raises(InputError, match=message):
-        start_processes(**{**values, **given})
+        start_processes(**given)
 
 
 def test_a_cluster_that_jax_does_not_find_is_asked_for_by_flags(monkeypatch):
@@ -168,7 +243,7 @@ def test_a_cluster_that_jax_does_not_find_is_asked_for_by_flags(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(InputError, match=r"--distributed: JAX finds no cluster .*; give --coordinator, --process_id"):
-        start_processes(coordinator=None, process_id=None, num_processes=None, distributed=True)
+        start_processes(distributed=True)
 
 
 def test_bad_input_ends_all_processes_with_the_same_message(tmp_path):

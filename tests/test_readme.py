@@ -38,7 +38,7 @@ import repro.recipes.reproduce
 import repro.recipes.verify
 import repro.reports.write
 from repro.__main__ import main
-from repro.config import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from repro.config import DataArguments, ModelArguments, TrainingArguments, given_flags, parse_arguments
 from repro.data.atomic import sha256_of
 from repro.models.pretrained import load_model, save_model
 from repro.pocket.halves import render_pocket
@@ -330,6 +330,7 @@ def test_a_model_is_made_of_the_documented_halves(commands: tuple[str, ...], nam
 
 @runs(
     "repro train run.json",
+    "repro reproduce coco2017 --data_dir data --distributed",
     "repro train --distributed --output_dir pod --model_name_or_path MODEL --train_file pictures/train.jsonl"
     " --do_train",
     "repro train --coordinator host-0:1234 --num_processes 2 --process_id 0 --output_dir two"
@@ -339,7 +340,9 @@ def test_several_processes_take_the_same_flags_as_one(commands: tuple[str, ...],
     """That they compute the same is shown in test_processes.py."""
     (flags,) = (block for block in blocks("json") if "num_train_epochs" in block)
     Path("run.json").write_text(flags)
-    read = [parse_arguments(TRAIN, words_of(command)[2:], command="train") for command in commands]
+    recipe = commands[1]
+    assert given_flags(TRAIN, words_of(recipe)[3:], command="reproduce") == {"data_dir": "data", "distributed": True}
+    read = [parse_arguments(TRAIN, words_of(line)[2:], command="train") for line in commands if line != recipe]
     assert [model.model_name_or_path for model, _, _ in read] == ["MODEL"] * 3
     assert [args.distributed for _, _, args in read] == [False, True, False]
     assert (read[2][2].coordinator, read[2][2].num_processes, read[2][2].process_id) == ("host-0:1234", 2, 0)

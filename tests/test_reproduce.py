@@ -88,6 +88,11 @@ def test_a_dry_run_projects_and_trains_nothing(
     assert "make room, name another --output_dir" in capsys.readouterr().out
 
 
+def test_a_dry_run_is_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--dry_run", "--distributed", "--output_dir", str(tmp_path / "pocket")]) == 2
+    assert "--dry_run: is of one process; drop --distributed" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_left_alone(small_recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("draft")
     assert main(["reproduce", "--output_dir", str(tmp_path)]) == 2

@@ -91,22 +91,6 @@ def test_a_yaml_file_cannot_grow_when_it_is_read(tmp_path: Path, capsys: pytest.
     assert "got `array`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("typed", "completed"),
-    [
-        ("repro rep", {"reproduce", "report"}),
-        ("repro train --learn", {"--learning_rate"}),
-        ("repro reproduce pocket --dr", {"--dry_run"}),
-        ("repro data check --report_d", {"--report_dir"}),
-    ],
-)
-def test_tab_completes_commands_and_flags(typed: str, completed: set[str], tmp_path: Path) -> None:
-    asked = {"COMP_LINE": typed, "COMP_POINT": str(len(typed)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n"}
-    asked["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "answer")
-    subprocess.run([sys.executable, "-m", "repro"], env={**os.environ, **asked}, check=True)
-    assert set((tmp_path / "answer").read_text().split()) == completed
-
-
 def test_the_first_line_comes_before_jax_and_nobody_waits_for_a_hub_that_is_not_there() -> None:
     code = (
         "import sys; from repro.commands.terminal import start_logging\n"

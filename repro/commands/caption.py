@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     if images:
         from repro.models.captioning import Captioner
 
-        settings = vars(how) | {"allow_image_urls": args.allow_image_urls}
+        settings = dict(vars(how))
         of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation", "weights_format")}
         results = Captioner.from_pretrained(_checkpoint_of(args.model), **of_model).stream(images, **settings)
     outcomes = ((name, problem or next(results)[1]) for name, problem in found)
@@ -90,8 +90,6 @@ def _parser() -> Parser:
     add_fields(parser, CaptionArguments)
     parser.add_argument("--json", action="store_true", help='a line each: {"image", "captions"} or {"image", "error"}')
     parser.add_argument("--null", action="store_true", help="paths on standard input end with NUL (`find -print0`)")
-    # No value may follow it: an image would be taken for one.
-    parser.add_argument("--allow_image_urls", action="store_true", help="fetch images named by http or https addresses")
     return parser
 
 

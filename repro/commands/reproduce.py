@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repro.commands import COMMANDS, INPUT_ERROR
 from repro.commands.terminal import figures, make_deterministic, print_end, start_logging
 from repro.commands.verify import conclude
-from repro.config import ARGUMENTS, flag, given_flags
+from repro.config import ARGUMENTS, SEVERAL, flag, given_flags
 from repro.errors import InputError
 from repro.parser import Checked, sentence
+
+if TYPE_CHECKING:
+    from repro.recipes.reproduce import Reproduction
+    from repro.recipes.verify import Verification
 
 MOST_SEEDS = 200
 RECIPES = """RECIPE is one of
@@ -57,28 +61,41 @@ def main(argv: list[str]) -> int:
 
     models = [name for flag, name in {**read_recipe(recipe)["flags"], **given}.items() if flag.endswith("_or_path")]
     first = f"recipe {recipe} in {folder}: starting JAX and transformers"
-    start_logging(first, models=models, imports=("repro.recipes.reproduce",))
+    start_logging(first, quiet=bool(given.get("process_id")), models=models, imports=("repro.recipes.reproduce",))
     from repro.recipes.reproduce import leaving_nothing, reproduce, reproduce_seeds, started
+    from repro.training.processes import decided_by_first, start_processes
 
+    several = {name: given[name] for name in SEVERAL if name in given}
     if own.dry_run:
+        if several:
+            raise InputError(f"--dry_run: is of one process; drop {', '.join(f'--{name}' for name in several)}.")
         from repro.recipes.preflight import dry_run
 
         with leaving_nothing(folder), started(read_recipe(recipe), folder, given) as arguments:
             found = dry_run(*arguments)
         print(found.text)
         return INPUT_ERROR if found.problems else 0
+    start_processes(**several)
     if seeds:
         runs, together = reproduce_seeds(recipe, folder, seeds, given, keep_going=own.keep_going)
-        from repro.reports.write import report_at_end
-
-        report_at_end(folder, [run.folder for run in runs])
-        status = conclude(together)
-        print_end(folder, {"seconds": sum(run.result.facts["seconds"] for run in runs)}, runs[-1].result.folder)
-        return status
+        return decided_by_first(lambda: _conclude_seeds(folder, runs, together))
     done = reproduce(recipe, folder, given, keep_going=own.keep_going)
+    return decided_by_first(lambda: _conclude(done))
+
+
+def _conclude_seeds(folder: Path, runs: Sequence[Reproduction], together: Verification) -> int:
     from repro.reports.write import report_at_end
 
-    report_at_end(folder)
+    report_at_end(folder, [run.folder for run in runs])
+    status = conclude(together)
+    print_end(folder, {"seconds": sum(run.result.facts["seconds"] for run in runs)}, runs[-1].result.folder)
+    return status
+
+
+def _conclude(done: Reproduction) -> int:
+    from repro.reports.write import report_at_end
+
+    report_at_end(done.folder)
     print("\ncaptions of validation images")
     for image_path, caption, truth in done.samples:
         print(f"  {Path(image_path).name}  {caption}")
@@ -89,7 +106,7 @@ def main(argv: list[str]) -> int:
         print("\nvalidation", *figures(evaluation.metrics), sep="\n")
     print()
     status = conclude(done.verification)
-    print_end(folder, done.result.facts, done.result.folder)
+    print_end(done.folder, done.result.facts, done.result.folder)
     return status
 
 

@@ -27,21 +27,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--recompute", action="store_true", default=None, help=again)
     parser.add_argument("--no_recompute", action="store_false", dest="recompute", help="do not")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
     args = parser.parse_args(argv)
     start_logging()
     from repro.data.atomic import check_file_writable
     from repro.json_files import write_json
-    from repro.recipes.verify import as_json, as_junit, verify
+    from repro.recipes.verify import as_json, verify
 
-    for flag in ("json", "junit"):
-        if getattr(args, flag):
-            check_file_writable(getattr(args, flag), f"--{flag}")
+    if args.json:
+        check_file_writable(args.json, "--json")
     done = verify(args.runs, recipe=args.recipe, reference=args.against, seeds=args.seeds, recompute=args.recompute)
     if args.json:
         write_json(args.json, as_json(done))
-    if args.junit:
-        args.junit.write_bytes(as_junit(done))
     return conclude(done)
 
 

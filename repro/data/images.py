@@ -3,7 +3,7 @@
 `pixel_table` holds what the processor's rescaling and normalization make of each of the 256 values, so that a table
 look-up on the device gives its float32 pixels bit for bit.
 
-An image is referred to by a path or a URL, or as `zip://MEMBER::ARCHIVE`, `arrow://ROW/COLUMN::FILE` or
+An image is referred to by a path, or as `zip://MEMBER::ARCHIVE`, `arrow://ROW/COLUMN::FILE` or
 `tar://OFFSET/SIZE::ARCHIVE`.
 """
 
@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -27,13 +25,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from repro import limits
 from repro.errors import InputError
-from repro.limits import URL_SCHEMES, Refused
+from repro.limits import Refused
 
 ZIP, ARROW, TAR = EMBEDDED = "zip://", "arrow://", "tar://"
 # Pillow's modes of gray: 16 bits, and those whose white no file names.
 SIXTEEN_BITS, WITHOUT_WHITE = ("I;16", "I;16L", "I;16B"), ("I", "F")
 TURNED = range(2, 9)  # orientations but for 1, upright
-DOWNLOAD_SECONDS = 20
 # Of all images that are being decoded.
 BYTES, PIXELS = limits.Budget(limits.IMAGE_BYTES), limits.Budget(limits.IMAGE_PIXELS)
 OPENING = threading.Lock()  # one at a time waits for `PIXELS`: some formats take memory when they are opened
@@ -112,8 +109,8 @@ def open_image(reference: str) -> Iterator[Image.Image]:
     except Refused as error:
         raise ImageError(str(error)) from error
     except OSError as error:
-        # What the system or a server says has a number or a response; Pillow's own OSErrors are about the content.
-        passing = error.errno is not None or hasattr(error, "response")
+        # What the system says has a number; Pillow's own OSErrors are about the content.
+        passing = error.errno is not None
         raise ImageError(error.strerror or f"{type(error).__name__}: {error}", passing=passing) from error
     except Exception as error:  # Pillow's readers of rare formats raise whatever comes when the content is broken
         raise ImageError(f"{type(error).__name__}: {error}") from error
@@ -185,16 +182,13 @@ def decode_image(
 
 def image_key(reference: str) -> str | None:
     """Hash an image's absolute path, size and time (32 hexadecimal digits); None if the system does not tell them."""
-    name = reference
-    stamp: tuple[int, ...] = ()
-    if not reference.startswith(URL_SCHEMES):
-        inner, _, archive = reference.partition("::") if reference.startswith(EMBEDDED) else ("", "", "")
-        file = os.path.abspath(archive or reference)
-        try:
-            status = os.stat(file)
-        except (OSError, ValueError):
-            return None
-        name, stamp = f"{inner}::{file}", (status.st_size, status.st_mtime_ns)
+    inner, _, archive = reference.partition("::") if reference.startswith(EMBEDDED) else ("", "", "")
+    file = os.path.abspath(archive or reference)
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    name, stamp = f"{inner}::{file}", (status.st_size, status.st_mtime_ns)
     return blake2b(f"{name}\n{stamp}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -210,8 +204,6 @@ def in_sixteen_bits(image: Image.Image) -> Image.Image:
 
 def _source(reference: str) -> tuple[int, Callable[[], bytes]]:
     """An image's size in bytes, as far as it is known, and what reads them."""
-    if reference.startswith(URL_SCHEMES):
-        return 0, partial(_fetch, reference)
     if reference.startswith(ZIP):
         member, _, archive = reference.removeprefix(ZIP).partition("::")
         info = find_member(open_zip(archive), member, limits.IMAGE_BYTES)
@@ -228,39 +220,6 @@ def _source(reference: str) -> tuple[int, Callable[[], bytes]]:
         part = int(offset), limits.bounded(int(size), limits.IMAGE_BYTES)
         return part[1], partial(limits.read_file, file, limits.LIST_BYTES, part)
     return limits.size_of(reference, limits.IMAGE_BYTES), partial(limits.read_file, reference, limits.IMAGE_BYTES)
-
-
-def _fetch(url: str) -> bytes:
-    """Fetch an image in time; a server that says one letter a second is left to a thread that gives it up by itself."""
-    answer: Future[bytes] = Future()
-
-    def fetch() -> None:
-        try:
-            answer.set_result(_answer_of(url))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
-    try:
-        return answer.result(DOWNLOAD_SECONDS)
-    except TimeoutError:
-        raise Refused(f"is not there after {DOWNLOAD_SECONDS} s") from None
-
-
-def _answer_of(url: str) -> bytes:
-    import requests
-
-    end = time.monotonic() + DOWNLOAD_SECONDS
-    with requests.get(url, timeout=DOWNLOAD_SECONDS, stream=True) as response:
-        response.raise_for_status()
-        content = bytearray()
-        while chunk := response.raw.read1(1 << 14, decode_content=True):  # as it comes, however slowly that is
-            content += chunk
-            if time.monotonic() > end:
-                raise TimeoutError
-            if len(content) > limits.DOWNLOAD_BYTES:
-                raise Refused(f"more than {limits.DOWNLOAD_BYTES:,} bytes would be fetched")
-    return bytes(content)
 
 
 @lru_cache(maxsize=8)

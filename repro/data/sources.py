@@ -23,11 +23,11 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from repro.data import coco
 from repro.data.files import FORMATS, json_prefix, read_file
-from repro.data.images import ARROW, EMBEDDED, URL_SCHEMES, image_key
+from repro.data.images import ARROW, EMBEDDED, image_key
 from repro.data.rows import Record, Rows, make_rows
 from repro.data.shards import read_shards
 from repro.errors import InputError
-from repro.limits import LIST_BYTES, local_path, size_of
+from repro.limits import LIST_BYTES, URL_SCHEMES, local_path, size_of
 
 COCO_NAMES = ("ydshieh/dummy_coco_dataset", "ydshieh/coco_dataset_script")
 # Names that columns usually have, and after them those that open_clip, Flickr30k and img2dataset give.
@@ -66,7 +66,6 @@ def load_splits(
     test_file: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
-    allow_image_urls: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
     rows_dir: Path | None = None,
@@ -104,9 +103,9 @@ def load_splits(
     result = {}
     for split, source in [(split, find(split)) for split in splits]:
         roots = [os.path.abspath(root) for root in (data_dir, source.folder, "") if root is not None]
-        file = rows_dir / f"{_key(source, split, (roots, allow_image_urls))}.arrow" if rows_dir else None
+        file = rows_dir / f"{_key(source, split, roots)}.arrow" if rows_dir else None
         read = partial(make_rows, split=split, source=source.name, file=file)
-        records = partial(_located, source, roots, urls_allowed=allow_image_urls)
+        records = partial(_located, source, roots)
         kept_since = file.stat().st_mtime_ns if file and file.exists() else None
         result[split] = read(records(), rebuild=rebuild)
         if kept_since and not all(map(image_key, result[split].dataset.unique("image_path"))):
@@ -203,24 +202,21 @@ def _column(what: str, name: str | None, usual: Sequence[Sequence[str]], names: 
     return candidates[0]
 
 
-def _located(source: _Source, roots: Sequence[str], *, urls_allowed: bool) -> Iterator[Record]:
+def _located(source: _Source, roots: Sequence[str]) -> Iterator[Record]:
     for record in source.records():
         value, where = record["image_path"], f"{source.name}: row {record['row']}"
         if value is not None and not isinstance(value, str):
             kind = type(value).__name__
             raise InputError(f"{where}: the image column holds {kind}; it must hold paths of image files.")
-        if not urls_allowed and str(value).startswith(URL_SCHEMES):
-            raise InputError(
-                f"{where} has its image at {value}; give paths of files, or let them be fetched with"
-                " --allow_image_urls."
-            )
+        if str(value).startswith(URL_SCHEMES):
+            raise InputError(f"{where} has its image at {value}; save the images, and give the paths of their files.")
         yield record | {"image_path": None if value is None else _place(value, roots)}
 
 
 def _place(value: str, roots: Sequence[str]) -> str:
     """Turn what a list says into an image's reference; a relative path is in the first root that has it."""
     value = local_path(value) if value.startswith("file://") else value
-    if value.startswith((*URL_SCHEMES, *EMBEDDED)) or os.path.isabs(value):
+    if value.startswith(EMBEDDED) or os.path.isabs(value):
         return value
     names = dict.fromkeys((value, value.replace("\\", "/")))  # as Windows writes it
     places = [str(Path(root, name)) for name in names for root in roots]

@@ -23,7 +23,7 @@ from repro.models.beam_search import check_beams
 from repro.models.pretrained import Implementation, Options, Pretrained, load_model
 from repro.models.weights import Form
 
-# A path (or an address), a PIL image, or an array uint8[H,W,3], [H,W,4] or [H,W].
+# A path, a PIL image, or an array uint8[H,W,3], [H,W,4] or [H,W].
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 _Decoded = np.ndarray | ImageError
 
@@ -149,7 +149,6 @@ class Captioner:
         num_return_sequences: int = 1,
         max_length: int | None = None,
         batch_size: int = BATCH_SIZE,
-        allow_image_urls: bool = False,
     ) -> Iterator[tuple[Picture, list[Caption] | ImageError]]:
         """Caption pictures in their order while others are read; one that cannot be used is no end.
 
@@ -160,7 +159,6 @@ class Captioner:
             num_beams: None for the model's configuration, else 1: a greedy search.
             num_return_sequences: captions of each image, at most as many as beams.
             max_length: tokens of a caption, start token included; longer ones are cut. None for `max_length` above.
-            allow_image_urls: fetch paths that are `http` or `https` addresses.
 
         Yields:
             Each picture with its captions, best first, or with the reason why it has none.
@@ -179,7 +177,7 @@ class Captioner:
             raise InputError(f"--batch_size {batch_size}: must be at least 1.")
         generate = partial(self._generate, max_length=max_length, **beams)
         resize = resize_of(self.pretrained.image_processor)
-        decode = partial(_decode, resize=resize, allow_image_urls=allow_image_urls, lock=threading.Lock())
+        decode = partial(_decode, resize=resize, lock=threading.Lock())
         return self._batches(images, decode, generate, batch_size)
 
     def _batches(
@@ -241,7 +239,7 @@ def _grouped(decoded: Iterable[tuple[Picture, _Decoded]], batch_size: int) -> It
         yield group
 
 
-def _decode(image: Picture, *, resize: Resize, allow_image_urls: bool, lock: threading.Lock) -> _Decoded:
+def _decode(image: Picture, *, resize: Resize, lock: threading.Lock) -> _Decoded:
     """Make uint8[S,S,3] of a picture, or say why not."""
     try:
         if isinstance(image, np.ndarray):
@@ -251,7 +249,7 @@ def _decode(image: Picture, *, resize: Resize, allow_image_urls: bool, lock: thr
                 image.load()
             read = in_sixteen_bits(image)
         else:
-            with open_image(_reference(image, allow_image_urls=allow_image_urls)) as read:
+            with open_image(_file(image)) as read:
                 return resize_image(upright(read), resize, convert_to_rgb=True)
         return resize_image(upright(read), resize, convert_to_rgb=True)
     except ImageError as error:
@@ -267,14 +265,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _reference(image: str | os.PathLike[str], *, allow_image_urls: bool) -> str:
-    """What `open_image` is to read: a file, or an address where it is allowed."""
+def _file(image: str | os.PathLike[str]) -> str:
     if isinstance(image, str) and image.startswith(URL_SCHEMES):
-        if not allow_image_urls:
-            raise ImageError("is an address, which is fetched only with allow_image_urls (--allow_image_urls)")
-        return image
+        raise ImageError("is an address; save the image, and name its file")
     try:
-        # Absolute, so that no name is taken for an address or a place in an archive.
+        # Absolute, so that no name is taken for a place in an archive.
         return os.path.abspath(os.fsdecode(image))
     except (TypeError, ValueError) as error:
         raise ImageError(str(error), passing=True) from error

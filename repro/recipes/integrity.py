@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def evaluated_again(folder: Path, facts: Mapping[str, Any], recorded: Recorded) 
     recorded_metrics = recorded.evaluations("eval").get(step)
     if not recorded_metrics:
         return [], ["not evaluated again: there is no evaluation of the last step"]
-    flags = {name: value for name, value in facts["flags"].items() if not name.startswith(HALVES)}
+    known = {flag.name for kind in ARGUMENTS for flag in fields(kind)}  # earlier versions had others, too
+    flags = {name: value for name, value in facts["flags"].items() if name in known and not name.startswith(HALVES)}
     flags |= {"do_train": False, "do_predict": False, "push_to_hub": False, "resume": "never", "mesh": None}
     flags |= {"model_name_or_path": str(_place(folder, step)), "num_replicas": facts["num_replicas"]}
     flags |= {"overwrite_output_dir": False, **dict.fromkeys(SEVERAL)}

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import GPT2Config, PreTrainedTokenizerFast, ViTConfig, ViTImageProcessor
 
-from repro.config import ARGUMENTS, HALVES, SEVERAL, flags_of, given_flags, make_arguments
+from repro.config import ARGUMENTS, HALVES, flags_of, given_flags, make_arguments
 from repro.data.atomic import remove_empty
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image, some_captions
@@ -27,6 +27,7 @@ from repro.recipes.probe import first_steps
 from repro.recipes.verify import MARKER, MARKER_FORM, RUN, Verification, as_json, stop_if_hopeless, verify
 from repro.record.writer import entries, locked, log
 from repro.run.train import RunResult, run
+from repro.training.processes import decided_by_first, is_first
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLES = 6
@@ -54,6 +55,8 @@ def reproduce(
         keep_going: do not stop a run that can no longer meet the targets.
         home: where the data that a recipe makes, the model's halves and the caches are; None for the same folder.
 
+    Of several processes the first judges the run; the verification that the others return is empty.
+
     Raises:
         InputError: there is no such recipe, a flag cannot be used, or the folder holds something else.
         RunStopped: the run cannot meet the targets any more, or cannot go on.
@@ -65,8 +68,7 @@ def reproduce(
         scenes = partial(_score_scenes, home / "data") if "data" in recipe else None
         watch = None if keep_going else partial(stop_if_hopeless, recipe)
         result = run(model_args, data_args, args, score=scenes, probe=first_steps if scenes else None, watch=watch)
-        verification = verify([folder], recipe=name, recompute=False)
-        write_json(folder / "result.json", {**as_json(verification), "metrics": result.metrics})
+        verification = _judged(name, folder, [folder], None, metrics=result.metrics)
     return Reproduction(folder, result, verification, _samples(result, home / "data" if scenes else None))
 
 
@@ -75,14 +77,23 @@ def reproduce_seeds(
 ) -> tuple[list[Reproduction], Verification]:
     """Run a recipe with several seeds, each in `folder/seed-N` on the same data, and judge all runs together."""
     runs = []
-    with locked(folder):
+    with ExitStack() as stack:
+        decided_by_first(lambda: stack.enter_context(locked(folder)))
         for place, seed in enumerate(seeds, start=1):
             own = folder / f"seed-{seed}"
             log.info("seed %d, run %d of %d, in %s", seed, place, len(seeds), own)
             runs.append(reproduce(name, own, {**given, "seed": seed}, keep_going=keep_going, home=folder))
-        together = verify([run.folder for run in runs], recipe=name, seeds=len(seeds), recompute=False)
-        write_json(folder / "result.json", as_json(together))
+        together = _judged(name, folder, [run.folder for run in runs], len(seeds))
     return runs, together
+
+
+def _judged(name: str, folder: Path, runs: Sequence[Path], seeds: int | None, **more: Any) -> Verification:
+    """Hold runs against their recipe and write what that comes to; where another process does it, nothing."""
+    if not is_first():
+        return Verification(name, runs=(), outcomes=(), problems=())
+    found = verify(runs, recipe=name, seeds=seeds, recompute=False)
+    write_json(folder / "result.json", {**as_json(found), **more})
+    return found
 
 
 @contextmanager
@@ -91,25 +102,34 @@ def started(
 ) -> Iterator[tuple[Any, ...]]:
     """Keep others out of a recipe's folder, make its data and the model's halves if they are its own; gives the flags.
 
+    Of several processes the first does this; another makes what it does not find, where no disk is shared.
+
     Raises:
         InputError: a flag cannot be used, or the folder holds something else.
     """
     marker, home = folder / MARKER, home or folder
-    for name in {"output_dir", *SEVERAL} & given.keys():
-        raise InputError(
-            f"--{name}: is not for a recipe, whose run is in its own folder and in one process; give its other flags to"
-            " `repro train` for that."
-        )
+    if "output_dir" in given:
+        raise InputError("--output_dir: a recipe's run is in its own folder; use `repro train` for another.")
     arguments = make_arguments(ARGUMENTS, recipe_flags(recipe, folder, given, home))
-    _check_is_of(marker, recipe["name"])
-    with locked(folder):
+
+    def make() -> None:
+        if not (home / "data").exists():
+            log.info("rendering %d images", recipe["data"]["num_train"] + recipe["data"]["num_val"])
+        render_pocket(home / "data", **recipe["data"])
+        make_halves(recipe["model"], home / "data", home / "model")
+
+    def enter() -> None:
+        _check_is_of(marker, recipe["name"])
+        stack.enter_context(locked(folder))
         _check_is_of(marker, recipe["name"])  # another may have been quicker
         write_json(marker, {"name": recipe["name"]})
         if "data" in recipe:
-            if not (home / "data").exists():
-                log.info("rendering %d images", recipe["data"]["num_train"] + recipe["data"]["num_val"])
-            render_pocket(home / "data", **recipe["data"])
-            make_halves(recipe["model"], home / "data", home / "model")
+            make()
+
+    with ExitStack() as stack:
+        decided_by_first(enter)
+        if "data" in recipe and not (home / "model").exists():
+            make()
         yield arguments
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import textwrap
-import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,18 +301,3 @@ def as_json(verification: Verification) -> dict[str, Any]:
             for of in verification.outcomes
         ],
     }
-
-
-def as_junit(verification: Verification) -> bytes:
-    """Make what `--junit` writes: a failure for FAIL, an error for CANNOT TELL, which is no success either."""
-    kinds = {Verdict.PASS: None, Verdict.FAIL: "failure", Verdict.CANNOT_TELL: "error"}
-    cases = [(outcome.target.name, kinds[outcome.verdict], describe(outcome)) for outcome in verification.outcomes]
-    cases += [("runs", "error", problem) for problem in verification.problems]
-    count = Counter(kind for _, kind, _ in cases)
-    suite = ET.Element("testsuite", tests=str(len(cases)), failures=str(count["failure"]), errors=str(count["error"]))
-    suite.set("name", f"repro verify {verification.recipe}")
-    for name, kind, message in cases:
-        case = ET.SubElement(suite, "testcase", classname=verification.recipe, name=name)
-        if kind:
-            ET.SubElement(case, kind, message=message)
-    return ET.tostring(suite, encoding="utf-8", xml_declaration=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from jax.experimental import multihost_utils
 from repro.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_set_handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(("signal", ctypes.CDLL(None)))
 
 
 class StopSignals:
@@ -21,24 +24,30 @@ class StopSignals:
     Before training there is no state to save: the first signal raises `Interrupted` where the program is. From
     `defer` on it only asks `requested` to say so.
 
-    Several processes have to stop after the same step. JAX finds it, but takes SIGTERM's handler for that, so a second
-    SIGTERM does nothing there; SIGINT is passed on as SIGTERM, and a second one ends the process at once.
+    Several processes have to stop after the same step. JAX finds it once its own handler of SIGTERM is called, which
+    this one takes the place of, and calls for the first signal.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferred = False
+        self._was_sent_one = False  # this process; `received` may be what another was sent
         self._previous: dict[int, object] = {}
+        self._asks_all: int | None = None  # where JAX's handler is
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS[1:] if jax.process_count() > 1 else SIGNALS:
+            if jax.process_count() > 1:  # Python does not know JAX's handler, but the system does
+                self._asks_all = _set_handler(signal.SIGTERM, signal.SIG_DFL)
+            for signum in SIGNALS:
                 self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
+        if self._asks_all:
+            _set_handler(signal.SIGTERM, self._asks_all)
 
     def defer(self) -> None:
         """From now on stop between two steps."""
@@ -59,10 +68,10 @@ class StopSignals:
             raise Interrupted(self.received, "during an evaluation, which will be done again.")
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self._was_sent_one:
             os._exit(128 + signum)
-        self.received = signum
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.received, self._was_sent_one = signum, True
+        if self._asks_all:
+            HANDLER(self._asks_all)(signal.SIGTERM)
         elif not self._deferred:
             raise Interrupted(signum, "training had not begun.")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import jax
@@ -15,12 +18,18 @@ from repro.errors import InputError
 
 Value = TypeVar("Value")
 PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-HEARTBEAT_SECONDS = 30  # of silence after which the other processes end; JAX's 100 are paid by all of them
+START_SECONDS = 50  # that processes wait for each other when they start
+# Of silence after which the other processes end; JAX's 100 seconds, and its 300 at the start, are paid by all of them.
+PATIENCE: Any = {"heartbeat_timeout_seconds": 30, "initialization_timeout": START_SECONDS}
 TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 
 
 def start_processes(
-    *, coordinator: str | None, process_id: int | None, num_processes: int | None, distributed: bool
+    *,
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    num_processes: int | None = None,
+    distributed: bool = False,
 ) -> None:
     """Join the other processes of this run, if there are any; before JAX is used for anything else.
 
@@ -29,7 +38,8 @@ def start_processes(
         distributed: ask the cluster even where its variables do not show several processes (a Cloud TPU pod).
 
     Raises:
-        InputError: the three values are not all given or do not fit together, or JAX finds no cluster.
+        InputError: the three values are not all given or do not fit together, some process does not come, or JAX finds
+            no cluster.
     """
     explicit = {"--coordinator": coordinator, "--process_id": process_id, "--num_processes": num_processes}
     names = ", ".join(explicit)
@@ -39,16 +49,53 @@ def start_processes(
             raise InputError(f"{', '.join(missing)} missing: the three of {names} go together.")
         if distributed or launched_several(os.environ):
             try:
-                jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+                jax.distributed.initialize(**PATIENCE)
             except ValueError as error:
                 raise InputError(f"--distributed: JAX finds no cluster ({error}); give {names} instead.") from error
         return
     if not 0 <= process_id < num_processes:
         raise InputError(f"--process_id {process_id}: must be between 0 and {num_processes - 1}.")
-    if not coordinator.rpartition(":")[2].isdigit():
+    host, _, port = coordinator.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 1 << 16:
         raise InputError(f"--coordinator {coordinator}: must be host:port.")
-    how: Any = {"cluster_detection_method": "deactivate", "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
-    jax.distributed.initialize(coordinator, num_processes, process_id, **how)
+    try:
+        late = _missing(host.strip("[]"), int(port), process_id, num_processes)
+    except OSError as error:
+        raise InputError(f"--coordinator {coordinator}: cannot be opened ({error}); name another port.") from error
+    if late:
+        raise InputError(
+            f"process {', '.join(map(str, late))} of {num_processes} did not come to {coordinator} within"
+            f" {START_SECONDS} s; start all with the same --coordinator, each with a --process_id of its own."
+        )
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, cluster_detection_method="deactivate", **PATIENCE
+    )
+
+
+def _missing(host: str, port: int, process_id: int, num_processes: int) -> list[int]:
+    """Wait for all processes, and tell every one which did not come; JAX would end those that did, and name none."""
+    end, missing = time.monotonic() + START_SECONDS, [0]
+    while process_id and time.monotonic() < end:
+        # The first answers within its own START_SECONDS, or has died when the line is empty.
+        with suppress(OSError, ValueError), socket.create_connection((host, port), START_SECONDS + 5) as link:
+            link.sendall(b"%d\n" % process_id)
+            return json.loads(link.makefile().readline())
+        time.sleep(0.1)
+    if process_id == 0:
+        came, dual = dict[int, socket.socket](), socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with ExitStack() as links, socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
+            while len(came) < num_processes - 1 and time.monotonic() < end:
+                server.settimeout(max(end - time.monotonic(), 0.01))
+                with suppress(OSError, ValueError):  # also of what is no process of this run
+                    link = links.enter_context(server.accept()[0])
+                    link.settimeout(1)
+                    came[int(link.makefile().readline())] = link
+            missing = sorted(set(range(1, num_processes)) - came.keys())
+            for link in came.values():
+                with suppress(OSError):
+                    link.sendall(b"%s\n" % json.dumps(missing).encode())
+    return missing
 
 
 def launched_several(environment: Mapping[str, str]) -> bool:
