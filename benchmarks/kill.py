@@ -45,6 +45,7 @@ FLAGS = (
     *("--predict_with_generate", "--num_beams", "2", "--max_target_length", "16", "--learning_rate", "5e-3"),
     *("--num_replicas", "2", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4"),
     *("--num_train_epochs", "2", "--save_steps", "20", "--logging_steps", "50", "--resume", "auto"),
+    *("--attention_pictures", "0"),
 )
 TIMES = ("seconds", "saving_seconds", "train_time")
 

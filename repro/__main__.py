@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import gc
 import importlib
 import os
 import select
@@ -120,6 +121,7 @@ def program() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    gc.freeze()  # or Python looks for garbage among a million objects of libraries before it ends, for a second
     sys.exit(status)
 
 

@@ -25,7 +25,7 @@ from repro.training.processes import launched_several, start_processes
 
 CASE = read_case("published_8dev")
 PATIENCE = 300
-HEARTBEAT = own.PATIENCE["heartbeat_timeout_seconds"]
+HEARTBEAT = own.WAITS["heartbeat_timeout_seconds"]
 
 
 MAIN = ("-m", "repro")
@@ -43,6 +43,7 @@ import sys, repro.recipes.reproduce, repro.recipes.verify
 from repro.__main__ import main
 recipe = repro.recipes.read_recipe("pocket")
 recipe["data"] |= {"num_train": 24, "num_val": 7}
+recipe["model"]["encoder"]["num_hidden_layers"] = recipe["model"]["decoder"]["n_layer"] = 1
 recipe["flags"] |= {"num_train_epochs": 1, "num_replicas": 2, "block_size": 0}
 recipe["targets"] = [{"metric": "eval_loss", "low": 0.5, "high": 50.0, "source": "any loss"}]
 for module in (repro.recipes, repro.recipes.reproduce, repro.recipes.verify):

@@ -40,7 +40,7 @@ def small_recipe() -> dict[str, Any]:
     recipe["flags"] |= {
         **{"num_train_epochs": 2, "num_replicas": 2, "per_device_train_batch_size": 6, "warmup_steps": 3},
         **{"per_device_eval_batch_size": 6, "block_size": 60, "logging_steps": 2, "eval_steps": 20},
-        **{"num_beams": 2, "learning_rate": 3e-3, "save_steps": 0},
+        **{"num_beams": 2, "learning_rate": 3e-3, "save_steps": 0, "attention_pictures": 0},
     }
     recipe["targets"], recipe["recompute"] = [], False
     return recipe

@@ -66,9 +66,9 @@ def main(argv: list[str]) -> int:
     from repro.training.processes import decided_by_first, start_processes
 
     several = {name: given[name] for name in SEVERAL if name in given}
+    if own.dry_run and several:
+        raise InputError(f"--dry_run: is of one process; drop {', '.join(f'--{name}' for name in several)}.")
     if own.dry_run:
-        if several:
-            raise InputError(f"--dry_run: is of one process; drop {', '.join(f'--{name}' for name in several)}.")
         from repro.recipes.preflight import dry_run
 
         with leaving_nothing(folder), started(read_recipe(recipe), folder, given) as arguments:

@@ -82,7 +82,7 @@ def command_line(case: dict[str, Any], output_dir: Path) -> list[str]:
         *("--model_name_or_path", str(inputs / "model")),
         *(f"--{flag}={inputs / name}.jsonl" for flag, name in files.items()),
         *("--image_column", "image_path", "--caption_column", "caption"),
-        *("--protocol", PROTOCOLS[case["semantics"]], "--num_replicas", str(case["devices"])),
+        *("--protocol", PROTOCOLS[case["semantics"]], "--num_replicas", str(case["devices"]), "--attention_pictures=0"),
         *case["args"],
     ]
 

@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 START_SECONDS = 50  # that processes wait for each other when they start
 # Of silence after which the other processes end; JAX's 100 seconds, and its 300 at the start, are paid by all of them.
-PATIENCE: Any = {"heartbeat_timeout_seconds": 30, "initialization_timeout": START_SECONDS}
+WAITS: Any = {"heartbeat_timeout_seconds": 30, "initialization_timeout": START_SECONDS}
 TPU_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 
 
@@ -49,7 +49,7 @@ def start_processes(
             raise InputError(f"{', '.join(missing)} missing: the three of {names} go together.")
         if distributed or launched_several(os.environ):
             try:
-                jax.distributed.initialize(**PATIENCE)
+                jax.distributed.initialize(**WAITS)
             except ValueError as error:
                 raise InputError(f"--distributed: JAX finds no cluster ({error}); give {names} instead.") from error
         return
@@ -67,9 +67,7 @@ def start_processes(
             f"process {', '.join(map(str, late))} of {num_processes} did not come to {coordinator} within"
             f" {START_SECONDS} s; start all with the same --coordinator, each with a --process_id of its own."
         )
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, cluster_detection_method="deactivate", **PATIENCE
-    )
+    jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method="deactivate", **WAITS)
 
 
 def _missing(host: str, port: int, process_id: int, num_processes: int) -> list[int]:
