@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from repro.commands.terminal import figures, start_logging
-from repro.config import ARGUMENTS, flags_of, given_flags, make_arguments
+from repro.config import ARGUMENTS, SEVERAL, flags_of, given_flags, make_arguments
 from repro.data.images import ImageError
+from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
 from repro.masking import learn_flags
 from repro.models.captioning import Captioner
@@ -137,6 +138,8 @@ def _given(flags: dict[str, Flag], command: str) -> dict[str, object]:
     """Check keywords as a command line is checked."""
     written = flags_of(flags)
     learn_flags(written)
+    if several := [name for name in SEVERAL if flags.get(name)]:
+        raise InputError(f"{several[0]}: is for `repro {command}`, started once for each process.")
     return given_flags(ARGUMENTS, written, command=command)
 
 

@@ -62,6 +62,12 @@ def test_a_wrong_keyword_names_the_right_one() -> None:
         repro.train(num_train_epoch=1)
 
 
+@pytest.mark.parametrize("function", [repro.train, repro.reproduce])
+def test_several_processes_are_for_the_commands(function: Any) -> None:
+    with pytest.raises(InputError, match=r"coordinator: is for `repro .*`, started once for each process"):
+        function(coordinator="here:1", num_processes=2, process_id=0)
+
+
 def test_what_is_exported_is_documented_typed_and_shows_its_flags() -> None:
     for name in repro.__all__:
         found = getattr(repro, name)

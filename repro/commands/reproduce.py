@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from repro.commands import COMMANDS, INPUT_ERROR
 from repro.commands.terminal import figures, make_deterministic, print_end, start_logging
@@ -15,10 +15,6 @@ from repro.commands.verify import conclude
 from repro.config import ARGUMENTS, SEVERAL, flag, given_flags
 from repro.errors import InputError
 from repro.parser import Checked, sentence
-
-if TYPE_CHECKING:
-    from repro.recipes.reproduce import Reproduction
-    from repro.recipes.verify import Verification
 
 MOST_SEEDS = 200
 RECIPES = """RECIPE is one of
@@ -83,7 +79,7 @@ def main(argv: list[str]) -> int:
     return decided_by_first(lambda: _conclude(done))
 
 
-def _conclude_seeds(folder: Path, runs: Sequence[Reproduction], together: Verification) -> int:
+def _conclude_seeds(folder: Path, runs: Sequence[Any], together: Any) -> int:
     from repro.reports.write import report_at_end
 
     report_at_end(folder, [run.folder for run in runs])
@@ -92,7 +88,7 @@ def _conclude_seeds(folder: Path, runs: Sequence[Reproduction], together: Verifi
     return status
 
 
-def _conclude(done: Reproduction) -> int:
+def _conclude(done: Any) -> int:
     from repro.reports.write import report_at_end
 
     report_at_end(done.folder)
