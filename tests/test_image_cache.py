@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import ViTImageProcessor
-from urllib3 import HTTPResponse
 
 from repro.data import image_cache
 from repro.data.image_cache import ImageStore, load_images
@@ -397,24 +395,3 @@ def test_without_a_cache_images_that_do_not_fit_into_memory_are_refused(pictures
         load(pictures, None)
     assert not decoded
     check(load(pictures, None, capacity=10), pictures)
-
-
-def test_an_address_is_fetched_once_and_told_when_it_fails(decoded, tmp_path: Path, monkeypatch) -> None:
-    import requests
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (9, 9, 9)).save(buffer, "PNG")
-
-    def get(url: str, timeout: float, stream: bool) -> requests.Response:
-        response = requests.Response()
-        response.status_code = 404 if "absent" in url else 200
-        response.raw = HTTPResponse(io.BytesIO(buffer.getvalue()), preload_content=False)
-        return response
-
-    monkeypatch.setattr(requests, "get", get)
-    addresses = ["https://example.org/9.png", "https://example.org/absent.png"]
-    for _ in range(2):
-        store = load(addresses, tmp_path / "cache")
-        assert (store.images[np.array([0])] == 9).all()
-        assert "404" in store.failures[addresses[1]]
-    assert decoded == [*addresses, addresses[1]]  # a server's refusal may pass

@@ -18,7 +18,7 @@ from repro.parser import Checked, sentence
 
 MOST_SEEDS = 200
 RECIPES = """RECIPE is one of
-  pocket          rendered scenes; 6 minutes and 1.7 GB of memory on two CPU cores
+  pocket          rendered scenes; 6 minutes and 1.5 GB of memory on two CPU cores
   coco2017        the documented run; 20.4 GB to download, 37 GB on disk; days on two
                   CPU cores, on one H200 minutes of training (estimated)
   coco2017-exact  the same training, scored without drops, with BLEU and CIDEr-D"""
