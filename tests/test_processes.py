@@ -128,7 +128,7 @@ def test_processes_decide_together_what_fits_and_build_a_cache_anew_once(tmp_pat
 @pytest.mark.slow
 def test_a_run_of_which_one_process_was_killed_ends_and_goes_on(tmp_path):
     folder = tmp_path / "run"
-    processes = start(folder, 2, 1, "--resume", "auto", "--save_steps", "2", "--num_train_epochs", "40")
+    processes = start(folder, 2, 1, "--resume", "auto", "--save_steps", "2", "--num_train_epochs", "400")
     deadline = time.monotonic() + PATIENCE
     while not list((folder / "state").glob("[0-9]")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -136,7 +136,7 @@ def test_a_run_of_which_one_process_was_killed_ends_and_goes_on(tmp_path):
     said = finish(processes)
     assert processes[0].returncode not in (0, None), said
     # Asked to stop, the two find a step after which both do; then the disk has the state of just this one.
-    processes = start(folder, 2, 1, "--resume", "auto", "--save_steps", "1000", "--num_train_epochs", "40")
+    processes = start(folder, 2, 1, "--resume", "auto", "--save_steps", "1000", "--num_train_epochs", "400")
     before = len((folder / "metrics.jsonl").read_bytes().splitlines())
     while len((folder / "metrics.jsonl").read_bytes().splitlines()) <= before and time.monotonic() < deadline:
         time.sleep(0.02)
