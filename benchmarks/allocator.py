@@ -34,9 +34,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "generation": (str(HERE / "generation.py"), *PEERS, "3", "--output"),
     "pocket": ("-m", "repro", "reproduce", "--output_dir"),
 }
-SMOKE = {
-    "pocket": ("--keep_going", "--max_train_samples", "100", "--max_eval_samples", "20", "--num_train_epochs", "1")
-}
+SMOKE_POCKET = ("--keep_going", "--max_train_samples", "100", "--max_eval_samples", "20", "--num_train_epochs", "1")
 ALLOCATORS = ("malloc", "mimalloc")
 
 
@@ -53,11 +51,12 @@ def measure(part: str, allocator: str, *, smoke: bool) -> dict[str, Any]:
     """Do a part's work, and tell what it took of the machine."""
     with tempfile.TemporaryDirectory() as place:
         made = Path(place, "made")
-        more = SMOKE.get(part, ("--smoke",)) if smoke else ()
+        more = () if not smoke else SMOKE_POCKET if part == "pocket" else ("--smoke",)
         command, began = [sys.executable, *PARTS[part], str(made), *more], time.perf_counter()
         process = subprocess.Popen(command, env=environment(allocator), cwd=place)
         _, status, used = os.wait4(process.pid, 0)  # with the processes that it started
         seconds, processor = time.perf_counter() - began, used.ru_utime + used.ru_stime
+        figure = "train_rows_per_second" if part == "pocket" else "peers"
         found = json.loads((made / "run" / "run.json").read_text() if part == "pocket" else made.read_text())
     return {
         "status": os.waitstatus_to_exitcode(status),  # of a very small pocket 1: it misses its targets
@@ -66,9 +65,7 @@ def measure(part: str, allocator: str, *, smoke: bool) -> dict[str, Any]:
         "system_share": round(used.ru_stime / processor, 3),
         "busy_cores": round(processor / seconds, 2),
         "largest_mb": round(used.ru_maxrss / 1e3),
-        **(
-            {"train_rows_per_second": found["train_rows_per_second"]} if part == "pocket" else {"peers": found["peers"]}
-        ),
+        figure: found[figure],
     }
 
 

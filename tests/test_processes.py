@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import jax
 import pytest
+from test_reproduce import make_small
 
 from repro.__main__ import main
 from repro.errors import InputError
@@ -38,16 +40,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-SMALL_RECIPE = """
+SMALL_RECIPE = f"""
 import sys, repro.recipes.reproduce, repro.recipes.verify
 from repro.__main__ import main
-recipe = repro.recipes.read_recipe("pocket")
-recipe["data"] |= {"num_train": 24, "num_val": 7}
-recipe["model"]["encoder"]["num_hidden_layers"] = recipe["model"]["decoder"]["n_layer"] = 1
-recipe["flags"] |= {"num_train_epochs": 1, "num_replicas": 2, "block_size": 0}
-recipe["targets"] = [{"metric": "eval_loss", "low": 0.5, "high": 50.0, "source": "any loss"}]
 for module in (repro.recipes, repro.recipes.reproduce, repro.recipes.verify):
-    module.read_recipe = lambda name: recipe
+    module.read_recipe = lambda name: {make_small()!r}
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -194,10 +191,14 @@ def test_every_process_that_has_come_is_told_which_has_not(started, missing, mon
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    with ThreadPoolExecutor() as threads:
-        found = [threads.submit(own._missing, "localhost", port, number, 3) for number in started]
-        if 0 in started and not missing:  # what is no process of the run disturbs nobody
-            threads.submit(socket.create_connection, ("localhost", port)).exception()
+    with ThreadPoolExecutor() as threads, ExitStack() as strangers:
+        found = [threads.submit(own._missing, "localhost", port, number, 3) for number in started[:1]]
+        for said in (b"99\n", b"-1\n", b"GET / HTTP/1.1\n") if started[0] == 0 else ():
+            while True:
+                with suppress(OSError):
+                    strangers.enter_context(socket.create_connection(("localhost", port))).sendall(said)
+                    break
+        found += [threads.submit(own._missing, "localhost", port, number, 3) for number in started[1:]]
     assert [answer.result() for answer in found] == [missing] * len(started)
 
 

@@ -34,14 +34,20 @@ verdict_rates = importlib.import_module("verdict_rates")
 MIN_SEEDS = 5
 
 
-@pytest.fixture
-def small_recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def make_small() -> dict[str, Any]:
     """The pocket recipe with too little data to learn from, and few layers to compile."""
     recipe = read_recipe("pocket")
     recipe["data"] |= {"num_train": 24, "num_val": 7}
     recipe["model"]["encoder"]["num_hidden_layers"] = recipe["model"]["decoder"]["n_layer"] = 1
     recipe["flags"] |= {"num_train_epochs": 1, "num_replicas": 2, "block_size": 0, "num_beams": 2}
     recipe["targets"] = [{"metric": "eval_loss", "low": 0.5, "high": 50.0, "source": "any loss"}]
+    return recipe
+
+
+@pytest.fixture
+def small_recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `make_small` makes, in the place of every recipe."""
+    recipe = make_small()
     for module in (repro.recipes.reproduce, repro.recipes.verify):
         monkeypatch.setattr(module, "read_recipe", lambda name: recipe)
     monkeypatch.setattr(repro.recipes, "read_recipe", lambda name: recipe)

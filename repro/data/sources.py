@@ -105,12 +105,11 @@ def load_splits(
         roots = [os.path.abspath(root) for root in (data_dir, source.folder, "") if root is not None]
         file = rows_dir / f"{_key(source, split, roots)}.arrow" if rows_dir else None
         read = partial(make_rows, split=split, source=source.name, file=file)
-        records = partial(_located, source, roots)
         kept_since = file.stat().st_mtime_ns if file and file.exists() else None
-        result[split] = read(records(), rebuild=rebuild)
+        result[split] = read(_located(source, roots), rebuild=rebuild)
         if kept_since and not all(map(image_key, result[split].dataset.unique("image_path"))):
             # Images may have been moved; of several processes that find the same file, one reads again.
-            result[split] = read(records(), rebuild=str(kept_since))
+            result[split] = read(_located(source, roots), rebuild=str(kept_since))
     return result
 
 

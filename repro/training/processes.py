@@ -72,27 +72,28 @@ def start_processes(
 
 def _missing(host: str, port: int, process_id: int, num_processes: int) -> list[int]:
     """Wait for all processes, and tell every one which did not come; JAX would end those that did, and name none."""
-    end, missing = time.monotonic() + START_SECONDS, [0]
-    while process_id and time.monotonic() < end:
+    end, others = time.monotonic() + START_SECONDS, range(1, num_processes)
+    while process_id in others and time.monotonic() < end:
         # The first answers within its own START_SECONDS, or has died when the line is empty.
         with suppress(OSError, ValueError), socket.create_connection((host, port), START_SECONDS + 5) as link:
             link.sendall(b"%d\n" % process_id)
             return json.loads(link.makefile().readline())
         time.sleep(0.1)
-    if process_id == 0:
-        came, dual = dict[int, socket.socket](), socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        with ExitStack() as links, socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
-            while len(came) < num_processes - 1 and time.monotonic() < end:
-                server.settimeout(max(end - time.monotonic(), 0.01))
-                with suppress(OSError, ValueError):  # also of what is no process of this run
-                    link = links.enter_context(server.accept()[0])
-                    link.settimeout(1)
-                    came[int(link.makefile().readline())] = link
-            missing = sorted(set(range(1, num_processes)) - came.keys())
-            for link in came.values():
-                with suppress(OSError):
-                    link.sendall(b"%s\n" % json.dumps(missing).encode())
+    if process_id in others:
+        return [0]
+    came, dual = dict[int, socket.socket](), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with ExitStack() as links, socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
+        while len(came) < len(others) and time.monotonic() < end:
+            server.settimeout(max(end - time.monotonic(), 0.01))
+            with suppress(OSError, ValueError):  # also of what is no process of this run, which tells no number of one
+                link = links.enter_context(server.accept()[0])
+                link.settimeout(1)
+                came[1 + others.index(int(link.makefile().readline()))] = link
+        missing = [number for number in others if number not in came]
+        for link in came.values():
+            with suppress(OSError):
+                link.sendall(b"%s\n" % json.dumps(missing).encode())
     return missing
 
 
