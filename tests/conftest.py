@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before JAX starts: the number of devices cannot be changed afterwards. Most of the tests' time is XLA's, and most of
 # that goes into making small programs faster than they need to be; tox's other environments leave these flags out.
@@ -29,6 +30,7 @@ import pytest
 import transformers
 from hypothesis import settings
 
+from repro.recipes import read_recipe
 from repro.recipes.selftest import GOLDEN
 from repro.run import build
 from repro.training import steps
@@ -51,6 +53,14 @@ if importlib.util.find_spec("libtpu") is None:
 
 ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 """Of the documented command."""
+
+
+def tiny_pocket() -> dict[str, Any]:
+    """The pocket recipe with a model of two narrow layers."""
+    recipe = read_recipe("pocket")
+    recipe["model"]["encoder"] |= {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    recipe["model"]["decoder"] |= {"n_embd": 32, "n_layer": 1, "n_inner": 64}
+    return recipe
 
 
 def pytest_collection_finish() -> None:

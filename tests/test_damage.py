@@ -24,7 +24,7 @@ from repro.errors import InputError
 from repro.models.captioning import Captioner
 from repro.run.train import run
 
-QUICK, MANY = 100, 2000
+QUICK, MANY = 60, 2000
 STATUSES = (0, 2)
 """Done, or bad input; 1 would be a missed target, and a traceback none of them."""
 

@@ -47,7 +47,7 @@ def test_the_notebook_runs_and_shows_tables_and_pictures(
     verdict, loss, step = told
     assert (verdict, step) == ("PASS", 7)
     assert loss == result.metrics["eval_loss"] == pytest.approx(result.history[-1]["eval_loss"])
-    assert repr(captioner).startswith("Captioner(vit with gpt2, 507,648 parameters")
+    assert repr(captioner).startswith("Captioner(vit with gpt2, 62,400 parameters")
     assert len(repr(captioner)) < 100
     assert isinstance(captions[0].caption, str)
     assert page.read_text().startswith("<!")

@@ -295,6 +295,7 @@ def test_a_process_that_was_started_with_something_else_ends_all_and_names_it(wh
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_ends_all_processes_at_once(tmp_path):
     (tmp_path / "file").touch()
     processes = start(tmp_path / "file" / "run", 2, 1)

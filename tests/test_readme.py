@@ -27,7 +27,7 @@ import datasets.config
 import pytest
 import test_documented_command
 import test_reproduce
-from conftest import ENCODER
+from conftest import ENCODER, tiny_pocket
 from PIL import Image
 from test_download import Server, serve_coco
 
@@ -354,9 +354,8 @@ def test_several_processes_take_the_same_flags_as_one(commands: tuple[str, ...],
 @pytest.fixture
 def small_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pocket recipe with little data, few flags changed, and a target of several seeds."""
-    recipe = read_recipe("pocket")
+    recipe = tiny_pocket()
     recipe["data"] |= {"num_train": 16, "num_val": 4}
-    recipe["model"]["encoder"]["num_hidden_layers"] = recipe["model"]["decoder"]["n_layer"] = 1
     recipe["flags"] |= {"num_train_epochs": 1, "block_size": 0, "predict_with_generate": False, "save_steps": 0}
     recipe["flags"] |= {"num_replicas": 2, "per_device_eval_batch_size": 10}
     recipe["recompute"] = False

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import tiny_pocket
 from test_documented_command import documented_command
 
 import repro.recipes
@@ -35,10 +36,9 @@ MIN_SEEDS = 5
 
 
 def make_small() -> dict[str, Any]:
-    """The pocket recipe with too little data to learn from, and few layers to compile."""
-    recipe = read_recipe("pocket")
+    """The pocket recipe with too little data to learn from, and a tiny model."""
+    recipe = tiny_pocket()
     recipe["data"] |= {"num_train": 24, "num_val": 7}
-    recipe["model"]["encoder"]["num_hidden_layers"] = recipe["model"]["decoder"]["n_layer"] = 1
     recipe["flags"] |= {"num_train_epochs": 1, "num_replicas": 2, "block_size": 0, "num_beams": 2}
     recipe["targets"] = [{"metric": "eval_loss", "low": 0.5, "high": 50.0, "source": "any loss"}]
     return recipe

@@ -26,7 +26,7 @@ from repro.errors import InputError, Interrupted, RunStopped
 from repro.recipes.selftest import command_line, read_case
 from repro.record.record import read_clock
 from repro.record.writer import locked, models_in
-from repro.run.resume import check_same
+from repro.run.resume import check_same, choose_start
 from repro.run.step_log import StepLog
 from repro.run.train import RunResult, run
 
@@ -395,11 +395,17 @@ def test_the_state_of_the_best_evaluation_is_kept_and_not_the_last_one(tmp_path)
         assert sorted(int(path.name) for path in (tmp_path / way / "state").iterdir()) == kept
 
 
-@pytest.mark.parametrize("name", ["link", "link/state", "link/state/15", "run/../run", "other/../run/state/15"])
+NAMES = ["link", "link/state", "run/../run", "other/../run/state/15"]
+
+
+@pytest.mark.parametrize("name", ["link/state/15", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
 def test_the_output_folder_is_the_same_run_by_whatever_path(whole, name, tmp_path):
     folder = copy_of(whole, tmp_path, up_to=15)
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "other").mkdir()
+    for path in (name, *NAMES):
+        found = choose_start(TrainingArguments(resume=str(tmp_path / path), overwrite_output_dir=True), folder)
+        assert (found.step, found.branches_off) == (15, False), path
     start(folder, "--resume", str(tmp_path / name), "--overwrite_output_dir")
     assert_same_run(folder, whole)
     assert {"3", "15", "16"} <= {path.name for path in (folder / "state").iterdir()}
@@ -434,14 +440,16 @@ def test_a_link_to_another_runs_states_is_removed_and_not_the_states(whole, tmp_
     assert not (folder / "state").is_symlink()
 
 
-@pytest.mark.parametrize("name", ["1", "state", "7"])
-def test_a_run_folder_may_have_any_name(whole, name, tmp_path):
+def test_a_run_folder_may_have_any_name(whole, tmp_path):
     copied = copy_of(whole, tmp_path)
-    source = copied.rename(tmp_path / name)
-    for way, named in (("whole", source), ("step", source / "state" / "6")):
-        branch = tmp_path / way
-        start(branch, "--resume", str(named))
-        assert rows(branch) == rows(whole)
+    for name in ("1", "7", "state"):
+        source = copied = copied.rename(tmp_path / name)
+        for named, step in ((source, 16), (source / "state", 16), (source / "state" / "6", 6)):
+            found = choose_start(TrainingArguments(resume=str(named)), tmp_path / "branch").found
+            assert found is not None, named
+            assert (found.step, found.folder) == (step, str(source / "state")), named
+    start(tmp_path / "branch", "--resume", str(source / "state" / "6"))
+    assert rows(tmp_path / "branch") == rows(whole)
 
 
 def test_the_run_that_is_gone_on_from_is_locked(whole, tmp_path, monkeypatch):

@@ -324,6 +324,7 @@ def golden_model(golden_inputs):
     return load_model(str(golden_inputs / "model"))
 
 
+@pytest.mark.slow
 def test_golden_model_trains_the_same_on_one_and_on_eight_devices(golden_model):
     step, optimizer = make_step(logits=golden_model.captioner.logits, learning_rate=1e-3)
     state = create_train_state(golden_model.params, optimizer, seed=3, num_replicas=8)
