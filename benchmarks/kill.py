@@ -9,8 +9,8 @@ must be the same afterwards, byte for byte: the loss of every step, the metrics 
 every model, the last state's arrays, every caption; and no file may be left that cannot be read.
 
 `--signal TERM` asks the runs to stop instead, which must save their state; `--processes 2` kills one of two processes,
-whose companion has to end by itself; `--disk MIB` fills a disk of that size (a tmpfs, which takes root) with a file
-while a run is at work on it, and empties it before resuming.
+whose companion has to end by itself; `--recipe` runs a recipe that makes its own data and model; `--disk MIB` fills a
+disk of that size (a tmpfs, which takes root) with a file while a run is at work on it, and empties it before resuming.
 """
 
 from __future__ import annotations
@@ -48,6 +48,15 @@ FLAGS = (
     *("--attention_pictures", "0"),
 )
 TIMES = ("seconds", "saving_seconds", "train_time")
+SCENES = {"num_val": 12, "num_test": 8, "image_size": 32, "seed": 0}
+# `repro` with one recipe, in the place of all others.
+WITH_RECIPE = """
+import sys, repro.recipes.reproduce, repro.recipes.verify
+from repro.__main__ import program
+for module in (repro.recipes, repro.recipes.reproduce, repro.recipes.verify):
+    module.read_recipe = lambda name: {recipe!r}
+program()
+"""
 
 
 @dataclass(frozen=True)
@@ -56,14 +65,29 @@ class Case:
 
     folder: Path
     num_processes: int = 1
+    recipe: dict[str, Any] | None = None  # that is run, in the folder around the run's
 
-    def flags(self, out: Path) -> list[str]:
+    def command(self, out: Path) -> list[str]:
+        if self.recipe:
+            return ["-c", WITH_RECIPE.format(recipe=self.recipe), "reproduce", "--output_dir", str(out.parent)]
         model = self.folder / "model"
         return [
-            *FLAGS,
-            *("--data_dir", str(self.folder / "data"), "--output_dir", str(out), "--cache_dir", str(out) + "-cache"),
+            *("-m", "repro", "train", *FLAGS),
+            *("--data_dir", str(self.folder / "data"), "--output_dir", str(out), "--cache_dir", str(self.cache(out))),
             *("--encoder_config_name", str(model / "encoder"), "--decoder_config_name", str(model / "decoder")),
         ]
+
+    def out(self, place: Path) -> Path:
+        """The folder of the run that is put in a place."""
+        return place / "run" if self.recipe else place
+
+    def cache(self, out: Path) -> Path:
+        return out.with_name("cache") if self.recipe else out.with_name(f"{out.name}-cache")
+
+    def log(self, out: Path, number: int = 0) -> Path:
+        """What a process of the run says."""
+        place = out.parent if self.recipe else out
+        return place.with_name(f"{place.name}.{number}.log")
 
 
 @dataclass(frozen=True)
@@ -84,12 +108,19 @@ class Kill:
     ended: float
 
 
-def make_case(folder: Path, *, num_train: int, num_processes: int = 1) -> Case:
-    """Render the scenes and make the model that all runs start from."""
+def make_case(folder: Path, *, num_train: int, num_processes: int = 1, of_recipe: bool = False) -> Case:
+    """Render the scenes and make the model that all runs start from, unless a recipe does so itself."""
+    from repro.config import ARGUMENTS, given_flags
     from repro.pocket.halves import render_pocket
     from repro.recipes.reproduce import make_halves
 
-    render_pocket(folder / "data", num_train=num_train, num_val=12, num_test=8, image_size=32, seed=0)
+    scenes = SCENES | {"num_train": num_train}
+    if of_recipe:
+        targets = [{"metric": "eval_loss", "low": 0, "source": "any run"}]
+        flags = given_flags(ARGUMENTS, FLAGS, command="train")
+        recipe = {"name": "pocket", "data": scenes, "model": MODEL, "flags": flags, "targets": targets}
+        return Case(folder, num_processes, recipe)
+    render_pocket(folder / "data", **scenes)
     make_halves(MODEL, folder / "data", folder / "model")
     return Case(folder, num_processes)
 
@@ -103,11 +134,12 @@ def start(case: Case, out: Path) -> list[subprocess.Popen[bytes]]:
         address = f"localhost:{free.getsockname()[1]}"
     processes = []
     for number in range(case.num_processes):
-        command = [sys.executable, "-m", "repro", "train", *case.flags(out)]
+        command = [sys.executable, *case.command(out)]
         if case.num_processes > 1:
             command += ["--coordinator", address, "--process_id", str(number)]
             command += ["--num_processes", str(case.num_processes)]
-        with Path(f"{out}.{number}.log").open("ab") as log:
+        case.log(out).parent.mkdir(parents=True, exist_ok=True)
+        with case.log(out, number).open("ab") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     return processes
 
@@ -128,9 +160,9 @@ def last_step(out: Path) -> int:
     return 0
 
 
-def phases(out: Path) -> dict[str, Callable[[], bool]]:
+def phases(case: Case, out: Path) -> dict[str, Callable[[], bool]]:
     """Say how each phase is recognized, from what there is when a run is started."""
-    cache, models, lines = Path(f"{out}-cache"), set(out.glob("ckpt_*")), last_step(out)
+    cache, models, lines = case.cache(out), set(out.glob("ckpt_*")), last_step(out)
     return {
         "start-up": lambda: True,
         "cache": lambda: any(cache.rglob("pixels")),
@@ -155,8 +187,8 @@ WITHIN = {
 def kill_once(case: Case, out: Path, phase: str, draw: random.Random, signum: int) -> Kill | None:
     """Start a run and signal one of its processes in a phase; None if it was done before."""
     if phase == "cache":
-        shutil.rmtree(f"{out}-cache", ignore_errors=True)
-    begun = phases(out)[phase]
+        shutil.rmtree(case.cache(out), ignore_errors=True)
+    begun = phases(case, out)[phase]
     started = time.perf_counter()
     processes = start(case, out)
     while not begun() and all(process.poll() is None for process in processes):
@@ -167,7 +199,7 @@ def kill_once(case: Case, out: Path, phase: str, draw: random.Random, signum: in
     victim = draw.choice(processes)
     if victim.poll() is not None:
         statuses = finish(processes)
-        assert not any(statuses), f"{out}: ended with {statuses} before it was killed; see its log"
+        assert not any(statuses), f"{case.log(out)}: it ended with {statuses} before it was killed"
         return None
     victim.send_signal(signum)
     killed = time.perf_counter()
@@ -185,7 +217,11 @@ def differences(out: Path, expected: Path) -> list[str]:
     if names[0] != names[1]:
         found.append(f"files: {sorted(set(names[0]) ^ set(names[1]))}")
     common = set(names[0]) & set(names[1])
-    found += [f"{name} differs" for name in common if (out / name).read_bytes() != (expected / name).read_bytes()]
+    for name in common:
+        one, other = ((folder / name).read_bytes() for folder in (out, expected))
+        if (out.parent / "recipe.json").exists():  # whose configurations name the folder that it made around its run
+            one = one.replace(str(out.parent).encode(), str(expected.parent).encode())
+        found += [f"{name} differs"] * (one != other)
     states = [_last_state(folder) for folder in (out, expected)]
     if not all(np.array_equal(a, b) for a, b in zip(*states, strict=True)):
         found.append("the last state differs")
@@ -255,7 +291,7 @@ def run_with_kills(case: Case, out: Path, kills: int, draw: random.Random, signu
     chosen = sorted((draw.choice(names) for _ in range(kills)), key=lambda name: name == "prediction")
     deaths = [kill_once(case, out, phase, draw, signum) for phase in chosen]
     statuses = finish(start(case, out))
-    assert not any(statuses), f"{out}: ended with {statuses}; see its log"
+    assert not any(statuses), f"{case.log(out)}: it ended with {statuses}"
     return [death for death in deaths if death]
 
 
@@ -296,6 +332,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=6, help="of each run")
     parser.add_argument("--signal", default="KILL", choices=("KILL", "TERM", "INT"))
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--images", type=int, default=400, help="to train on; a step takes longer with more processes")
+    parser.add_argument("--recipe", action="store_true", help="kill `repro reproduce` in the place of `repro train`")
     parser.add_argument("--disk", type=int, metavar="MIB", help="fill a disk of this size instead of killing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("kill-test"), help="where the runs are put")
@@ -303,10 +341,11 @@ def main() -> None:
     args = parser.parse_args()
     signum = signal.Signals[f"SIG{args.signal}"]
     draw = random.Random(args.seed)
-    case = make_case(args.folder / "case", num_train=400, num_processes=args.processes)
-    expected = args.folder / "undisturbed"
+    sizes = {"num_train": args.images, "num_processes": args.processes}
+    case = make_case(args.folder / "case", **sizes, of_recipe=args.recipe)
+    expected = case.out(args.folder / "undisturbed")
     started = time.perf_counter()
-    assert finish(start(case, expected)) == [0] * args.processes, f"see {expected}.0.log"
+    assert finish(start(case, expected)) == [0] * args.processes, f"see {case.log(expected)}"
     alone = time.perf_counter() - started
     result: dict[str, Any] = {
         "settings": {name: str(value) for name, value in vars(args).items() if name not in ("folder", "output")},
@@ -314,7 +353,7 @@ def main() -> None:
         "runs": [],
     }
     for number in range(args.runs):
-        out = args.folder / f"run-{number}"
+        out = case.out(args.folder / f"run-{number}")
         if args.disk:
             with small_disk(args.folder / "disk", args.disk) as disk:
                 deaths = [death for _ in range(args.kills) if (death := fill_once(case, disk / "run", draw))]

@@ -23,7 +23,7 @@ def case(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(case):
     out = case.folder / "undisturbed"
-    assert kill.finish(kill.start(case, out)) == [0], Path(f"{out}.0.log").read_text()[-2000:]
+    assert kill.finish(kill.start(case, out)) == [0], case.log(out).read_text()[-2000:]
     return out
 
 
@@ -33,7 +33,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(case, undisturbed, tmp_pa
         death = kill.kill_once(case, out, phase, draw, signal.SIGKILL)
         assert death is not None
         assert death.statuses == [-signal.SIGKILL]
-    assert kill.finish(kill.start(case, out)) == [0], Path(f"{out}.0.log").read_text()[-2000:]
+    assert kill.finish(kill.start(case, out)) == [0], case.log(out).read_text()[-2000:]
     assert kill.differences(out, undisturbed) == []
 
 

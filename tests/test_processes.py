@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from test_reproduce import make_small
 
 from repro.__main__ import main
+from repro.config import ARGUMENTS, given_flags
 from repro.errors import InputError
 from repro.recipes.selftest import command_line, compare, read_case
 from repro.training import processes as own
@@ -40,13 +42,25 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-SMALL_RECIPE = f"""
+def with_recipe(recipe: dict[str, Any]) -> tuple[str, str]:
+    """The program with a recipe in the place of all."""
+    return (
+        "-c",
+        f"""
 import sys, repro.recipes.reproduce, repro.recipes.verify
 from repro.__main__ import main
 for module in (repro.recipes, repro.recipes.reproduce, repro.recipes.verify):
-    module.read_recipe = lambda name: {make_small()!r}
+    module.read_recipe = lambda name: {recipe!r}
 sys.exit(main(sys.argv[1:]))
-"""
+""",
+    )
+
+
+def golden_recipe(folder: Path) -> dict[str, Any]:
+    """Make of `CASE` a recipe whose run is in a folder."""
+    flags = given_flags(ARGUMENTS, command_line(CASE, folder), command="reproduce")
+    del flags["output_dir"]
+    return {"name": "golden", "flags": flags, "targets": [{"metric": "eval_loss", "low": 0.0, "source": "any run"}]}
 
 
 def start(
@@ -87,14 +101,17 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "devices_each", "mesh"),
-    [(2, 1, "data=2"), (4, 1, "data=2,fsdp=2")],
-    ids=["2", "4"],
+    ("num_processes", "devices_each", "mesh", "how"),
+    [(2, 1, "data=2", "train"), (4, 1, "data=2,fsdp=2", "train"), (4, 1, "data=4", "reproduce")],
+    ids=["2", "4", "4 as a recipe"],
 )
 @pytest.mark.slow
-def test_processes_together_give_the_numbers_of_the_reference(num_processes, devices_each, mesh, tmp_path, capfd):
-    folder = tmp_path / "run"
-    processes = start(folder, num_processes, devices_each, "--mesh", mesh)
+def test_processes_together_give_the_numbers_of_the_reference(num_processes, devices_each, mesh, how, tmp_path, capfd):
+    folder, more = tmp_path / "golden" / "run", {}
+    if how == "reproduce":
+        command = ("reproduce", "golden", "--output_dir", str(folder.parent))
+        more = {"program": with_recipe(golden_recipe(folder)), "command": command}
+    processes = start(folder, num_processes, devices_each, "--mesh", mesh, **more)
     said = finish(processes)
     assert [process.returncode for process in processes] == [0] * num_processes, said
     assert capfd.readouterr().out.count("written to") == 1
@@ -170,7 +187,8 @@ def test_a_second_signal_ends_a_process_at_once(tmp_path):
 @pytest.mark.parametrize("seeds", [(), ("--seeds", "1,2")], ids=["one", "seeds"])
 def test_a_recipe_runs_on_several_processes_and_again_on_one(seeds, tmp_path, capfd):
     command = ["reproduce", "--output_dir", str(tmp_path / "pocket"), *seeds]
-    processes = start(tmp_path, 2, 1, program=("-c", SMALL_RECIPE), command=command)
+    program = with_recipe(make_small())
+    processes = start(tmp_path, 2, 1, program=program, command=command)
     said = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], said
     assert capfd.readouterr().out.count("\nPASS: ") == 1
@@ -178,7 +196,7 @@ def test_a_recipe_runs_on_several_processes_and_again_on_one(seeds, tmp_path, ca
     assert len(runs) == max(len(seeds), 1)
     rows = [(run / "metrics.jsonl").read_bytes() for run in runs]
     assert all(json.loads((run / "run.json").read_text())["processes"] == 2 for run in runs)
-    again = subprocess.run([sys.executable, "-c", SMALL_RECIPE, *command], capture_output=True, text=True, check=False)
+    again = subprocess.run([sys.executable, *program, *command], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert [(run / "metrics.jsonl").read_bytes() for run in runs] == rows, "it goes on from its end"
 

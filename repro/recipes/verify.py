@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro.config import ARGUMENTS, flags_of, parse_arguments
+from repro.config import ARGUMENTS, SEVERAL, flags_of, parse_arguments
 from repro.errors import InputError, RunStopped
 from repro.json_files import keys, read_json
 from repro.protocol import protocol_named
@@ -46,7 +46,7 @@ FINGERPRINTS = {"train_fingerprint": "train", "validation_fingerprint": "validat
 STARTS = ("model_name_or_path", "encoder_model_name_or_path", "decoder_model_name_or_path")
 # Flags that a resumed run may change, and a recipe's may not.
 ALSO_COMPARED = ("do_train", "num_replicas", "eval_steps", "max_train_samples", "max_eval_samples", *STARTS)
-NOT_COMPARED = ("seed", "output_dir", "overwrite_output_dir", "resume", "token", "hub_token")
+NOT_COMPARED = ("seed", "output_dir", "overwrite_output_dir", "resume", "token", "hub_token", *SEVERAL)
 # What `repro reproduce` adds for a recipe that makes its own data.
 OF_ITS_FOLDER = ("data_dir", "cache_dir", "encoder_config_name", "decoder_config_name")
 LOOKS = "each look at so many runs is paid for; a number named before the first run, --seeds N, tells with fewer"
