@@ -171,7 +171,7 @@ def test_the_first_command_installs_and_reproduces(commands: tuple[str, ...]) ->
     assert hasattr(test_reproduce, "test_reproduce_passes_or_fails_by_its_targets")  # which runs that, made small
 
 
-@runs(".venv/bin/pip install tox && .venv/bin/tox")
+@runs(".venv/bin/pip install tox-uv && .venv/bin/tox")
 def test_the_second_command_is_the_one_that_ci_runs(commands: tuple[str, ...]) -> None:
     reads = re.search(r"command=\$\((sed .* README\.md)\)", (ROOT / ".ci" / "run").read_text())
     assert reads
