@@ -312,6 +312,6 @@ def test_what_a_recipe_lets_vary_is_noted_and_nothing_else():
     problems, notes = repro.recipes.verify._flags_that_differ(facts, recipe)
     assert problems == ["--num_beams 4, the recipe has 8"]
     assert [note.split()[0] for note in notes] == ["--encoder_model_name_or_path", "--dtype"]
-    facts["flags"] |= {"gradient_checkpointing": True, "dtype": "float32"}
+    facts["flags"] |= {"gradient_checkpointing": True, "dtype": "float32", "coordinator": "host-0:1", "process_id": 0}
     notes = repro.recipes.verify._flags_that_differ(facts, recipe)[1]
     assert [note.split()[0] for note in notes] == ["--encoder_model_name_or_path", "--gradient_checkpointing"]
