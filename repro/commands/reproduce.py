@@ -73,36 +73,30 @@ def main(argv: list[str]) -> int:
         return INPUT_ERROR if found.problems else 0
     start_processes(**several)
     if seeds:
-        runs, together = reproduce_seeds(recipe, folder, seeds, given, keep_going=own.keep_going)
-        return decided_by_first(lambda: _conclude_seeds(folder, runs, together))
-    done = reproduce(recipe, folder, given, keep_going=own.keep_going)
-    return decided_by_first(lambda: _conclude(done))
+        runs, verification = reproduce_seeds(recipe, folder, seeds, given, keep_going=own.keep_going)
+    else:
+        runs = [reproduce(recipe, folder, given, keep_going=own.keep_going)]
+        verification = runs[0].verification
+    return decided_by_first(lambda: _conclude(folder, runs, verification))
 
 
-def _conclude_seeds(folder: Path, runs: Sequence[Any], together: Any) -> int:
+def _conclude(folder: Path, runs: Sequence[Any], verification: Any) -> int:
+    """Write the report, and print what came of one run, or of several together."""
     from repro.reports.write import report_at_end
 
-    report_at_end(folder, [run.folder for run in runs])
-    status = conclude(together)
-    print_end(folder, {"seconds": sum(run.result.facts["seconds"] for run in runs)}, runs[-1].result.folder)
-    return status
-
-
-def _conclude(done: Any) -> int:
-    from repro.reports.write import report_at_end
-
-    report_at_end(done.folder)
-    print("\ncaptions of validation images")
-    for image_path, caption, truth in done.samples:
-        print(f"  {Path(image_path).name}  {caption}")
-        if truth:
-            print(f"{'shows:':>18}  {textwrap.shorten(truth, 58, placeholder=' …')}")
-    evaluation = done.result.evaluations.get("eval")
-    if evaluation and not done.verification.outcomes:
-        print("\nvalidation", *figures(evaluation.metrics), sep="\n")
-    print()
-    status = conclude(done.verification)
-    print_end(done.folder, done.result.facts, done.result.folder)
+    facts = runs[0].result.facts if len(runs) == 1 else {"seconds": sum(run.result.facts["seconds"] for run in runs)}
+    report_at_end(folder, [run.folder for run in runs] if len(runs) > 1 else ())
+    if len(runs) == 1:
+        print("\ncaptions of validation images")
+        for image_path, caption, truth in runs[0].samples:
+            print(f"  {Path(image_path).name}  {caption}")
+            if truth:
+                print(f"{'shows:':>18}  {textwrap.shorten(truth, 58, placeholder=' …')}")
+        if not verification.outcomes and (evaluation := runs[0].result.evaluations.get("eval")):
+            print("\nvalidation", *figures(evaluation.metrics), sep="\n")
+        print()
+    status = conclude(verification)
+    print_end(folder, facts, runs[-1].result.folder)
     return status
 
 

@@ -84,8 +84,14 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
 
 @cache
 def gather_on(mesh: Mesh) -> Callable[[Any], Any]:
-    """Give what gathers, inside a compiled function, the arrays that `fsdp` cuts."""
-    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh)) if mesh.shape["fsdp"] > 1 else tree
+    """Give what gathers the arrays that `fsdp` cuts, and cuts their gradients, of which JAX would make whole ones."""
+    if mesh.shape["fsdp"] == 1:
+        return lambda tree: tree
+    constrain = jax.lax.with_sharding_constraint
+    gather = jax.custom_vjp(lambda tree: constrain(tree, replicated(mesh)))
+    cut = lambda _, gradients: (constrain(gradients, state_sharding(mesh, gradients)),)  # noqa: E731
+    gather.defvjp(lambda tree: (gather(tree), None), cut)
+    return gather
 
 
 def train_batch_sharding(mesh: Mesh, *, num_replicas: int, replicas_at_once: int | None = None) -> NamedSharding:
