@@ -86,7 +86,7 @@ PROGRAMS = {
     "evaluation": ("generation.py", "--evaluation", "--dtype", "bfloat16", "--batch", "256", "--peers", "native"),
     "end to end": ("rehearsal.py", "--images", "6000", "--train_steps", "100", "--eval_images", "250"),
 }
-SMALL = {"input pipeline": (), "evaluation": ("--batch", "2", "--turns", "2"), "end to end": ()}  # with `--smoke`
+SMALL = {"evaluation": ("--batch", "2", "--turns", "2")}  # what `--smoke` leaves large
 SELFTEST, POCKET = "selftest", "pocket"
 ORDER = (SELFTEST, "documented run", POCKET, *list(PARTS)[1:], *PROGRAMS)
 
@@ -200,7 +200,9 @@ def run(
             elif name == POCKET:
                 results[name] = time_to_target(Path(place) / "pocket", smoke=smoke)
             elif name in PROGRAMS:
-                results[name] = run_part([*PROGRAMS[name], *(["--smoke", *SMALL[name]] if smoke else [])], Path(place))
+                results[name] = run_part(
+                    [*PROGRAMS[name], *(["--smoke", *SMALL.get(name, ())] if smoke else [])], Path(place)
+                )
             else:
                 jobs = [job for job in PARTS[name] if not job.peer.startswith("torch") or find_spec("torch")]
                 results[name] = run_together([_small(job) for job in jobs] if smoke else jobs, 2 if smoke else TURNS)

@@ -49,14 +49,18 @@ FLAGS = (
 )
 TIMES = ("seconds", "saving_seconds", "train_time")
 SCENES = {"num_val": 12, "num_test": 8, "image_size": 32, "seed": 0}
-# `repro` with one recipe, in the place of all others.
-WITH_RECIPE = """
-import sys, repro.recipes.reproduce, repro.recipes.verify
+
+
+def with_recipe(recipe: dict[str, Any]) -> tuple[str, str]:
+    """Give Python's arguments for `repro` with one recipe in the place of all others."""
+    code = f"""
+import repro.recipes.reproduce, repro.recipes.verify
 from repro.__main__ import program
 for module in (repro.recipes, repro.recipes.reproduce, repro.recipes.verify):
     module.read_recipe = lambda name: {recipe!r}
 program()
 """
+    return "-c", code
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Case:
 
     def command(self, out: Path) -> list[str]:
         if self.recipe:
-            return ["-c", WITH_RECIPE.format(recipe=self.recipe), "reproduce", "--output_dir", str(out.parent)]
+            return [*with_recipe(self.recipe), "reproduce", "--output_dir", str(out.parent)]
         model = self.folder / "model"
         return [
             *("-m", "repro", "train", *FLAGS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ from repro.training.processes import launched_several, start_processes
 
 CASE = read_case("published_8dev")
 PATIENCE = 300
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+with_recipe = importlib.import_module("kill").with_recipe
 HEARTBEAT = own.WAITS["heartbeat_timeout_seconds"]
 
 
@@ -40,20 +43,6 @@ repro.run.build.device_bytes = lambda _: 1 if jax.process_index() else 1 << 40
 repro.run.build.choices = repro.run.prepare.choices = lambda *_, **__: [8, 4]
 sys.exit(main(sys.argv[1:]))
 """
-
-
-def with_recipe(recipe: dict[str, Any]) -> tuple[str, str]:
-    """The program with a recipe in the place of all."""
-    return (
-        "-c",
-        f"""
-import sys, repro.recipes.reproduce, repro.recipes.verify
-from repro.__main__ import main
-for module in (repro.recipes, repro.recipes.reproduce, repro.recipes.verify):
-    module.read_recipe = lambda name: {recipe!r}
-sys.exit(main(sys.argv[1:]))
-""",
-    )
 
 
 def golden_recipe(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,15 @@ from repro.errors import InputError
 from repro.models.pretrained import load_model
 from repro.run.build import training_batches
 from repro.training.memory import choices, compile_what_fits, device_bytes, step_bytes
-from repro.training.sharding import create_mesh, put, replicated, rows_sharding, train_batch_sharding
+from repro.training.sharding import (
+    create_mesh,
+    gather_on,
+    put,
+    replicated,
+    rows_sharding,
+    state_sharding,
+    train_batch_sharding,
+)
 from repro.training.steps import (
     check_batch,
     create_learning_rate_fn,
@@ -317,6 +325,17 @@ def test_mesh_has_as_many_devices_as_divide_the_replicas_or_their_rows(replicas,
     shape = [replicas, rows]
     shape[axis] //= used
     assert [shard.data.shape for shard in shards] == [tuple(shape)] * used
+
+
+def test_gradients_of_gathered_parameters_are_cut_as_these_are():
+    mesh = create_mesh(jax.devices(), num_replicas=8, replica_batch=1, shape={"data": 2, "fsdp": 4})
+    params = {"kernel": np.ones((64, 32), np.float32), "bias": np.ones(3, np.float32)}
+    places, gather = state_sharding(mesh, params), gather_on(mesh)
+    squares = lambda params: sum((leaf**2).sum() for leaf in jax.tree.leaves(gather(params)))  # noqa: E731
+    gradients = jax.jit(jax.grad(squares))(put(params, places))
+    chex.assert_trees_all_close(gradients, {name: 2 * leaf for name, leaf in params.items()})
+    assert all(gradients[name].sharding.is_equivalent_to(places[name], params[name].ndim) for name in params)
+    assert gradients["kernel"].addressable_shards[0].data.shape == (16, 32)
 
 
 @pytest.fixture(scope="module")

@@ -220,7 +220,7 @@ def shifted_labels(patch: pytest.MonkeyPatch) -> None:
     ("fault", "target"), [(wrong_order, "loss"), (wrong_rate, "learning_rate"), (shifted_labels, "loss")]
 )
 def test_a_planted_fault_fails(fault, target, runs, tmp_path, monkeypatch, request):
-    if fault is shifted_labels:  # the others are no part of what is compiled
+    if fault is shifted_labels:  # which a step that was compiled before would not call
         request.getfixturevalue("traced_anew")
     fault(monkeypatch)
     folder = tmp_path / "faulty"

@@ -84,7 +84,7 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
 
 @cache
 def gather_on(mesh: Mesh) -> Callable[[Any], Any]:
-    """Give what gathers the arrays that `fsdp` cuts, and cuts their gradients, of which JAX would make whole ones."""
+    """Give what makes whole the arrays that `fsdp` cuts, and cuts their gradients like them, as JAX itself does not."""
     if mesh.shape["fsdp"] == 1:
         return lambda tree: tree
     constrain = jax.lax.with_sharding_constraint
