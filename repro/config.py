@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from repro.errors import InputError
-from repro.json_files import read_json
 from repro.limits import SETTINGS_BYTES, read_file
 from repro.masking import learn_flags
 from repro.parser import Checked, Numbers, Parser, add_fields, sentence
@@ -256,14 +255,11 @@ def make_arguments(classes: Sequence[type[Checked]], given: Mapping[str, Any]) -
 
 def _read_flags(path: str) -> list[str]:
     """Turn a file of flags into the command line that says the same, so that both are checked alike."""
-    if path.endswith(".json"):
-        flags = read_json(Path(path), FLAGS, largest=SETTINGS_BYTES)
-    else:
-        decode = msgspec.toml.decode if path.endswith(".toml") else msgspec.yaml.decode
-        try:
-            flags = decode(read_file(path, SETTINGS_BYTES), type=FLAGS)
-        except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
-            raise InputError(f"{path}: cannot be read as flags and their values: {error}") from error
+    form: Any = {".json": msgspec.json, ".toml": msgspec.toml}.get(Path(path).suffix, msgspec.yaml)
+    try:
+        flags = form.decode(read_file(path, SETTINGS_BYTES), type=FLAGS)
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
+        raise InputError(f"{path}: cannot be read as flags and their values: {error}") from error
     return flags_of(flags)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repro.errors import InputError
+from repro.evaluation import caption_metrics
 from repro.evaluation.caption_metrics import caption_scores, check_installed, split_words
 
 REFERENCES = {
@@ -20,6 +22,13 @@ REFERENCES = {
     "b.jpg": ["Two people ride their bikes down a street", "people on bikes"],
     "c.jpg": ["A bowl of soup, with bread!", "soup in a white bowl"],
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_java() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption_metrics.shutil, "which", lambda _: None)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -41,7 +50,7 @@ def test_captions_are_cut_as_the_treebank_does(caption: str, words: str) -> None
 def test_bleu_is_what_it_is_by_hand() -> None:
     references = {"x": ["the cat sat on the mat"], "y": ["a dog ran far away"]}
     captions = {"x": "the cat sat on mat", "y": "a dog ran far away"}
-    scores, _ = caption_scores(captions, references, tokenizer="split_words")
+    scores, _ = caption_scores(captions, references)
     # Ten words, all of them in the references, against eleven: the brevity penalty alone.
     assert scores["bleu1"] == pytest.approx(math.exp(1 - 11 / 10), rel=1e-6)
     # Of 4 + 4 pairs one, "on mat", is in no reference.
@@ -49,13 +58,11 @@ def test_bleu_is_what_it_is_by_hand() -> None:
 
 
 def test_a_reference_itself_scores_best_and_another_images_scores_nothing() -> None:
-    own, tokenizer = caption_scores(
-        {image: texts[0] for image, texts in REFERENCES.items()}, REFERENCES, tokenizer="split_words"
-    )
+    own, tokenizer = caption_scores({image: texts[0] for image, texts in REFERENCES.items()}, REFERENCES)
     others = dict(
         zip(REFERENCES, [REFERENCES["b.jpg"][0], REFERENCES["c.jpg"][0], REFERENCES["a.jpg"][0]], strict=True)
     )
-    wrong, _ = caption_scores(others, REFERENCES, tokenizer="split_words")
+    wrong, _ = caption_scores(others, REFERENCES)
     assert own["bleu4"] == pytest.approx(1.0, abs=1e-6)
     assert own["cider"] > 3 > 0.2 > wrong["cider"]
     assert tokenizer == "split_words"
@@ -64,7 +71,7 @@ def test_a_reference_itself_scores_best_and_another_images_scores_nothing() -> N
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=4))
 def test_no_text_breaks_the_scores(texts: list[str]) -> None:
     captions = {str(i): text for i, text in enumerate(texts)}
-    scores, _ = caption_scores(captions, {i: [text, "a dog"] for i, text in captions.items()}, tokenizer="split_words")
+    scores, _ = caption_scores(captions, {i: [text, "a dog"] for i, text in captions.items()})
     assert all(math.isfinite(value) for value in scores.values())
 
 
@@ -91,7 +98,6 @@ def test_without_java_the_scores_of_val2017_are_those_of_the_treebank_tokenizer(
     scores, _ = caption_scores(
         {image: first for image, (first, *_) in of_image.items()},
         {image: others for image, (_, *others) in of_image.items()},
-        tokenizer="split_words",
     )
     by_treebank = {"bleu1": 0.63447, "bleu2": 0.43738, "bleu3": 0.29413, "bleu4": 0.19554, "cider": 0.88654}
     assert scores == pytest.approx(by_treebank, abs=5e-5)

@@ -178,9 +178,9 @@ def test_a_json_file_says_the_same_as_the_command_line(tmp_path):
         ('{"output_dir": "out", "learning_rat": 1}', "'--learning_rat'.*--learning_rate"),
         ('{"output_dir": "out", "learning_rate": "fast"}', "learning_rate.*'fast'"),
         ('{"output_dir": "out", "do_train": "perhaps"}', "do_train|perhaps"),
-        ("[1]", "is not what its name says.*Expected `object`"),
-        ("{", "is damaged"),
-        (None, "is not there"),
+        ("[1]", "cannot be read as flags.*Expected `object`"),
+        ("{", "cannot be read as flags.*truncated"),
+        (None, "cannot be read as flags.*No such file"),
     ],
     ids=["unknown", "wrong-type", "wrong-bool", "no-object", "no-json", "no-file"],
 )

@@ -10,18 +10,10 @@ import jax
 import pytest
 
 from repro.__main__ import main
-from repro.recipes.selftest import (
-    CASES,
-    LONG,
-    LONG_CASES,
-    Bounds,
-    CaseResult,
-    command_line,
-    compare,
-    read_case,
-    run_case,
-)
+from repro.recipes.selftest import CASES, Bounds, CaseResult, command_line, compare, read_case, run_case
 
+LONG_CASES = ("current_1dev_long", "published_8dev_long")
+LONG = Bounds(loss=1e-3, steps=30, evaluation=0.03, captions=False)
 ON_A_CPU = Bounds(noise=1e-6)
 ANY_LAYOUT = Bounds(loss=1e-5, noise=1e-6)
 

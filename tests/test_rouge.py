@@ -42,6 +42,19 @@ def _no_network() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_parameters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where NLTK has no English parameters."""
+
+    def absent(_: str) -> None:
+        raise LookupError("punkt_tab")
+
+    monkeypatch.setattr(punkt, "PunktTokenizer", absent)
+    rouge._splitter.cache_clear()
+    yield
+    rouge._splitter.cache_clear()
+
+
+@pytest.fixture
 def metric() -> evaluate.Metric:
     return evaluate.load(rouge_metric.__file__)
 
@@ -57,8 +70,10 @@ def evaluations() -> list[tuple[str, list[dict[str, str]], dict[str, float]]]:
 
 
 @pytest.mark.parametrize(("rows", "expected"), [pytest.param(*case[1:], id=case[0]) for case in evaluations()])
-def test_means_equal_the_goldens(rows: list[dict[str, str]], expected: dict[str, float]) -> None:
-    scores = rouge_scores([row["pred"] for row in rows], [row["label"] for row in rows], splitter="punkt_default")
+def test_means_equal_the_goldens(
+    rows: list[dict[str, str]], expected: dict[str, float], without_parameters: None
+) -> None:
+    scores = rouge_scores([row["pred"] for row in rows], [row["label"] for row in rows])
     assert scores.sentence_splitter == "punkt_default"
     assert scores.means == pytest.approx(expected, abs=1e-4)
 
@@ -109,23 +124,11 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     assert 180 <= covered <= 198  # 95 % of 200 are 190, with a standard deviation of 3
 
 
-def test_sentences_on_lines_of_their_own_change_rouge_lsum_alone() -> None:
+def test_sentences_on_lines_of_their_own_change_rouge_lsum_alone(without_parameters: None) -> None:
     prediction, reference = "A cat sits. A dog runs.", "A dog runs. A cat sits."
-    scores = rouge_scores([prediction], [reference], splitter="punkt_default")
+    scores = rouge_scores([prediction], [reference])
     assert scores.means["rougeLsum"] == pytest.approx(100.0)
     assert scores.means["rougeL"] == pytest.approx(50.0)
-
-
-def test_english_parameters_are_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(_: str) -> None:
-        raise LookupError("punkt_tab")
-
-    monkeypatch.setattr(punkt, "PunktTokenizer", absent)
-    rouge._splitter.cache_clear()
-    assert rouge_scores(["a"], ["a"]).sentence_splitter == "punkt_default"
-    with pytest.raises(LookupError):
-        rouge_scores(["a"], ["a"], splitter="punkt_english")
-    rouge._splitter.cache_clear()
 
 
 def test_english_parameters_are_used_where_they_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def test_english_parameters_are_used_where_they_are_installed(tmp_path: Path, mo
     (folder / "abbrev_types.txt").write_text("dr\n")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     rouge._splitter.cache_clear()
-    name, english = rouge._splitter(None)
+    name, english = rouge._splitter()
     rouge._splitter.cache_clear()
     text = "We met Dr. Smith. It rained."
     assert name == "punkt_english"

@@ -38,17 +38,17 @@ def split_words(caption: str) -> list[str]:
 
 
 def caption_scores(
-    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], *, tokenizer: str | None = None
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, float], str]:
     """Score captions.
 
     Args:
         captions: one for each image.
         references: at least one for each of the same images.
-        tokenizer: `ptb` or `split_words`; None for the former where there is Java.
 
     Returns:
-        `bleu1` to `bleu4`, 0 to 1, and `cider`, CIDEr-D, 0 to 10, of the whole set, and the tokenizer.
+        `bleu1` to `bleu4`, 0 to 1, and `cider`, CIDEr-D, 0 to 10, of the whole set, and the tokenizer: `ptb` where
+        there is Java, else `split_words`.
 
     Raises:
         InputError: pycocoevalcap is not installed.
@@ -58,8 +58,7 @@ def caption_scores(
     from pycocoevalcap.cider.cider import Cider
 
     assert captions.keys() == references.keys()
-    tokenizer = tokenizer or ("ptb" if shutil.which("java") else "split_words")
-    tokenize = _by_treebank if tokenizer == "ptb" else _by_words
+    tokenizer, tokenize = ("ptb", _by_treebank) if shutil.which("java") else ("split_words", _by_words)
     generated = tokenize({image: [caption] for image, caption in captions.items()})
     wanted = tokenize(references)
     bleu, _ = Bleu(NGRAMS).compute_score(wanted, generated, verbose=0)

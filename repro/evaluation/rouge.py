@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,28 +33,19 @@ class RougeScores:
 
 
 def rouge_scores(
-    predictions: Sequence[str],
-    references: Sequence[str],
-    *,
-    images: Sequence[Hashable] | None = None,
-    seed: int = 0,
-    splitter: str | None = None,
+    predictions: Sequence[str], references: Sequence[str], *, images: Sequence[Hashable] | None = None, seed: int = 0
 ) -> RougeScores:
     """Score each prediction against its reference, stemmed, sentences on lines of their own.
 
     Args:
         images: what each row is about: rows of one image are not independent; None if each has its own.
         seed: of the bootstrap; the means do not depend on it.
-        splitter: `punkt_english` or `punkt_default`; None for the English one where NLTK has its parameters.
-
-    Raises:
-        LookupError: the English parameters were asked for and are not installed.
     """
     # NLTK takes longer to import than JAX, and no run needs it before its first evaluation.
     from nltk.stem.porter import PorterStemmer
     from rouge_score import rouge_scorer, tokenize
 
-    name, split = _splitter(splitter)
+    name, split = _splitter()
     # Captions repeat few words, and stemming is most of the time: each word is stemmed once.
     stemmer = SimpleNamespace(stem=cache(PorterStemmer().stem))
     stems = SimpleNamespace(tokenize=lambda text: tokenize.tokenize(text, stemmer))
@@ -111,14 +102,12 @@ def _warn_once(text: str) -> None:
     logging.getLogger("repro").warning(text)
 
 
-@lru_cache
-def _splitter(name: str | None) -> tuple[str, Any]:
+@cache
+def _splitter() -> tuple[str, Any]:
+    """Give what cuts sentences: the English one where NLTK has its parameters."""
     from nltk.tokenize import punkt
 
-    if name != "punkt_default":
-        try:
-            return "punkt_english", punkt.PunktTokenizer("english")
-        except LookupError:
-            if name is not None:
-                raise
-    return "punkt_default", punkt.PunktSentenceTokenizer()
+    try:
+        return "punkt_english", punkt.PunktTokenizer("english")
+    except LookupError:
+        return "punkt_default", punkt.PunktSentenceTokenizer()

@@ -28,13 +28,8 @@ class FlaxClassCaptioner:
     model: FlaxVisionEncoderDecoderModel
     pixel_table: np.ndarray  # float32[256,3], the normalized value of each byte in each channel
 
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def generation_config(self) -> Any:
-        return self.model.generation_config
+    config = property(lambda self: self.model.config)
+    generation_config = property(lambda self: self.model.generation_config)
 
     def logits(
         self,

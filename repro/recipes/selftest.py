@@ -24,7 +24,6 @@ from repro.run.train import run
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("current_1dev", "current_8dev", "published_8dev", "current_block0")
-LONG_CASES = ("current_1dev_long", "published_8dev_long")
 PROTOCOLS = {"head": "current", "published": "published"}
 JUDGED = "float32, highest"
 UNMOVED = 1e-6  # norm up to which the record's own parameter is taken for one that does not move
@@ -45,9 +44,6 @@ class Bounds:
     # are rounding, of which AdamW makes steps. A gradient that is none would move them by 0.01.
     noise: float = 1e-4
     captions: bool = True  # whether each is to be equal, and ROUGE with it
-
-
-LONG = Bounds(loss=1e-3, steps=30, evaluation=0.03, captions=False)
 
 
 @dataclass(frozen=True)

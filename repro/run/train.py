@@ -30,6 +30,7 @@ from repro.run.settings import Settings
 from repro.run.step_log import NonFinite, StepLog, in_short
 from repro.training.checkpoint import Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
+from repro.training.memory import keeping_programs
 from repro.training.processes import check_alike, is_first, wait_for_all
 from repro.training.sharding import put, replicated
 
@@ -88,6 +89,7 @@ def run(
         stack.enter_context(jax.threefry_partitionable(settings.rules.threefry_partitionable))
         signals = stack.enter_context(StopSignals())
         start = resume.enter_folders(stack, settings)
+        stack.enter_context(keeping_programs(settings.cache / "programs"))
         if start.found and not settings.num_replicas:
             settings = dataclasses.replace(settings, num_replicas=start.found.record["settings"]["num_replicas"])
         prepared = prepare(settings, devices, progress=progress and is_first())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
 from repro.errors import InputError
@@ -20,6 +23,26 @@ SHARE = 0.92
 REMEDY = "add --gradient_checkpointing or --mesh fsdp=N, or lower the batch size"
 
 Program = TypeVar("Program")
+
+
+@contextmanager
+def keeping_programs(folder: Path) -> Iterator[None]:
+    """Keep what takes long to compile in a folder, for a run that starts again, unless JAX was told of another.
+
+    Such programs are run as they are found: a folder in which others may write is left alone.
+    """
+    told = jax.config.jax_compilation_cache_dir
+    with suppress(OSError):  # whoever needs the cache for more says what is wrong with it
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if told is None and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            compilation_cache.reset_cache()  # it opens a folder once
+            compilation_cache.set_cache_dir(str(folder))
+    try:
+        yield
+    finally:
+        compilation_cache.reset_cache()
+        compilation_cache.set_cache_dir(told)
 
 
 def compile_step(
