@@ -16,6 +16,7 @@ from pathlib import Path
 SWITCH = "REPRO_ALLOCATOR"  # `system` leaves the process what it has
 LIBRARY = "cmeel.prefix/lib/libmimalloc.so"  # of the package cmeel-mimalloc
 ACCELERATORS = ("jax_plugins", "libtpu")  # packages that are there where JAX may compute on something else
+PURGE = {"MIMALLOC_PURGE_DELAY": "10000"}  # ms until what is freed goes back: the next step takes most of it again
 
 
 def preload() -> None:
@@ -25,9 +26,7 @@ def preload() -> None:
         return
     with suppress(PackageNotFoundError, OSError):
         library = Path(str(distribution("cmeel-mimalloc").locate_file(LIBRARY))).resolve(strict=True)
-        # What is freed stays with the process, since the next step takes it again.
-        settings = {"LD_PRELOAD": str(library), "MIMALLOC_PURGE_DELAY": "-1"}
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **settings})
+        os.execve(sys.executable, sys.orig_argv, {**PURGE, **os.environ, "LD_PRELOAD": str(library)})
 
 
 def allocator() -> str:
