@@ -416,4 +416,4 @@ def test_flags_in_a_pipe_or_nested_deep_are_refused(tmp_path: Path, capsys: pyte
     (tmp_path / "deep.json").write_text(DEEP)
     for name in ("pipe.json", "deep.json"):
         assert main(["train", str(tmp_path / name)]) == 2
-        assert f"{name}: is damaged, or is not what its name says" in capsys.readouterr().err
+        assert f"{name}: cannot be read as flags and their values" in capsys.readouterr().err

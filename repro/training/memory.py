@@ -31,13 +31,13 @@ def keeping_programs(folder: Path) -> Iterator[None]:
 
     Such programs are run as they are found: a folder in which others may write is left alone.
     """
-    told = jax.config.jax_compilation_cache_dir
-    with suppress(OSError):  # whoever needs the cache for more says what is wrong with it
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if told is None and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-            compilation_cache.reset_cache()  # it opens a folder once
-            compilation_cache.set_cache_dir(str(folder))
+    told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if told is None:
+        with suppress(OSError):  # whoever needs the cache for more says what is wrong with it
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            if (status := folder.stat()).st_uid == os.getuid() and not status.st_mode & 0o022:
+                compilation_cache.reset_cache()  # it opens a folder once
+                compilation_cache.set_cache_dir(str(folder))
     try:
         yield
     finally:
