@@ -3,6 +3,7 @@
     pip install '.[flax-class]' torch==2.13.0
     python benchmarks/allocator.py --output benchmarks/results/cpu-2-cores/allocator.json
     python benchmarks/allocator.py --parts pocket    # one of pocket, training, generation, flickr8k
+    MIMALLOC_PURGE_DELAY=1000 python benchmarks/allocator.py --parts flickr8k --smoke    # 40 steps, another delay in ms
 
 `pocket` is `repro reproduce` from nothing to its verdict; `training` and `generation` are a step and a search at
 ViT-B/16 + GPT-2 size beside transformers' Flax class and PyTorch, which get the same allocator. `flickr8k`, where
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 SMOKE = {
     "pocket": ("--keep_going", "--max_train_samples", "100", "--max_eval_samples", "20", "--num_train_epochs", "1"),
-    "flickr8k": ("--max_train_samples", "64", "--max_eval_samples", "20", "--num_train_epochs", "1"),
+    "flickr8k": ("--max_train_samples", "640", "--max_eval_samples", "96"),  # 40 steps
 }
 FLICKR8K = {
     **{"do_train": True, "do_eval": True, "predict_with_generate": True, "max_target_length": 32, "num_beams": 4},
@@ -53,10 +55,10 @@ ALLOCATORS = ("malloc", "mimalloc")
 
 def environment(allocator: str) -> dict[str, str]:
     """The variables of a process that is given its memory by an allocator."""
-    found = {**os.environ, SWITCH: "system", "JAX_PLATFORMS": "cpu"}
+    found = {**PURGE, **os.environ, SWITCH: "system", "JAX_PLATFORMS": "cpu"}
     if allocator == "mimalloc":
         library = Path(str(distribution("cmeel-mimalloc").locate_file(LIBRARY))).resolve(strict=True)
-        found |= {"LD_PRELOAD": str(library), **PURGE}
+        found["LD_PRELOAD"] = str(library)
     return found
 
 
@@ -96,13 +98,16 @@ def measure(part: str, allocator: str, *, smoke: bool) -> dict[str, Any]:
         "system_share": round(used.ru_stime / processor, 3),
         "busy_cores": round(processor / seconds, 2),
         "largest_mb": round(used.ru_maxrss / 1e3),
+        "date": date.today().isoformat(),
+        "purge_delay_ms": environment(allocator)["MIMALLOC_PURGE_DELAY"],
         figure: found[figure],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    at_hand = [part for part in PARTS if part != "flickr8k" or "REPRO_REAL_DATA" in os.environ]
+    parser.add_argument("--parts", nargs="+", choices=at_hand, default=at_hand)
     parser.add_argument("--smoke", action="store_true", help="very small, to see that it runs")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -40,7 +40,7 @@ def test_programs_are_found_again_by_a_run_that_starts_again(
     assert not folder.stat().st_mode & 0o022
     with caplog.at_level(logging.DEBUG, logger="jax._src.compiler"):
         compile_anew(folder)
-    assert "cache hit for 'jit__lambda'" in caplog.text.replace("jit__lambda_", "jit__lambda")
+    assert "cache hit for 'jit__lambda" in caplog.text
     assert {path: path.read_bytes() for path in folder.iterdir()} == kept
 
 

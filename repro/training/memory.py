@@ -1,4 +1,4 @@
-"""Programs compiled from shapes alone, for as many replicas at once as fit what a device has; the training step."""
+"""Programs compiled from shapes alone, for as many replicas at once as fit a device, and kept for the next start."""
 
 from __future__ import annotations
 
