@@ -96,7 +96,7 @@ def processor() -> Any:
 
 def start_ours(folder: Path, cache: Path, num_workers: int | None) -> tuple[Any, dict[str, float]]:
     """All that a run does before its first step; with the seconds of each part."""
-    from repro.data.batches import number_images, prepare_split
+    from repro.data.batches import prepare_split
     from repro.data.image_cache import load_images
     from repro.data.sources import load_splits
 
@@ -110,7 +110,7 @@ def start_ours(folder: Path, cache: Path, num_workers: int | None) -> tuple[Any,
     name = "ydshieh/coco_dataset_script"
     rows = load_splits(splits=["train"], dataset_name=name, data_dir=str(folder), rows_dir=cache / "rows")["train"]
     lap("rows")
-    places = number_images([rows.dataset])
+    places = {path: place for place, path in enumerate(rows.dataset.unique("image_path"))}
     store = load_images(
         list(places),
         processor(),

@@ -243,7 +243,7 @@ def part_flags(flags: list[str], train_steps: int | None, eval_images: int | Non
     from repro.recipes.reproduce import recipe_flags
 
     given = given_flags(ARGUMENTS, flags, command="train")
-    _, _, args = make_arguments(ARGUMENTS, recipe_flags(read_recipe(RECIPE), Path(), given))
+    _, _, args = make_arguments(ARGUMENTS, recipe_flags(read_recipe(RECIPE), Path(), given, Path()))
     found: list[str] = []
     batch = args.num_replicas * args.per_device_train_batch_size
     if train_steps is None and rows is not None:
@@ -326,7 +326,7 @@ def rehearse_data(folder: Path, flags: list[str], phase: Phases, result: dict[st
     from repro.recipes.reproduce import recipe_flags
 
     run = folder / "run"
-    whole = flags_of(recipe_flags(read_recipe(RECIPE), run, given_flags(ARGUMENTS, flags, command="train")))
+    whole = flags_of(recipe_flags(read_recipe(RECIPE), run, given_flags(ARGUMENTS, flags, command="train"), run))
     # There may be no room for all of it: this is reported, and a part is tried.
     phase("dry run", "reproduce", RECIPE, "--output_dir", run, "--dry_run", *flags, allowed=(0, 2))
     result["dry_run"] = says(folder / "logs" / "dry-run.log", "step:", "time:", "disk:")

@@ -155,10 +155,9 @@ def num_parameters(settings: dict[str, Any]) -> int:
     from transformers import GenerationConfig
 
     from repro.models.captioner import NativeCaptioner
-    from repro.training.steps import count_parameters
 
     captioner = NativeCaptioner(model_config(settings), GenerationConfig(), pixel_table())
-    return count_parameters(jax.eval_shape(lambda: captioner.init(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: captioner.init(0))))
 
 
 def work_of(name: str, settings: dict[str, Any]) -> dict[str, float]:

@@ -34,9 +34,8 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     from transformers import GenerationConfig
 
     from repro.models.captioner import NativeCaptioner
-    from repro.training.checkpoint import abstract
-    from repro.training.memory import compile_step
-    from repro.training.sharding import create_mesh, put, state_sharding, train_batch_sharding
+    from repro.training.memory import batch_shapes
+    from repro.training.sharding import create_mesh, put, replicated, state_sharding, train_batch_sharding
     from repro.training.steps import create_learning_rate_fn, create_optimizer, create_train_state, make_train_step
 
     config = model_config(settings)
@@ -50,23 +49,16 @@ def build(settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     sizes = {"num_replicas": 1, "replica_batch": settings["batch"]}
     mesh = create_mesh(jax.devices()[:1], **sizes)
     create = partial(create_train_state, optimizer=optimizer, seed=0, num_replicas=1)
-    shapes = jax.eval_shape(lambda: create(captioner.init(0)))
-    like = abstract(shapes, state_sharding(mesh, shapes))
-    batch = {name: array[None] for name, array in draw_batch(settings).items()}
-    step = compile_step(
-        partial(make_train_step, captioner.logits, optimizer, schedule, reduction="tokens"),
-        like,
-        {name: array[0, :1] for name, array in batch.items()},
-        mesh,
-        replicas_at_once=1,
-        **sizes,
-    )
-    places = jax.tree.map(lambda array: array.sharding, like)
+    places = state_sharding(mesh, jax.eval_shape(lambda: create(captioner.init(0))))
+    like = jax.jit(lambda: create(captioner.init(0)), out_shardings=places).eval_shape()
+    batch, sharding = draw_batch(settings), train_batch_sharding(mesh, num_replicas=1)
+    step = make_train_step(captioner.logits, optimizer, schedule, reduction="tokens", replicas_at_once=1)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
     return (
-        step,
+        jitted.lower(like, batch_shapes(batch, tuple(sizes.values()), sharding)).compile(),
         lambda: put(create(captioner.init(0)), places),
         like,
-        put(batch, train_batch_sharding(mesh, num_replicas=1)),
+        put({name: array[None] for name, array in batch.items()}, sharding),
     )
 
 

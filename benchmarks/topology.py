@@ -209,7 +209,7 @@ def main() -> int:
     try:
         devices, given = devices_of(args.machine), given_flags(ARGUMENTS, flags, command="reproduce")
         with tempfile.TemporaryDirectory() as folder:
-            of_recipe = recipe_flags(read_recipe(args.recipe), Path(folder), given)
+            of_recipe = recipe_flags(read_recipe(args.recipe), Path(folder), given, Path(folder))
             found = compile_for(*make_arguments(ARGUMENTS, of_recipe), devices)
     except InputError as error:
         parser.error(str(error))

@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     learn(os.environ.get("HF_TOKEN"))
     learn_flags(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
+        width = max(map(len, COMMANDS))
+        print(f"usage: repro COMMAND ...\n\n{PURPOSE}\n\ncommands:")
+        print(*(f"  {name:{width}}  {text}" for name, text in COMMANDS.items()), sep="\n")
+        print("\n`repro COMMAND --help` describes a command.")
         return 0 if arguments else INPUT_ERROR
     if arguments[0] == "--version":
         print(", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -75,14 +78,6 @@ def _say(message: str) -> None:
     """Print on standard error; names in a message may hold anything."""
     text = "\n".join(printable(line, sys.stderr) for line in masked(message).split("\n"))
     print(coloured(text, sys.stderr), file=sys.stderr)
-
-
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
-    return (
-        f"usage: repro COMMAND ...\n\n{PURPOSE}\n\ncommands:\n{commands}\n\n`repro COMMAND --help` describes a command."
-    )
 
 
 def _is_unread(stream: TextIO) -> bool:

@@ -28,7 +28,6 @@ HOW_FLAGS_ARE_WRITTEN = (
     " FILE (.json, .yaml, .yml or .toml) holds flags and their values; flags that follow it win. A flag with [BOOL] may"
     " stand alone, which means true."
 )
-FLAGS = dict[str, str | bool | int | float | None]
 FILES_OF_FLAGS = (".json", ".yaml", ".yml", ".toml")
 # The parts of the help, each by its first flag.
 GROUPS = {
@@ -75,15 +74,15 @@ class CreateModelArguments(Checked):
     decoder_config_name: str | None = flag(None, "The decoder's configuration; alone, its weights are random.")
     weights_format: str | None = flag(None, "Of their weights, those in this format.", choices=FORMATS)
     seed: int = flag(42, "Seed of the weights that are not loaded.", SEED)
-    output_dir: str | None = flag(None, "Folder to write the new model to.")
+    output_dir: str | None = flag(None, "Folder to write the new model to.", required=True)
 
 
 @dataclass(frozen=True)
 class ExportArguments(Checked):
     """What `repro export` takes."""
 
-    model_name_or_path: str | None = flag(None, "Folder or Hub id of the model to export.")
-    output_dir: str | None = flag(None, "Folder to write it to.")
+    model_name_or_path: str | None = flag(None, "Folder or Hub id of the model to export.", required=True)
+    output_dir: str | None = flag(None, "Folder to write it to.", required=True)
     weights_format: str | None = flag(None, "Of its weights, those in this format.", choices=FORMATS)
 
 
@@ -207,6 +206,7 @@ class CheckArguments(Checked):
 
 # What a run takes; and of it, how the flags of two halves of a model begin, and what tells processes apart.
 ARGUMENTS = (ModelArguments, DataArguments, TrainingArguments)
+FLAGS = {each.name: each for kind in ARGUMENTS for each in fields(kind)}
 HALVES = ("encoder_", "decoder_")
 SEVERAL = ("coordinator", "process_id", "num_processes", "distributed")
 
@@ -257,7 +257,7 @@ def _read_flags(path: str) -> list[str]:
     """Turn a file of flags into the command line that says the same, so that both are checked alike."""
     form: Any = {".json": msgspec.json, ".toml": msgspec.toml}.get(Path(path).suffix, msgspec.yaml)
     try:
-        flags = form.decode(read_file(path, SETTINGS_BYTES), type=FLAGS)
+        flags = form.decode(read_file(path, SETTINGS_BYTES), type=dict[str, str | bool | int | float | None])
     except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise InputError(f"{path}: cannot be read as flags and their values: {error}") from error
     return flags_of(flags)

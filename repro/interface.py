@@ -12,11 +12,11 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from repro.commands.terminal import figures, start_logging
-from repro.config import ARGUMENTS, SEVERAL, flags_of, given_flags, make_arguments
+from repro.config import ARGUMENTS, FLAGS, SEVERAL, flags_of, given_flags, make_arguments
 from repro.data.images import ImageError
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, caption_of_each_image
@@ -156,7 +156,7 @@ def _with_flags(function: Callable[..., Result]) -> inspect.Signature:
     """Name the flags in a function's signature, so that `help` and completion show them."""
     shown = inspect.signature(function)
     own = {name: each for name, each in shown.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD}
-    for flag in (each for kind in ARGUMENTS for each in fields(kind)):
+    for flag in FLAGS.values():
         named = inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=flag.default, annotation=flag.type)
         own.setdefault(flag.name, named)
     return shown.replace(parameters=list(own.values()))

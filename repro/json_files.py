@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, cast
+from uuid import uuid4
 
 import msgspec
 
@@ -83,18 +84,19 @@ def read_lines(
 
 def write_json(path: Path, value: Any, *, indent: int | None = 4) -> None:
     """Write JSON, whole or not at all; any text round-trips, lone surrogates too (they stay escaped)."""
-    try:
-        data = json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        data = json.dumps(value, indent=indent).encode("utf-8")
-    write_whole(path, data)
+    # What UTF-8 has no bytes for, `backslashreplace` writes as JSON does: \udc80.
+    write_whole(path, json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all, where nobody else writes it."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(data)
-    partial.replace(path)
+    """Write a file, whole or not at all, whoever else writes it."""
+    # Hosts and containers that share a disk may have processes of the same id.
+    partial = path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _named(file: Path, read: Callable[[], Form]) -> Form:

@@ -78,21 +78,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, "formatter_class": shape, **settings})
         self.register("type", Path, lambda text: Path(local_path(text)))
 
-    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         end = args.index("--") if "--" in args else len(args)
-        flags, known = [_with_underscores(arg) for arg in args[:end]], self._names()
-        # Before argparse takes the value of a flag that does not exist for something else.
-        for arg in flags:
-            if arg.startswith("--") and _name(arg).removeprefix("--") not in known:
-                raise InputError(self._unknown(_name(arg), known))
-        parsed, others = self.parse_known_args([*flags, *args[end:]], namespace)
+        flags = [_with_underscores(arg) for arg in args[:end]]
+        # Before argparse takes the value of a flag that does not exist for something else; a subcommand's parser looks
+        # at its own.
+        for arg in flags[:1] if self._subparsers else flags:
+            if arg.startswith("--") and _name(arg) not in self._option_string_actions:
+                raise InputError(self._unknown(_name(arg)))
+        parsed, others = super().parse_known_args([*flags, *args[end:]], namespace)
         if others:
-            raise InputError(self._unknown(_name(others[0]), known))
-        return parsed
+            raise InputError(self._unknown(_name(others[0])))
+        return parsed, others
 
-    def _unknown(self, name: str, known: set[str]) -> str:
-        near = difflib.get_close_matches(name.lstrip("-"), sorted(known), n=1)
-        instead = _words()["hints"].get(name.lstrip("-"), "")
+    def _unknown(self, name: str) -> str:
+        known, bare = [flag.lstrip("-") for flag in sorted(self._option_string_actions)], name.lstrip("-")
+        near = difflib.get_close_matches(bare, known, n=1)
+        instead = _words()["hints"].get(bare, "")
         if instead and re.findall(r"--(\w+)", instead)[0] in known:
             return f"unknown argument {name!r}. {instead}"
         hint = f"Did you mean --{near[0]}?" if near else f"`{self.prog} --help` lists the flags."
@@ -100,14 +102,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise InputError(f"{message}. `{self.prog} --help` lists the flags.")
-
-    def _names(self) -> set[str]:
-        """All flags, those of subcommands included."""
-        names = {name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")}
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                names = names.union(*(parser._names() for parser in action.choices.values()))
-        return names
 
 
 @cache
@@ -158,6 +152,7 @@ def add_fields(
             "type": kind,
             "default": SUPPRESS,
             "choices": field.metadata.get("choices"),
+            "required": field.metadata.get("required", False),
             "help": SUPPRESS if hidden else text,
         }
         if kind is bool:

@@ -30,6 +30,8 @@ import pytest
 import transformers
 from hypothesis import settings
 
+from repro.data import sources
+from repro.data.rows import Rows
 from repro.recipes import read_recipe
 from repro.recipes.selftest import GOLDEN
 from repro.run import build
@@ -53,6 +55,19 @@ if importlib.util.find_spec("libtpu") is None:
 
 ENCODER, DECODER = "google/vit-base-patch16-224-in21k", "gpt2"
 """Of the documented command."""
+
+
+_kept = tempfile.TemporaryDirectory(prefix="repro-kept-")
+
+
+def new_folder() -> Path:
+    """A folder that nothing was put into, for a test that does not look at it."""
+    return Path(tempfile.mkdtemp(dir=_kept.name))
+
+
+def load_splits(**options: Any) -> dict[str, Rows]:
+    """`repro.data.sources.load_splits`; without a `rows_dir` nothing that was read before is found again."""
+    return sources.load_splits(**{"rows_dir": new_folder(), **options})
 
 
 def tiny_pocket() -> dict[str, Any]:

@@ -309,6 +309,7 @@ def test_commands_and_recipes_are_looked_up(tmp_path: Path, capsys: pytest.Captu
         ("reproduce --learning_rat 1", "unknown argument '--learning_rat'. Did you mean --learning_rate?"),
         ("data coco --data_dri here", "unknown argument '--data_dri'. Did you mean --data_dir?"),
         ("data pocket --num_trian 3", "unknown argument '--num_trian'. Did you mean --num_train?"),
+        ("data coco --num_train 3", "unknown argument '--num_train'. `repro data coco --help` lists the flags."),
         ("export --model_name model", "unknown argument '--model_name'. Did you mean --model_name_or_path?"),
     ],
 )

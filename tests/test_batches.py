@@ -8,16 +8,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from repro.data.batches import CaptionedImages, RowOrder, number_images, prepare_split
+from repro.data.batches import CaptionedImages, RowOrder, prepare_split
 from repro.data.image_cache import load_images
 from repro.data.sources import load_splits
 from repro.pocket.halves import render_pocket
-from repro.run.build import training_batches
+from repro.run.build import Training
 from repro.training.sharding import create_mesh, train_batch_sharding
 
 BLOCK = 16
@@ -36,10 +38,9 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def split_of(coco: Path, tokenizer, image_processor, cache: Path | None, **options) -> CaptionedImages:
     name = "ydshieh/coco_dataset_script"
-    rows = load_splits(
-        splits=["train"], dataset_name=name, data_dir=str(coco), rows_dir=cache / "rows" if cache else None
-    )["train"]
-    places = number_images([rows.dataset])
+    kept = cache or coco.parent / "kept"
+    rows = load_splits(splits=["train"], dataset_name=name, data_dir=str(coco), rows_dir=kept / "rows")["train"]
+    places = {path: place for place, path in enumerate(rows.dataset.unique("image_path"))}
     store = load_images(
         list(places),
         image_processor,
@@ -56,16 +57,20 @@ def split_of(coco: Path, tokenizer, image_processor, cache: Path | None, **optio
         max_length=10,
         decoder_start_token_id=3,
         split="train",
-        tokens_dir=cache / "tokens" if cache else None,
+        tokens_dir=kept / "tokens",
     )
     assert not dropped
     return split
 
 
+def training_of(data: Any, sharding: jax.sharding.NamedSharding) -> Training:
+    return Training(SimpleNamespace(splits={"train": data}), None, None, None, ROW_ORDER, sharding, {})
+
+
 def batches_of(data: CaptionedImages, num_devices: int = 1) -> Batches:
     mesh = create_mesh(jax.devices()[:num_devices], num_replicas=4, replica_batch=2)
     sharding = train_batch_sharding(mesh, num_replicas=4)
-    batches = training_batches(data, ROW_ORDER, sharding)
+    batches = training_of(data, sharding).batches()
     return [{name: np.asarray(array) for name, array in batch.items()} for _, batch, _ in batches]
 
 
@@ -177,7 +182,7 @@ def one_process(arguments: dict) -> None:
     arrays: dict[str, np.ndarray] = {}
 
     sharding = train_batch_sharding(mesh, num_replicas=4)
-    for _, batch, _ in training_batches(Recorder(), ROW_ORDER, sharding):
+    for _, batch, _ in training_of(Recorder(), sharding).batches():
         for name, array in batch.items():
             replicas = sorted(shard.index[0].start or 0 for shard in array.addressable_shards)
             parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import new_folder
+from datasets import Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from repro.data import captions as module
-from repro.data.captions import TokenizedCaptions, caption_lengths, pack_tokens, shift_right, tokenize_captions
+from repro.data.captions import caption_lengths, pack_tokens, shift_right, tokenize_captions, unpack_tokens
 from repro.errors import InputError
 
 START, LENGTH = 7, 12
 texts = st.one_of(st.text(max_size=60), st.sampled_from(["", " ", "ÄÖ 🐈 كلب", "word " * 200, "A CAT"]))
 
 
-def tokenize(captions, tokenizer, max_length=LENGTH, cache=None):
-    tokens = tokenize_captions(
-        captions, len(captions), tokenizer, max_length=max_length, decoder_start_token_id=START, cache=cache
-    )
-    return tokens[np.arange(len(captions))]
+def tokenize(captions, tokenizer, max_length=LENGTH, folder=None):
+    dataset = Dataset.from_dict({"caption": captions}, Features({"caption": Value("string")}))
+    return unpack_tokens(tokenize_captions(dataset, tokenizer, max_length, folder or new_folder()), START)
 
 
 @given(caption=texts)
@@ -43,9 +43,8 @@ def test_a_caption_that_is_too_long_loses_its_eos_token(tokenizer) -> None:
 
 @given(st.lists(texts, min_size=1, max_size=5))
 def test_captions_that_fill_a_row_are_those_that_may_have_been_cut(tokenizer, captions: list[str]) -> None:
-    tokens = tokenize_captions(captions, len(captions), tokenizer, max_length=LENGTH, decoder_start_token_id=START)
-    lengths = caption_lengths(captions, tokenizer)
-    assert tokens.full(np.arange(len(captions))).tolist() == (lengths >= LENGTH).tolist()
+    full = tokenize(captions, tokenizer)["decoder_attention_mask"].all(axis=1)
+    assert full.tolist() == (caption_lengths(captions, tokenizer) >= LENGTH).tolist()
 
 
 def test_a_row_without_a_caption_is_all_padding(tokenizer) -> None:
@@ -75,9 +74,9 @@ def test_tokens_are_kept_for_the_same_captions_tokenizer_and_length_alone(tokeni
 
     recorder = Recorder.from_pretrained(golden_inputs / "model", pad_token=tokenizer.pad_token)
 
-    def count(captions, max_length=LENGTH, fingerprint="these") -> int:
+    def count(captions, max_length=LENGTH) -> int:
         tokenized.clear()
-        kept = tokenize(captions, recorder, max_length, cache=(tmp_path / "tokens", fingerprint))
+        kept = tokenize(captions, recorder, max_length, tmp_path / "tokens")
         for name, array in tokenize(captions, tokenizer, max_length).items():
             np.testing.assert_array_equal(kept[name], array)
         return sum(tokenized)
@@ -85,7 +84,7 @@ def test_tokens_are_kept_for_the_same_captions_tokenizer_and_length_alone(tokeni
     assert count(captions) == 3
     assert count(captions) == 0
     assert count(captions, max_length=9) == 3
-    assert count(captions[:3], fingerprint="others") == 2
+    assert count(captions[:3]) == 2
     recorder.add_tokens(["zebra"])
     assert count(captions) == 3
     assert len(list((tmp_path / "tokens").glob("*.npy"))) == 4
@@ -95,7 +94,7 @@ def test_tokens_are_kept_for_the_same_captions_tokenizer_and_length_alone(tokeni
 def test_a_large_vocabulary_keeps_its_numbers() -> None:
     labels = np.array([[70_000, 1, 2, 0, 0, 0, 0, 0, 9]], np.int32)
     mask = np.array([[1, 1, 1, 0, 0, 0, 0, 0, 1]], np.int32)
-    tokens = TokenizedCaptions(pack_tokens(labels, mask), decoder_start_token_id=START)[np.array([0])]
+    tokens = unpack_tokens(pack_tokens(labels, mask), START)
     np.testing.assert_array_equal(tokens["labels"], labels)
     np.testing.assert_array_equal(tokens["decoder_attention_mask"], mask)
 

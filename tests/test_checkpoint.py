@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from repro.errors import InputError, RunStopped
-from repro.training.checkpoint import Checkpoints, abstract, check_checksums, find_newest, set_aside, write_checksums
+from repro.training.checkpoint import Checkpoints, check_checksums, find_newest, set_aside, write_checksums
 from repro.training.sharding import create_mesh, put, state_sharding
 from repro.training.steps import TrainState, create_learning_rate_fn, create_optimizer, create_train_state
 
@@ -38,7 +38,7 @@ def step(state: TrainState) -> TrainState:
 
 
 def like(state: TrainState) -> TrainState:
-    return abstract(state, jax.tree.map(lambda array: array.sharding, state))
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), state)
 
 
 def assert_same(one: TrainState, other: TrainState) -> None:

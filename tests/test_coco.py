@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_splits
 from PIL import Image
 
 from repro.data.image_cache import load_images
 from repro.data.images import open_image
-from repro.data.sources import load_splits
 from repro.errors import InputError
 from repro.pocket.halves import render_pocket
 
@@ -352,9 +352,11 @@ def test_a_number_of_any_length_is_refused_by_name_and_ends_no_interpreter(tmp_p
         files.append(tmp_path / f"{len(files)}.json")
         files[-1].write_text(place.replace("NUMBER", number))
     code = (
-        "import sys\nfrom repro.data.sources import load_splits\nfrom repro.errors import InputError\n"
+        "import sys\nfrom pathlib import Path\nfrom repro.data.sources import load_splits\n"
+        "from repro.errors import InputError\n"
         "for path in sys.argv[1:]:\n"
-        "    try: print(path, len(load_splits(splits=['train'], train_file=path)['train'].dataset))\n"
+        "    rows = dict(splits=['train'], train_file=path, rows_dir=Path(f'{path}.rows'))\n"
+        "    try: print(path, len(load_splits(**rows)['train'].dataset))\n"
         "    except InputError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import load_splits
 
 import repro.commands.data as data_command
 from repro.__main__ import main
@@ -19,7 +20,6 @@ from repro.commands.data import SPLITS
 from repro.data import download as module
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.data.download import FILES, RemoteFile, download, download_coco
-from repro.data.sources import load_splits
 from repro.errors import InputError
 from repro.pocket.halves import render_pocket
 
@@ -86,7 +86,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(module, "PAUSE", 0.0)
     running = Server()
     yield running
     running.close()
@@ -266,7 +266,7 @@ def test_the_command_puts_the_five_files_where_they_are_read(
 
 
 def test_asked_for_splits_alone_are_downloaded(server: Server, coco: Path, tmp_path: Path) -> None:
-    download_coco(tmp_path / "data", splits=["validation"], base_urls=[server.url], progress=False)
+    download_coco(tmp_path / "data", splits=["validation"], base_urls=[server.url])
     names = {path.name for path in (tmp_path / "data").iterdir()}
     assert names == {"val2017.zip", "annotations_trainval2017.zip"}
 
@@ -274,7 +274,7 @@ def test_asked_for_splits_alone_are_downloaded(server: Server, coco: Path, tmp_p
 def test_the_first_images_are_a_data_set_of_their_own(server: Server, coco: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for _ in range(2):  # the second run finds everything
-        download_coco(folder, max_images=2, base_urls=[server.url], progress=False)
+        download_coco(folder, max_images=2, base_urls=[server.url])
     assert len(server.requests) == 2 + 3 * 2
     assert len(list(folder.glob("*2017/*"))) == 3 * 2
     few, all_of_them = read_coco(folder), read_coco(coco)
@@ -288,7 +288,7 @@ def test_the_first_images_are_a_data_set_of_their_own(server: Server, coco: Path
 
 def test_a_part_and_the_whole_do_not_share_a_folder(server: Server, coco: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    settings = {"splits": ["validation"], "base_urls": [server.url], "progress": False}
+    settings = {"splits": ["validation"], "base_urls": [server.url]}
     download_coco(folder, max_images=1, **settings)
     with pytest.raises(InputError, match="already holds val2017, and the annotations of only one of"):
         download_coco(folder, **settings)
@@ -308,7 +308,7 @@ def test_an_image_name_that_leads_out_of_the_folder_is_refused(server, coco, tmp
     server.files[file.path] = packed.getvalue()
     monkeypatch.setitem(module.FILES, "validation", (module.FILES["validation"][0], file))
     with pytest.raises(InputError, match=r"'\.\./\.\./evil\.png' leads out of val2017/"):
-        download_coco(tmp_path / "data", splits=["validation"], max_images=1, base_urls=[server.url], progress=False)
+        download_coco(tmp_path / "data", splits=["validation"], max_images=1, base_urls=[server.url])
     assert not list(tmp_path.rglob("evil.png"))
 
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 import repro.evaluation.evaluator
 import repro.run.build
 from repro.data.batches import CaptionedImages
-from repro.data.captions import TokenizedCaptions, pack_tokens
+from repro.data.captions import pack_tokens
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluator, Programs, mean_of_batch_losses
 from repro.evaluation.rouge import TYPES, rouge_scores
@@ -75,7 +75,8 @@ def make_data(num_rows: int, *, captions=True, seed: int = 0, images=None) -> Ca
             {"image_path": [f"{i}.png" for i in images], "image_id": [str(i) for i in images], "caption": texts}
         ),
         kept=np.arange(num_rows),
-        captions=TokenizedCaptions(pack_tokens(labels * mask, mask), 0),
+        records=pack_tokens(labels * mask, mask),
+        decoder_start_token_id=0,
         image_index=images,
         images=np.broadcast_to(numbers[:, None, None, None], (len(numbers), SIDE, SIDE, 3)),
     )
@@ -343,7 +344,7 @@ def build(data, *, devices=1, replicas=1, rows=2, protocol=EXACT, asked=None, to
             pretrained=SimpleNamespace(captioner=model, tokenizer=tokenizer, params={"scale": np.float32(2)}),
             mesh=create_mesh(jax.devices()[:devices], num_replicas=replicas, replica_batch=rows),
             progress=False,
-            evaluated=data,
+            splits={"validation": data},
         ),
         **more,
     )

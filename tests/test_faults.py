@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_splits
 from PIL import Image
 
 from repro import limits
-from repro.data.batches import CaptionedImages, number_images, prepare_split
+from repro.data.batches import CaptionedImages, prepare_split
 from repro.data.image_cache import load_images
 from repro.data.images import decode_image, resize_of
-from repro.data.sources import load_splits
 
 GOOD = Image.new("RGB", (40, 30), (200, 100, 50))
 
@@ -97,7 +97,7 @@ class Folder:
             splits=["train"], train_file=str(self.folder / "rows.jsonl"), rows_dir=self.folder / "cache"
         )["train"]
         between()
-        places = number_images([source.dataset])
+        places = {path: place for place, path in enumerate(source.dataset.unique("image_path"))}
         store = load_images(
             list(places),
             self.image_processor,
@@ -106,7 +106,14 @@ class Folder:
             progress=False,
         )
         split, dropped = prepare_split(
-            source.dataset, self.tokenizer, places, store, max_length=8, decoder_start_token_id=0, split="train"
+            source.dataset,
+            self.tokenizer,
+            places,
+            store,
+            max_length=8,
+            decoder_start_token_id=0,
+            split="train",
+            tokens_dir=self.folder / "cache",
         )
         return split, {rows[row["row"]]["image_path"]: row["reason"] for row in [*source.dropped, *dropped]}
 
@@ -177,10 +184,10 @@ def test_a_file_that_may_not_be_read_is_dropped(folder: Folder, monkeypatch) -> 
     if os.access(secret, os.R_OK):  # root may read everything
         real = limits.os.open
 
-        def refuse(path: str, flags: int, *more: int) -> int:
+        def refuse(path: str, *how: int, **more: int) -> int:
             if path == str(secret):
                 raise PermissionError(13, "Permission denied", path)
-            return real(path, flags, *more)
+            return real(path, *how, **more)
 
         monkeypatch.setattr(limits.os, "open", refuse)
     split, dropped = folder.read("secret.jpg")

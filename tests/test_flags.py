@@ -120,9 +120,10 @@ def test_commands_take_dashes_for_underscores(
 @pytest.mark.parametrize("kind", CLASSES, ids=name_of)
 def test_each_flag_is_the_same_with_dashes_and_with_underscores(kind) -> None:
     for field in dataclasses.fields(kind):
+        others = [f"--{of.name}=x" for of in dataclasses.fields(kind) if of != field and of.metadata.get("required")]
         value = next(iter(field.metadata.get("choices") or ["true" if isinstance(field.default, bool) else "16"]))
         read = [
-            given_flags((kind,), [*name], command="x")
+            given_flags((kind,), [*others, *name], command="x")
             for name in (
                 (f"--{field.name}", value),
                 (f"--{field.name.replace('_', '-')}", value),
@@ -130,7 +131,8 @@ def test_each_flag_is_the_same_with_dashes_and_with_underscores(kind) -> None:
             )
         ]
         assert read[0] == read[1] == read[2]
-        assert list(read[0]) == [field.name]
+        assert len(read[0]) == len(others) + 1
+        assert field.name in read[0]
 
 
 # `repro reproduce`.
@@ -139,7 +141,7 @@ def test_each_flag_is_the_same_with_dashes_and_with_underscores(kind) -> None:
 def started(tmp_path: Path, *argv: str) -> tuple:
     """The arguments of a run of the documented recipe with further flags."""
     given = given_flags((ReproduceArguments, *ARGUMENTS), argv, command="reproduce")
-    with repro.recipes.reproduce.started(read_recipe("coco2017"), tmp_path / "here", given) as arguments:
+    with repro.recipes.reproduce.started(read_recipe("coco2017"), tmp_path / "here", given, tmp_path) as arguments:
         return arguments
 
 
@@ -156,7 +158,7 @@ def test_a_flag_that_is_given_wins_over_the_recipes(tmp_path: Path) -> None:
 def test_what_a_recipe_decides_itself_is_refused_among_its_flags(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match="--output_dir: a recipe's run is in its own folder"),
-        repro.recipes.reproduce.started(read_recipe("pocket"), tmp_path / "here", {"output_dir": "there"}),
+        repro.recipes.reproduce.started(read_recipe("pocket"), tmp_path / "here", {"output_dir": "there"}, tmp_path),
     ):
         pass
     assert not (tmp_path / "here").exists()
@@ -177,7 +179,7 @@ def ran(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(repro.recipes.reproduce, "run", stop)
     monkeypatch.setattr(repro.recipes.reproduce, "render_pocket", lambda *_, **__: None)
     monkeypatch.setattr(repro.recipes.reproduce, "make_halves", lambda *_: None)
-    monkeypatch.setattr("repro.commands.reproduce.make_deterministic", lambda _: made.append("made"))
+    monkeypatch.setattr("repro.commands.reproduce.make_deterministic", lambda: made.append("made"))
 
     def call(*argv: str):
         made.clear()
@@ -221,7 +223,7 @@ def test_flags_of_a_recipe_mean_what_they_say(ran, argv, resume, deterministic, 
 
 def test_a_second_reproduction_and_a_dry_run_leave_a_started_one_alone(tmp_path, capsys) -> None:
     folder = tmp_path / "pocket"
-    with repro.recipes.reproduce.started(read_recipe("coco2017"), folder, {}):
+    with repro.recipes.reproduce.started(read_recipe("coco2017"), folder, {}, folder):
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         for more in ([], ["--dry_run"]):
             assert main(["reproduce", "coco2017", "--output_dir", str(folder), *more]) == 2
@@ -329,6 +331,9 @@ def test_the_best_step_is_that_of_the_least_loss_and_of_the_most_of_a_score(metr
         {"step": step, "eval": {metric: value}} for step, value in ((1, 0.3), (2, 0.1), (3, 0.9), (4, 0.9), (5, 0.1))
     ]
     assert Recorded(rows).best_step(metric) == best
+    rows[0]["eval"][metric] = math.nan
+    assert Recorded(rows).best_step(metric) == best
+    assert Recorded(rows).best_step("of another version") is None
 
 
 def test_flags_and_their_defaults_survive_being_written_as_a_command_line() -> None:

@@ -335,6 +335,14 @@ def test_the_flax_class_does_not_recompute_activations(golden_inputs):
         load_model(str(golden_inputs / "model"), Options(implementation="transformers", gradient_checkpointing=True))
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_beams", "x"), ("eos_token_id", 10**6)])
+def test_what_a_model_asks_of_a_search_is_checked_for_the_flax_class_too(golden_inputs, tmp_path, name, value):
+    folder = Path(shutil.copytree(golden_inputs / "model", tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(InputError, match=rf"generation_config.json: .*{name}"):
+        load_model(str(folder), Options(implementation="transformers"))
+
+
 def test_what_one_implementation_saves_the_other_loads(native, flax_class, tmp_path):
     for saver, loader in ((native, "transformers"), (flax_class, "native")):
         folder = tmp_path / loader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -21,11 +20,11 @@ from repro.__main__ import main
 from repro.models.weights import SAFETENSORS_FILE
 from repro.recipes.selftest import command_line, read_case
 from repro.record import hub
-from repro.record.hub import HubUploader, Patience, answer_of, files_of, tried
+from repro.record.hub import HubUploader, answer_of, files_of, tried
 
 TOKEN = "hf_aVerySecretTokenOfTheTests"
 BARE_TOKEN = "a-token-of-another-kind/+=42"
-SOON = Patience(attempts=4, pause=0.05, silence=1.0, at_end=20.0)
+SOON = {"PAUSE": 0.05, "SILENCE": 1.0, "AT_END": 20.0}
 MODEL = "ckpt_epoch_1_step_8"
 CASE = read_case("current_block0")
 
@@ -50,7 +49,12 @@ def connect(monkeypatch: pytest.MonkeyPatch, url: str, tmp_path: Path) -> None:
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub, "PATIENCE", SOON)
+    be_patient(monkeypatch, **SOON)
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    for name, value in seconds.items():
+        monkeypatch.setattr(hub, name, value)
 
 
 @pytest.fixture
@@ -180,7 +184,7 @@ def test_of_uploads_that_come_up_meanwhile_the_newest_is_done_and_nobody_waits(s
 )
 def test_what_fails_three_times_is_tried_again(stub, folder, caplog, monkeypatch, fault, after):
     if fault is hang:
-        monkeypatch.setattr(hub, "PATIENCE", dataclasses.replace(SOON, silence=0.2))
+        be_patient(monkeypatch, SILENCE=0.2)
     with uploader(folder) as uploading:
         if after:
             wait_for(lambda: stub.repositories)
@@ -231,7 +235,7 @@ def test_a_hub_that_stays_broken_costs_one_warning_an_upload(stub, folder, caplo
     with uploader(folder) as uploading:
         wait_for(lambda: said(caplog))
         finish(uploading)
-    assert time.monotonic() - began < SOON.at_end
+    assert time.monotonic() - began < SOON["AT_END"]
     assert len(said(caplog)) == 2
     assert all("the upload failed (" in text and "500" in text for text in said(caplog))
 
@@ -245,7 +249,7 @@ def test_a_hub_that_is_not_there_is_a_warning(stub, folder, caplog, monkeypatch)
 
 
 def test_what_hangs_is_waited_for_no_longer_than_is_said(stub, folder, caplog, monkeypatch):
-    monkeypatch.setattr(hub, "PATIENCE", Patience(attempts=4, pause=0.0, silence=30.0, at_end=1.0))
+    be_patient(monkeypatch, PAUSE=0.0, SILENCE=30.0, AT_END=1.0)
     stub.always = hang
     began = time.monotonic()
     with uploader(folder) as uploading:
@@ -258,7 +262,7 @@ def test_what_hangs_is_waited_for_no_longer_than_is_said(stub, folder, caplog, m
 
 
 def test_a_signal_ends_the_waiting(stub, folder, caplog, monkeypatch):
-    monkeypatch.setattr(hub, "PATIENCE", Patience(silence=30.0, at_end=30.0))
+    be_patient(monkeypatch, SILENCE=30.0, AT_END=30.0)
     stub.always = hang
     began = time.monotonic()
     with uploader(folder) as uploading:
@@ -350,7 +354,7 @@ def test_attempts_pause_twice_as_long_each_time(monkeypatch):
     def attempt() -> str:
         raise TimeoutError("read timed out")
 
-    assert tried(attempt, Patience()) == ("", "TimeoutError: read timed out", None)
+    assert tried(attempt) == ("", "TimeoutError: read timed out", None)
     assert pauses == [2.0, 4.0, 8.0]
 
 
@@ -366,7 +370,7 @@ def test_a_hub_is_waited_for_as_long_as_it_asks_within_the_bound(monkeypatch, as
         error.response = SimpleNamespace(status_code=429, headers={"Retry-After": asked} if asked else {})
         raise error
 
-    assert tried(attempt, Patience()) == ("address", "", None)
+    assert tried(attempt) == ("address", "", None)
     assert pauses == [waits]
 
 
@@ -412,7 +416,7 @@ def contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
 def test_training_ends_well_and_in_time_whatever_the_hub_does_and_the_token_is_nowhere(
     fault, warned, stub, tmp_path, cache, monkeypatch, capfd
 ):
-    monkeypatch.setattr(hub, "PATIENCE", dataclasses.replace(SOON, silence=30.0 if fault is hang else 5.0, at_end=5.0))
+    be_patient(monkeypatch, SILENCE=30.0 if fault is hang else 5.0, AT_END=5.0)
     stub.token = BARE_TOKEN
     if fault == "not there":
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")

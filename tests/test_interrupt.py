@@ -52,10 +52,10 @@ def test_what_another_process_was_sent_is_no_first_signal(monkeypatch):
     assert ended == [128 + signal.SIGTERM]
 
 
-def test_the_switch_for_determinism_keeps_other_flags():
-    environment = {"XLA_FLAGS": "--xla_other=1"}
-    make_deterministic(environment)
-    assert environment["XLA_FLAGS"] == f"--xla_other=1 {DETERMINISTIC}"
+def test_the_switch_for_determinism_keeps_other_flags(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
+    make_deterministic()
+    assert os.environ["XLA_FLAGS"] == f"--xla_other=1 {DETERMINISTIC}"
 
 
 @pytest.mark.parametrize(("status", "ends_at_once"), [(143, True), (130, True), (0, False), (3, False)])

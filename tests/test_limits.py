@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import load_splits
 from PIL import Image
 
 from repro import limits
@@ -25,7 +26,6 @@ from repro.__main__ import main
 from repro.data import images
 from repro.data.files import read_file
 from repro.data.images import ImageError, Resize, decode_image, open_image
-from repro.data.sources import load_splits
 from repro.errors import InputError
 from repro.limits import Budget, CheckedJson, Refused
 from repro.models.pretrained import load_model

@@ -271,6 +271,7 @@ def test_the_cards_code_for_pytorch_captions(place, capsys):
 
 
 @pytest.mark.skipif(not HAS_TORCH or not IS_4, reason="not transformers 4 with PyTorch (`tox -e torch4`)")
+@pytest.mark.filterwarnings("ignore:The class `AutoModelForVision2Seq` is deprecated:FutureWarning")  # by 4.57 itself
 def test_the_cards_code_for_the_pipeline_says_what_pytorch_says(place, capsys):
     expected = run_snippet(place, r"import .*\bVisionEncoderDecoderModel", capsys)
     assert run_snippet(place, "pipeline", capsys) == expected

@@ -11,7 +11,7 @@ from flax import serialization, traverse_util
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.training.steps import count_parameters, create_learning_rate_fn, create_optimizer, decay_mask
+from repro.training.steps import create_learning_rate_fn, create_optimizer, decay_mask
 
 PEAK = 3e-5
 
@@ -113,7 +113,3 @@ def test_first_step_moves_by_the_rate_against_the_gradients_sign():
     weights, gradients = {"kernel": np.ones(3, np.float32)}, {"kernel": np.asarray([2.0, -0.5, 0.0], np.float32)}
     updates, _ = optimizer.update(gradients, optimizer.init(weights), weights)
     np.testing.assert_allclose(updates["kernel"], [-0.01 * 2 / 2.5, 0.01 * 0.5 / 1.0, 0.0], rtol=1e-5)
-
-
-def test_all_scalars_of_a_tree_are_counted():
-    assert count_parameters({"a": {"b": np.zeros((2, 3)), "c": np.zeros(())}, "d": np.zeros(4)}) == 11

@@ -9,14 +9,16 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import new_folder
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.data.batches import RowOrder, check_sizes, epoch_order, number_images, prefetch, prepare_split
+from repro.data.batches import RowOrder, epoch_order, prefetch, prepare_split
 from repro.data.captions import caption_lengths
 from repro.data.image_cache import ImageStore
 from repro.errors import InputError
+from repro.run.settings import Settings
 
 
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.booleans())
@@ -70,14 +72,15 @@ def test_epochs_and_streams_have_orders_of_their_own() -> None:
     [
         (100, 12, "--block_size 12: must be 0 or a multiple of the global train batch of 8"),
         (100, 24, "--block_size 24: must be 0 or a multiple of the global eval batch of 16"),
-        (100, -8, "--block_size -8"),
+        (100, -8, "--block_size -8: must be at least 0"),
         (7, 0, "train batch of 8 rows is larger than the data: 7 rows"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(num_rows: int, block_size: int, words: str) -> None:
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 8, "num_replicas": 2}
+    settings = Settings(model_name_or_path="unused", do_train=True, block_size=32, **sizes).with_rows({"train": 8})
     with pytest.raises(InputError, match=words):
-        check_sizes(num_rows, train_batch=8, eval_batch=16, block_size=block_size)
-    check_sizes(8, train_batch=8, eval_batch=16, block_size=32)
+        dataclasses.replace(settings, block_size=block_size).with_rows({"train": num_rows})
 
 
 def make_split(tokenizer, failures: dict[str, str], max_length: int = 6):
@@ -86,9 +89,8 @@ def make_split(tokenizer, failures: dict[str, str], max_length: int = 6):
         {"row": [0, 1, 2, 5], "image_path": paths, "image_id": paths, "caption": ["one", "two", "three", "four"]}
     )
     store = ImageStore(np.arange(3 * 2 * 2 * 3, dtype=np.uint8).reshape(3, 2, 2, 3), failures, set())
-    places = number_images([dataset])
-    assert places == {"a.jpg": 0, "b.jpg": 1, "c.jpg": 2}
-    settings = {"max_length": max_length, "decoder_start_token_id": 0, "split": "train"}
+    places = {"a.jpg": 0, "b.jpg": 1, "c.jpg": 2}
+    settings = {"max_length": max_length, "decoder_start_token_id": 0, "split": "train", "tokens_dir": new_folder()}
     return prepare_split(dataset, tokenizer, places, store, **settings), store
 
 

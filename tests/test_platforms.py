@@ -26,6 +26,9 @@ class Exported:
     def __call__(self, *args: Any, **more: Any) -> Any:
         return self.jitted(*args, **more)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.jitted, name)
+
     def lower(self, *args: Any, **more: Any) -> Any:
         found = export.export(self.jitted, platforms=["cuda", "tpu"])(*args, **more)
         self.exported[self.jitted.__name__] = found.mlir_module()

@@ -98,6 +98,13 @@ def test_damaged_facts_are_told_and_forbid_conclusions(old: Path, content: bytes
     assert choose_start(TrainingArguments(output_dir=str(old), resume="auto"), old).step == 16
 
 
+@pytest.mark.parametrize("seconds", [1e300, -1.0, 8.7e13])
+def test_seconds_that_no_run_takes_are_told(old: Path, seconds: float) -> None:
+    change(old, "run.json", lambda facts: facts.update(train_seconds=seconds))
+    write_report([old], old / "report.html")
+    assert "run.json: is damaged" in (old / "report.html").read_text()
+
+
 @pytest.mark.parametrize("name", ["flags", "data", "model", "num_steps"])
 def test_facts_that_lack_something_tell_nothing(old: Path, name: str, capsys) -> None:
     change(old, "run.json", lambda facts: facts.pop(name))

@@ -239,10 +239,9 @@ def test_what_captions_claim_of_rendered_scenes_is_judged(tmp_path):
     assert '<th scope="row">said 3</th><td class="n" data-name="true 0">0</td>' in page
 
 
-def test_thinning_keeps_mean_and_range_and_leaves_out_what_is_not_finite():
-    x, mean, low, high = thinned(np.arange(1, 6), np.array([1.0, 3.0, np.nan, 8.0, 7.0]), 2)
-    assert (x.tolist(), mean.tolist()) == ([2, 4, 5], [2, 8, 7])
-    assert (low.tolist(), high.tolist()) == ([1, 8, 7], [3, 8, 7])
+def test_thinning_keeps_mean_and_range():
+    points = [(1, 1.0), (2, 3.0), (4, 8.0), (7, 6.0), (8, 5.0)]
+    assert thinned(points, 2) == [(2, 2.0, 1.0, 3.0), (7, 7.0, 6.0, 8.0), (8, 5.0, 5.0, 5.0)]
 
 
 def test_what_is_said_of_an_evaluation_besides_its_metrics_has_no_curve():

@@ -130,6 +130,19 @@ def test_a_signal_saves_the_state_and_the_run_goes_on_from_it(whole, signum, ste
     assert_same_run(folder, whole)
 
 
+def test_a_run_that_is_ended_before_its_first_step_keeps_what_is_known_of_its_parts(whole, tmp_path):
+    def probe(_training: Any) -> dict[str, Any]:
+        raise Interrupted(signal.SIGTERM, "before the first step.")
+
+    folder = copy_of(whole, tmp_path, up_to=8)
+    parsed = parse_arguments(CLASSES, flags(folder, "--resume", "auto"), command="train")
+    with pytest.raises(Interrupted):
+        run(*parsed, probe=probe, progress=False)
+    start(folder, "--resume", "auto")
+    parts = json.loads((folder / "run.json").read_text())["parts"]
+    assert [part["first_step"] for part in parts] == [1, 9, 9]
+
+
 def test_the_command_line_has_a_status_for_each_end(tmp_path, monkeypatch, capsys):
     for error, status, said in (
         (Interrupted(signal.SIGTERM, "saved."), 143, "stopped by SIGTERM: saved."),

@@ -14,10 +14,10 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
+from conftest import load_splits
 
 from repro.data import sources
 from repro.data.images import open_image
-from repro.data.sources import load_splits
 from repro.errors import InputError
 from repro.limits import CAPTION_CHARACTERS
 
@@ -130,7 +130,9 @@ def test_relative_paths_begin_in_data_dir_whatever_names_them(tmp_path: Path, mo
 
 def test_a_folder_of_images_with_texts_beside_them_is_read(tmp_path: Path) -> None:
     (tmp_path / "set" / "more").mkdir(parents=True)
+    (tmp_path / "set" / ".thumbnails").mkdir()
     texts = {"a.jpg": "one\n", "more/b.PNG": "two\n\n three \r\n", "c.v1.jpg": "four", "d.jpg": None, "latin.jpg": None}
+    texts |= {".thumbnails/a.jpg": "small", ".hidden.jpg": "hidden"}
     for name, text in texts.items():
         (tmp_path / "set" / name).touch()
         if text is not None:

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repro.data.batches import CaptionedImages, RowOrder, epoch_order
-from repro.data.captions import TokenizedCaptions, pack_tokens
+from repro.data.captions import pack_tokens
 from repro.errors import InputError
 from repro.models.pretrained import load_model
-from repro.run.build import training_batches
+from repro.run.build import Training
 from repro.training.memory import choices, compile_what_fits, device_bytes, step_bytes
 from repro.training.sharding import (
     create_mesh,
@@ -375,7 +375,8 @@ def captioned(num_rows: int) -> CaptionedImages:
     return CaptionedImages(
         dataset=Dataset.from_dict({"image_path": [f"{n // 2}.png" for n in numbers]}),
         kept=numbers,
-        captions=TokenizedCaptions(pack_tokens(tokens, np.ones_like(tokens)), decoder_start_token_id=0),
+        records=pack_tokens(tokens, np.ones_like(tokens)),
+        decoder_start_token_id=0,
         image_index=numbers // 2,
         images=pixels,
     )
@@ -386,10 +387,14 @@ def order_of(**settings) -> RowOrder:
     return RowOrder(**defaults | settings)
 
 
+def training_of(data: CaptionedImages, row_order: RowOrder, sharding: jax.sharding.NamedSharding) -> Training:
+    return Training(SimpleNamespace(splits={"train": data}), None, None, None, row_order, sharding, {})
+
+
 def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
     data, row_order = captioned(11), order_of(num_epochs=3)
     mesh = create_mesh(jax.devices()[:1], num_replicas=2, replica_batch=2)
-    batches = list(training_batches(data, row_order, train_batch_sharding(mesh, num_replicas=2)))
+    batches = list(training_of(data, row_order, train_batch_sharding(mesh, num_replicas=2)).batches())
     assert [step for step, _, _ in batches] == [1, 2, 3, 4, 5, 6]
     seen = [{name: np.asarray(array) for name, array in batch.items()} for _, batch, _ in batches]
     expected = np.concatenate([epoch_order(5, epoch, 11)[:8].reshape(2, 2, 2) for epoch in range(3)])
@@ -399,7 +404,7 @@ def test_loop_takes_every_whole_batch_of_every_epoch_in_order():
 
 def test_training_lowers_the_loss_of_what_it_sees():
     data = captioned(12)
-    data.captions.records["labels"] = np.arange(1, LENGTH + 1) % VOCABULARY  # each token follows the one before
+    data.records["labels"] = np.arange(1, LENGTH + 1) % VOCABULARY  # each token follows the one before
     row_order = order_of(num_epochs=10)
     optimizer = create_optimizer(optax.constant_schedule(0.05), rule="layer_norms")
     step = make_train_step(make_logits(), optimizer, optax.constant_schedule(0.05), reduction="tokens")
@@ -407,7 +412,7 @@ def test_training_lowers_the_loss_of_what_it_sees():
     state = put(create_train_state(make_params(), optimizer, seed=0, num_replicas=2), replicated(mesh))
     sharding = train_batch_sharding(mesh, num_replicas=2)
     step, losses = compile_fast(step), []
-    for _, batch, _ in training_batches(data, row_order, sharding):
+    for _, batch, _ in training_of(data, row_order, sharding).batches():
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert len(losses) == 30

@@ -19,7 +19,7 @@ from repro.progress import waiting
 from repro.recipes import read_recipe, recipe_names
 from repro.recipes.equivalence import Verdict
 from repro.recipes.targets import Outcome, Target, read_targets
-from repro.recipes.verify import WIDTH, table
+from repro.recipes.verify import WIDTH, Verification
 from repro.run.step_log import in_short
 
 
@@ -51,16 +51,15 @@ def test_an_evaluation_is_one_short_line() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_table_of_verdicts_fits_and_has_names_for_people(name: str) -> None:
-    text = table(
-        [
-            Outcome(target, Verdict.CANNOT_TELL, 75000.123, -0.123456, (-12.3456, 12.3456), "too little " * 20, band)
-            for target in read_targets(read_recipe(name)["targets"])
-            for band in ("", "2.0153 within ± 0.1234 of the runs' mean")
-        ]
-    )
+    outcomes = [
+        Outcome(target, Verdict.CANNOT_TELL, 75000.123, -0.123456, (-12.3456, 12.3456), "too little " * 20, band)
+        for target in read_targets(read_recipe(name)["targets"])
+        for band in ("", "2.0153 within ± 0.1234 of the runs' mean")
+    ]
+    text = Verification(name, (), tuple(outcomes), ()).table
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "eval_" not in text
-    assert "_" not in table([Outcome(Target("train_rows", "", low=1), Verdict.PASS)])
+    assert "_" not in Verification(name, (), (Outcome(Target("train_rows", "", low=1), Verdict.PASS),), ()).table
 
 
 def test_flags_known_from_elsewhere_are_told_by_their_names_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,7 +244,7 @@ def test_export_writes_both_formats_and_overwrites_nothing(golden_inputs, model,
     assert "decoder.lm_head.weight" not in state
     assert main(flags) == 2
     assert main(flags[:3]) == 2
-    assert "--output_dir is missing" in capsys.readouterr().err
+    assert "the following arguments are required: --output_dir." in capsys.readouterr().err
 
 
 def grown(params):
@@ -261,6 +261,15 @@ def test_formats_that_differ_are_named_and_one_may_be_chosen(model, tmp_path, ho
     for form, expected in (("msgpack", params), ("safetensors", grown(params))):
         found, _ = load_weights(str(tmp_path), lambda: model.captioner.init(5), holds=holds, form=form)
         assert_same(found, {"encoder": expected} if holds else expected)
+
+
+def test_weights_that_only_the_second_format_has_are_named(model, tmp_path):
+    save_weights(model.params, tmp_path)
+    lacking = jax.tree.map(lambda leaf: leaf, model.params)
+    del lacking["encoder"]["pooler"]
+    (tmp_path / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(lacking))
+    with pytest.raises(InputError, match=r"hold different weights \(2 of \d+, such as encoder.pooler.dense.bias"):
+        load(tmp_path, model)
 
 
 def test_a_model_trained_on_elsewhere_is_exported_by_its_format(model, tmp_path, capsys):

@@ -9,6 +9,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -222,6 +223,10 @@ def test_log_goes_to_the_runs_file_while_it_is_open(tmp_path):
     assert logger.handlers == before
 
 
+def settings_of(num_steps: int, logging_steps: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(num_steps=num_steps, logging_steps=logging_steps, train_batch=10, log_grad_norm=False)
+
+
 def metrics_of(step: int) -> dict:
     return {"loss": jnp.asarray(0.5 * step), "learning_rate": jnp.asarray(0.25)}
 
@@ -229,7 +234,7 @@ def metrics_of(step: int) -> dict:
 @pytest.mark.parametrize(("logging_steps", "logged"), [(3, [3, 6]), (1, [1, 2, 3, 4, 5, 6, 7]), (0, []), (100, [])])
 def test_every_step_is_in_the_metrics_and_every_logging_step_in_tensorboard(tmp_path, logging_steps, logged):
     with RunWriter(tmp_path) as writer:
-        steps = StepLog(writer, num_steps=7, batch_size=4, logging_steps=logging_steps, progress=False)
+        steps = StepLog(writer, settings_of(7, logging_steps), progress=False)
         for step in range(1, 8):
             steps.add(step, metrics_of(step))
         times = steps.close()
@@ -245,7 +250,7 @@ def test_pauses_do_not_count_as_training_time(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("repro.run.step_log.time.perf_counter", lambda: now[0])
     with RunWriter(tmp_path) as writer:
-        steps = StepLog(writer, num_steps=2, batch_size=10, logging_steps=1, progress=False)
+        steps = StepLog(writer, settings_of(2), progress=False)
         now[0] += 2.0
         steps.add(1, metrics_of(1))
         steps.pause()
@@ -262,7 +267,7 @@ def test_the_log_tells_rate_and_time_left(tmp_path, monkeypatch, caplog):
     now = [100.0]
     monkeypatch.setattr("repro.run.step_log.time.perf_counter", lambda: now[0])
     with RunWriter(tmp_path) as writer:
-        steps = StepLog(writer, num_steps=200, batch_size=10, logging_steps=1, progress=False)
+        steps = StepLog(writer, settings_of(200), progress=False)
         now[0] += 2.0
         steps.add(1, metrics_of(1), waited=0.5)
         times = steps.close()

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,14 +51,11 @@ class CaptionArguments(Checked):
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     (how,) = make_arguments((CaptionArguments,), vars(args))
-    skipped: dict[str, int] = {}
-    found = [item for name in args.images for item in _find(name, skipped, null=args.null)]
+    found = [item for name in args.images for item in _find(name, null=args.null)]
     if not found:
         raise InputError("standard input names no image; give one path a line, or with --null one before each NUL.")
     start_logging(models=[args.model])
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about images that it can read all the same
-    for folder, number in skipped.items():
-        _tell(f"{folder}: {number} other file{'s' * (number > 1)} left out")
     results: Iterator[tuple[Any, Any]] = iter(())
     images = [item.name for item in found if item.problem is None]
     if images:
@@ -69,7 +65,9 @@ def main(argv: list[str]) -> int:
         of_model = {name: settings.pop(name) for name in ("dtype", "model_implementation", "weights_format")}
         results = Captioner.from_pretrained(_checkpoint_of(args.model), **of_model).stream(images, **settings)
     outcomes = ((name, problem or next(results)[1]) for name, problem in found)
-    failures = _print(outcomes, len(found), as_json=args.json, width=_width(found))
+    widths = [len(printable(item.name, sys.stdout)) for item in found]
+    width = max((width for width in widths if width <= WIDEST_NAME), default=0)
+    failures = _print(outcomes, len(found), as_json=args.json, width=width)
     if failures:
         _tell(f"{failures} of {len(found)} could not be captioned")
     return NOT_ALL if failures else 0
@@ -111,20 +109,17 @@ def _checkpoint_of(model: str) -> str:
     return str(chosen)
 
 
-def _find(name: str, skipped: dict[str, int], *, null: bool) -> Iterator[Found]:
-    """What an argument names; of folders, how many files were left out is added to `skipped`."""
+def _find(name: str, *, null: bool) -> Iterator[Found]:
+    """What an argument names."""
     if name == LIST:
         yield from map(Found, _listed(sys.stdin.buffer, b"\0" if null else b"\n"))
-    elif name.startswith(URL_SCHEMES):
-        yield Found(name)
-    elif os.path.lexists(name) or not glob.has_magic(name):
-        yield from _expanded(name, skipped)
-    else:
-        matches = sorted(glob.glob(name, recursive=True))
-        for match in matches:
-            yield from _expanded(match, skipped)
-        if not matches:
-            yield Found(name, "no file matches")
+        return
+    is_pattern = glob.has_magic(name) and not name.startswith(URL_SCHEMES) and not os.path.lexists(name)
+    matches = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+    for match in matches:
+        yield from _expanded(match)
+    if not matches:
+        yield Found(name, "no file matches")
 
 
 def _listed(stream: BinaryIO, end: bytes) -> Iterator[str]:
@@ -134,27 +129,21 @@ def _listed(stream: BinaryIO, end: bytes) -> Iterator[str]:
     return (os.fsdecode(name) for name in names.split(end) if name)
 
 
-def _expanded(path: str, skipped: dict[str, int]) -> Iterator[Found]:
+def _expanded(path: str) -> list[Found]:
     if not os.path.isdir(path):
-        yield Found(path)
-        return
+        return [Found(path)]
     errors: list[OSError] = []
     files: list[str] = []
     for folder, folders, names in os.walk(path, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     found = [Found(file) for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    if len(found) < len(files):
-        skipped[path] = len(files) - len(found)
+    if others := len(files) - len(found):
+        _tell(f"{path}: {others} other file{'s' * (others > 1)} left out")
     found += [Found(str(error.filename), f"the folder cannot be read: {error.strerror}") for error in errors]
     if not found:
         found = [Found(path, f"holds no images ({', '.join(name[1:] for name in IMAGE_SUFFIXES)})")]
-    yield from sorted(found, key=itemgetter(0))
-
-
-def _width(found: Iterable[Found]) -> int:
-    widths = (len(printable(item.name, sys.stdout)) for item in found)
-    return max((width for width in widths if width <= WIDEST_NAME), default=0)
+    return sorted(found)
 
 
 def _print(outcomes: Iterable[tuple[str, Any]], number: int, *, as_json: bool, width: int) -> int:

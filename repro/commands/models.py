@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from repro.commands import COMMANDS
 from repro.commands.terminal import start_logging
 from repro.config import CreateModelArguments, ExportArguments, ModelArguments, parse_arguments
-from repro.errors import InputError
 
 if TYPE_CHECKING:
     from repro.models.pretrained import Pretrained
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 def create_model(argv: list[str]) -> int:
     (args,) = parse_arguments((CreateModelArguments,), argv, command="create-model", about=COMMANDS["create-model"])
-    if args.output_dir is None:
-        raise InputError("--output_dir is missing: name a folder for the new model.")
     start_logging()
     from repro.run.prepare import load_or_create
 
@@ -29,9 +26,6 @@ def create_model(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     (args,) = parse_arguments((ExportArguments,), argv, command="export", about=COMMANDS["export"])
-    for name in ("model_name_or_path", "output_dir"):
-        if getattr(args, name) is None:
-            raise InputError(f"--{name} is missing. `repro export --help` lists the flags.")
     start_logging()
     from repro.models.pretrained import Options, load_model
     from repro.record.model_card import CARD

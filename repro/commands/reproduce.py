@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
     )
     own = ReproduceArguments(**{f.name: given.pop(f.name) for f in fields(ReproduceArguments) if f.name in given})
     if given.get("deterministic"):
-        make_deterministic(os.environ)
+        make_deterministic()
     seeds = _seeds(own.seeds, given) if own.seeds is not None else []
     folder = Path(own.output_dir or f"repro-{recipe}{'-seeds' * bool(seeds)}")
     from repro.recipes import read_recipe
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> int:
     if own.dry_run:
         from repro.recipes.preflight import dry_run
 
-        with leaving_nothing(folder), started(read_recipe(recipe), folder, given) as arguments:
+        with leaving_nothing(folder), started(read_recipe(recipe), folder, given, folder) as arguments:
             found = dry_run(*arguments)
         print(found.text)
         return INPUT_ERROR if found.problems else 0

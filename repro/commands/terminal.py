@@ -9,7 +9,7 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -22,11 +22,11 @@ from repro.progress import waiting
 COLOURS = {"PASS": 32, "FAIL": 31, "CANNOT TELL": 33, "error:": 31, "stopped:": 31}
 
 
-def make_deterministic(environment: MutableMapping[str, str]) -> None:
+def make_deterministic() -> None:
     """Set what XLA needs on a GPU to compute the same bits in every run; before JAX starts."""
     from repro.run.settings import DETERMINISTIC
 
-    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 
 
 def stay_offline_without_hub(*names: str | None) -> None:

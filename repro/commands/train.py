@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from repro.commands import COMMANDS
 from repro.commands.terminal import figures, make_deterministic, print_end, start_logging
 from repro.config import ARGUMENTS, HALVES, SEVERAL, parse_arguments
@@ -19,15 +17,14 @@ def main(argv: list[str]) -> int:
     parsed = parse_arguments(ARGUMENTS, argv, command="train", about=ABOUT)
     args = parsed[-1]
     if args.deterministic:
-        make_deterministic(os.environ)
+        make_deterministic()
     models = [value for name, value in vars(parsed[0]).items() if name.startswith((*HALVES, "model_name"))]
     first = f"run in {args.output_dir}: starting JAX and transformers"
     start_logging(first, quiet=bool(args.process_id), models=models, imports=("repro.run.train",))
+    from repro.run.train import run
     from repro.training.processes import is_first, start_processes
 
     start_processes(**{name: getattr(args, name) for name in SEVERAL})
-    from repro.run.train import run
-
     result = run(*parsed)
     if not is_first():
         return 0

@@ -15,12 +15,11 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
 from repro.errors import InputError
-from repro.json_files import keys, read_json
+from repro.json_files import PARTIAL, keys, read_json, write_json
 from repro.limits import DROPPED_CHARACTERS
 
 # What stands beside a file of a cache: a hash of it and of what was noted, and the run that has built it again.
@@ -35,25 +34,6 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _below: ContextVar[Path | None] = ContextVar("below", default=None)
 _watch_files = cache(sys.addaudithook)  # once, and for good: it cannot be undone
 log = logging.getLogger("repro")
-
-
-@contextmanager
-def whole_file(file: Path, content: str) -> Iterator[Path]:
-    """Give the path to write to; it becomes the file when the block is left.
-
-    Raises:
-        InputError: it cannot be written; it says what `content` it is.
-    """
-    # Hosts and containers that share a disk may have processes of the same id.
-    partial = file.with_name(f"{file.name}.{uuid4().hex}.partial")
-    with _kept_there(file, content):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            partial.replace(file)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
 
 
 def build_once(
@@ -74,17 +54,19 @@ def build_once(
     beside = file.with_name(f"{file.name}.json")
     if (notes := _notes_of(file, beside, rebuild)) is not None:
         return notes
-    with _kept_there(file, content), alone(file.with_name(f"{file.name}.lock")):
+    with kept_there(file, content), alone(file.with_name(f"{file.name}.lock")):
         if (notes := _notes_of(file, beside, rebuild)) is not None:
             return notes
         if rebuild is None and file.exists():
             log.warning("%s: is damaged; %s are made again", file, content)
-        for left in file.parent.glob(f"{file.name}.*.partial"):  # by a builder that was killed
-            left.unlink()
-        with whole_file(file, content) as partial, whole_file(beside, content) as partial_beside:
+        partial = file.with_name(file.name + PARTIAL)  # which a builder that was killed may have left
+        try:
             notes = build(partial) or []
             entry = {"sha256": _hash_of(partial, notes), "notes": notes, "built_by": rebuild}
-            partial_beside.write_text(json.dumps(entry))
+            write_json(beside, entry, indent=None)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
         return notes
 
 
@@ -122,13 +104,14 @@ def alone(lock_file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_there(file: Path, content: str) -> Iterator[None]:
+def kept_there(place: Path, content: str, instead: str = "") -> Iterator[None]:
+    """Raise an InputError, with the remedy, where what a block keeps in a cache cannot be written or locked."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{file}: {content} cannot be kept there ({error}); make room or mend it, or name another folder with"
-            " --cache_dir."
+            f"{place}: {content} cannot be kept there ({error}); make room or mend it, or name another folder with"
+            f" --cache_dir{instead}."
         ) from error
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from datasets import Dataset
 
-from repro.data.captions import TokenizedCaptions, caption_lengths, tokenize_captions
+from repro.data.captions import caption_lengths, tokenize_captions, unpack_tokens
 from repro.data.image_cache import Images, ImageStore, in_parallel
 from repro.data.rows import column
 from repro.errors import InputError
@@ -66,28 +66,14 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return np.asarray(jax.random.permutation(order_key, num_rows), np.int64)
 
 
-def check_sizes(num_rows: int, *, train_batch: int, eval_batch: int, block_size: int) -> None:
-    """Check that the training rows can be cut as asked; an InputError names the block or batch size that forbids it."""
-    for name, batch in (("train", train_batch), ("eval", eval_batch)):
-        if block_size < 0 or block_size % batch:
-            raise InputError(
-                f"--block_size {block_size}: must be 0 or a multiple of the global {name} batch of"
-                f" {batch} rows (replicas x --per_device_{name}_batch_size)."
-            )
-    if num_rows < train_batch:
-        raise InputError(
-            f"the global train batch of {train_batch} rows is larger than the data: {num_rows} rows"
-            " are left; lower --per_device_train_batch_size or --num_replicas."
-        )
-
-
 @dataclass(frozen=True)
 class CaptionedImages:
     """A split that is ready to be cut into batches, of N rows."""
 
     dataset: Dataset  # the rows as read, some of which may not be used
-    kept: np.ndarray  # int64[N], the place of each row in `dataset` and in `captions`
-    captions: TokenizedCaptions  # of all rows of `dataset`
+    kept: np.ndarray  # int64[N], the place of each row in `dataset` and in `records`
+    records: np.ndarray  # the captions of all rows of `dataset`, T tokens each, as `pack_tokens` makes; maybe on disk
+    decoder_start_token_id: int  # the first of the decoder's inputs
     image_index: np.ndarray  # int64[N], each row's place in `images`
     images: Images  # distinct images, uint8[S,S,3] each
     num_cut: int = 0  # rows whose caption had more than T tokens
@@ -102,11 +88,11 @@ class CaptionedImages:
 
     def tokens(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Gather the captions of rows int[B], the three int32[B,T]."""
-        return self.captions[self.kept[rows]]
+        return unpack_tokens(self.records[self.kept[rows]], self.decoder_start_token_id)
 
     def have_captions(self, rows: np.ndarray) -> np.ndarray:
-        """Tell which of rows int[B] have a caption, bool[B]."""
-        return self.captions.given(self.kept[rows])
+        """Tell which of rows int[B] have a caption, bool[B]: even an empty one has an eos token."""
+        return np.any(self.records["mask"][self.kept[rows]], axis=1)
 
     def names(self, rows: np.ndarray, column: str = "image_path") -> list[str]:
         """Name the images of rows int[B]; in `image_id` as their source does: COCO's by number."""
@@ -124,18 +110,12 @@ class CaptionedImages:
         """Hash what is learned from: tokens, which rows share an image, and the pixels of some images."""
         digest = sha256()
         for start in range(0, len(self), HASHED):
-            digest.update(self.captions.records[self.kept[start : start + HASHED]].tobytes())
+            digest.update(self.records[self.kept[start : start + HASHED]].tobytes())
         _, first, shared = np.unique(self.image_index, return_index=True, return_inverse=True)
         digest.update(np.argsort(np.argsort(first))[shared].astype(np.int64).tobytes())
         some = np.unique(np.linspace(0, len(first) - 1, IMAGES_HASHED).astype(np.int64))
         digest.update(self.images[self.image_index[np.sort(first)[some]]].tobytes())
         return digest.hexdigest()[:16]
-
-
-def number_images(datasets: Iterable[Dataset]) -> dict[str, int]:
-    """Give each distinct image of some splits a place."""
-    distinct = dict.fromkeys(path for dataset in datasets for path in column(dataset, "image_path"))
-    return {path: place for place, path in enumerate(distinct)}
 
 
 def prepare_split(
@@ -147,13 +127,13 @@ def prepare_split(
     max_length: int,
     decoder_start_token_id: int,
     split: str,
-    tokens_dir: Path | None = None,
+    tokens_dir: Path,
 ) -> tuple[CaptionedImages, list[dict[str, Any]]]:
     """Join rows with their decoded images and tokenized captions.
 
     Args:
         places: of each image path in the store.
-        tokens_dir: where the tokens are kept; None to keep them in memory.
+        tokens_dir: where the tokens are kept.
 
     Returns:
         The split, and the rows whose image cannot be used: {"split", "row", "image_path", "caption", "reason"}.
@@ -174,26 +154,15 @@ def prepare_split(
             f"{split}: no row is left of {len(dataset)}, because no image can be read. Check the paths"
             f" (relative ones begin in --data_dir or beside the file that names them). {reasons}"
         )
-    captions = tokenize_captions(
-        column(dataset, "caption"),
-        len(dataset),
-        tokenizer,
-        max_length=max_length,
-        decoder_start_token_id=decoder_start_token_id,
-        cache=(tokens_dir, _captions_fingerprint(dataset)) if tokens_dir else None,
-    )
+    records = tokenize_captions(dataset, tokenizer, max_length, tokens_dir)
     kept = np.flatnonzero(~failed)
-    full = dataset.select(kept[captions.full(kept)])
-    num_cut = int(np.sum(caption_lengths(column(full, "caption"), tokenizer) > max_length))
+    # Of captions that were cut, each token is there.
+    may_be_cut = kept[np.all(records["mask"][kept] == np.packbits(np.ones(max_length, bool)), axis=1)]
+    lengths = caption_lengths(column(dataset.select(may_be_cut), "caption"), tokenizer)
+    num_cut = int(np.sum(lengths > max_length))
     num_turned = len(np.intersect1d(index, [places[path] for path in store.turned if path in places]))
-    return CaptionedImages(dataset, kept, captions, index[kept], store.images, num_cut, num_turned), dropped
-
-
-def _captions_fingerprint(dataset: Dataset) -> str:
-    digest = sha256()
-    for caption in column(dataset, "caption"):
-        digest.update(b"\0" if caption is None else caption.encode() + b"\n")
-    return digest.hexdigest()
+    images = (index[kept], store.images)
+    return CaptionedImages(dataset, kept, records, decoder_start_token_id, *images, num_cut, num_turned), dropped
 
 
 def prefetch(items: Iterable[Item]) -> Generator[Item]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice
@@ -13,42 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from repro.data.atomic import build_once, writing_only_below
+from repro.data.rows import column
 from repro.errors import InputError
 
 CHUNK = 10_000  # captions tokenized at once, by all threads of the tokenizers library: bounds what is in memory
-
-
-@dataclass(frozen=True)
-class TokenizedCaptions:
-    """The captions of N rows, each of T tokens."""
-
-    records: np.ndarray  # [N], `labels` uint16[T] or int32[T] and `mask` (bits) uint8[ceil(T / 8)]; maybe on disk
-    decoder_start_token_id: int  # the first of the decoder's inputs
-
-    def __getitem__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Gather rows int[B]: `labels`, `decoder_input_ids` and `decoder_attention_mask`, int32[B,T].
-
-        The mask is the tokenizer's attention mask and serves the loss too: GPT-2 pads with its eos token, so the labels
-        alone do not tell padding.
-        """
-        records = self.records[rows]
-        labels = records["labels"].astype(np.int32)
-        return {
-            "labels": labels,
-            "decoder_input_ids": shift_right(labels, self.decoder_start_token_id),
-            "decoder_attention_mask": np.unpackbits(records["mask"], axis=1, count=labels.shape[1]).astype(np.int32),
-        }
-
-    def given(self, rows: np.ndarray) -> np.ndarray:
-        """Tell which of rows int[B] have a caption, bool[B]: even an empty one has an eos token."""
-        return np.any(self.records["mask"][rows], axis=1)
-
-    def full(self, rows: np.ndarray) -> np.ndarray:
-        """Tell which of rows int[B] have all of T tokens, bool[B], and so may have been cut."""
-        ones = np.packbits(np.ones(self.records.dtype["labels"].shape, bool))
-        return np.all(self.records["mask"][rows] == ones, axis=1)
 
 
 def shift_right(labels: np.ndarray, decoder_start_token_id: int) -> np.ndarray:
@@ -56,22 +26,17 @@ def shift_right(labels: np.ndarray, decoder_start_token_id: int) -> np.ndarray:
     return np.insert(labels[:, :-1], 0, decoder_start_token_id, axis=1)
 
 
-def tokenize_captions(
-    captions: Iterable[str | None],
-    num_captions: int,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    decoder_start_token_id: int,
-    cache: tuple[Path, str] | None = None,
-) -> TokenizedCaptions:
+def tokenize_captions(dataset: Dataset, tokenizer: Any, max_length: int, folder: Path) -> np.ndarray:
     """Tokenize lower-cased captions with a closing eos token, padded and truncated to one length.
 
     A caption that is too long loses its eos token. A row without a caption is all padding under an all-zero mask.
 
     Args:
-        captions: not touched where the cache has their tokens.
-        cache: a folder, and a fingerprint of the captions; None to keep the tokens in memory.
+        dataset: N rows with a `caption`.
+        folder: where the tokens are kept.
+
+    Returns:
+        records[N] as `pack_tokens` makes, on disk.
 
     Raises:
         InputError: the tokenizer has no pad or no eos token, or the cache cannot be written.
@@ -83,17 +48,13 @@ def tokenize_captions(
                 f" `tokenizer.{name} = '<|endoftext|>'`, and save the tokenizer again."
             )
     kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-    chunks = _tokenize(iter(captions), tokenizer, max_length, kind)
-    if cache is None:
-        records = np.concatenate(list(chunks))
-    else:
-        folder, fingerprint = cache
-        parts = (fingerprint, num_captions, max_length, tokenizer_fingerprint(tokenizer))
-        file = folder / f"{sha256(repr(parts).encode()).hexdigest()[:32]}.npy"
-        build_once(file, "the tokens of the captions", partial(_save, chunks=chunks, count=num_captions))
-        records = np.load(file, mmap_mode="r")
-    assert len(records) == num_captions
-    return TokenizedCaptions(records, decoder_start_token_id)
+    chunks = _tokenize(column(dataset, "caption"), tokenizer, max_length, kind)
+    parts = (_fingerprint(dataset), len(dataset), max_length, tokenizer_fingerprint(tokenizer))
+    file = folder / f"{sha256(repr(parts).encode()).hexdigest()[:32]}.npy"
+    build_once(file, "the tokens of the captions", partial(_save, chunks=chunks, count=len(dataset)))
+    records = np.load(file, mmap_mode="r")
+    assert len(records) == len(dataset)
+    return records
 
 
 def caption_lengths(captions: Iterable[str | None], tokenizer: Any) -> np.ndarray:
@@ -122,12 +83,33 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def pack_tokens(labels: np.ndarray, mask: np.ndarray, kind: Any = np.int32) -> np.ndarray:
-    """Put labels and attention mask int32[N,T] into the records of `TokenizedCaptions`, labels as numbers of a kind."""
+    """Put labels and attention mask int32[N,T] into records[N], labels as numbers of a kind, masks as bits."""
     length = labels.shape[1]
     record = [("labels", kind, (length,)), ("mask", np.uint8, (-(-length // 8),))]
     records = np.zeros(len(labels), record)
     records["labels"], records["mask"] = labels, np.packbits(mask.astype(bool), axis=1)
     return records
+
+
+def unpack_tokens(records: np.ndarray, decoder_start_token_id: int) -> dict[str, np.ndarray]:
+    """Give `labels`, `decoder_input_ids` and `decoder_attention_mask`, int32[B,T], of records[B].
+
+    The mask is the tokenizer's attention mask and serves the loss too: GPT-2 pads with its eos token, so the labels
+    alone do not tell padding.
+    """
+    labels = records["labels"].astype(np.int32)
+    return {
+        "labels": labels,
+        "decoder_input_ids": shift_right(labels, decoder_start_token_id),
+        "decoder_attention_mask": np.unpackbits(records["mask"], axis=1, count=labels.shape[1]).astype(np.int32),
+    }
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    digest = sha256()
+    for caption in column(dataset, "caption"):
+        digest.update(b"\0" if caption is None else caption.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _tokenize(captions: Iterator[str | None], tokenizer: Any, max_length: int, kind: Any) -> Iterator[np.ndarray]:

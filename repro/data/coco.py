@@ -104,7 +104,6 @@ def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> I
 
 def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterator[Record]:
     finder = _ImageFinder(file, folders, "")
-    row = 0
     with _opened(file, "") as opened:
         for value in stream(opened, "images.item"):
             image = checked(value, KARPATHY_IMAGE)
@@ -113,8 +112,7 @@ def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterat
             name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
             found = {"image_path": finder.find(name), "image_id": str(image.get("cocoid", image.get("imgid", name)))}
             for sentence in image["sentences"]:
-                yield {"row": row, **found, "caption": sentence["raw"]}
-                row += 1
+                yield {**found, "caption": sentence["raw"]}
     finder.check()
 
 
@@ -136,14 +134,14 @@ def _records(file: Path, member: str, finder: _ImageFinder, *, has_captions: boo
     any(finder.find(name) and finder.found for name in islice(names.values(), PROBED))
     finder.check()
     if not has_captions:
-        for row, (image_id, name) in enumerate(names.items()):
-            yield {"row": row, "image_path": finder.find(name), "image_id": str(image_id), "caption": None}
+        for image_id, name in names.items():
+            yield {"image_path": finder.find(name), "image_id": str(image_id), "caption": None}
         return
     with _opened(file, member) as opened:
-        for row, value in enumerate(stream(opened, "annotations.item")):
+        for value in stream(opened, "annotations.item"):
             annotation = checked(value, ANNOTATION)
             image_id, caption = annotation["image_id"], annotation["caption"]
-            record = {"row": row, "image_path": None, "image_id": str(image_id), "caption": caption}
+            record = {"image_path": None, "image_id": str(image_id), "caption": caption}
             if image_id not in names:
                 yield record | {"reason": f"image_id {image_id} is not among the images"}
             elif image_id in ambiguous:

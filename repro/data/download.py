@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -20,7 +19,7 @@ import requests
 
 from repro.data.coco import DOWNLOADS, SPLIT_NAMES
 from repro.data.image_cache import in_parallel
-from repro.errors import InputError
+from repro.errors import InputError, is_disk_full
 from repro.json_files import write_json
 from repro.progress import progress_bar, waiting
 
@@ -28,7 +27,7 @@ YEAR = "2017"
 CHUNK = 1 << 20
 CONNECT_SECONDS, READ_SECONDS = 10, 60
 RETRIES = 5  # attempts in a row that bring not one byte more, before a server is given up
-LONGEST_PAUSE = 60.0
+PAUSE = 1.0  # seconds, doubled with each of them
 PARALLEL_IMAGES = 16
 
 
@@ -58,9 +57,8 @@ def download_coco(
     splits: Sequence[str] = tuple(SPLIT_NAMES),
     max_images: int | None = None,
     base_urls: Sequence[str] = (DOWNLOADS,),
-    progress: bool = True,
 ) -> list[Path]:
-    """Put splits of COCO 2017 into a folder as `read_coco` reads them.
+    """Put splits of COCO 2017 into a folder as `repro.data.coco` reads them.
 
     Args:
         splits: of `train`, `validation`, `test`.
@@ -85,14 +83,11 @@ def download_coco(
                 f"--data_dir {data_dir}: already holds {other.name}, and the annotations of only one of the two"
                 " would be read; name another folder, or remove it first."
             )
-    fetch = partial(download, base_urls=base_urls, progress=progress)
+    fetch = partial(download, base_urls=base_urls)
     if max_images is None:
         files = dict.fromkeys(file for split in splits for file in FILES[split])
         return [fetch(file, data_dir) for file in files]
-    return [
-        _download_first(split, fetch(FILES[split][1], data_dir), max_images, base_urls=base_urls, progress=progress)
-        for split in splits
-    ]
+    return [_download_first(split, fetch(FILES[split][1], data_dir), max_images, base_urls) for split in splits]
 
 
 def download(file: RemoteFile, folder: Path, *, base_urls: Sequence[str], progress: bool = True) -> Path:
@@ -100,14 +95,14 @@ def download(file: RemoteFile, folder: Path, *, base_urls: Sequence[str], progre
     target = folder / Path(file.path).name
     part = target.with_name(f"{target.name}.part")
     if target.exists():
-        _check(target, file, progress=progress)
+        _check(target, file)
         return target
     problems = []
     for base in base_urls:
         url = f"{base.rstrip('/')}/{file.path}"
         try:
             _fetch_patiently(url, part, size=file.size, progress=progress)
-            _check(part, file, source=url, progress=progress)
+            _check(part, file, source=url)
             part.replace(target)
             return target
         except InputError as error:
@@ -115,7 +110,7 @@ def download(file: RemoteFile, folder: Path, *, base_urls: Sequence[str], progre
         except requests.RequestException as error:  # an OSError too
             problems.append(f"{url}: cannot be asked for ({error}); check --base_url.")
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if not is_disk_full(error):
                 raise
             raise InputError(f"{folder}: the disk is full; {part.name} is kept, make room and run again.") from error
     raise InputError(" ".join(problems))
@@ -135,7 +130,7 @@ def _fetch_patiently(url: str, part: Path, *, size: int | None, progress: bool) 
                     f"{url}: gave up after {failures} attempts ({error}); the {_size(part):,} bytes that have arrived"
                     " are kept, and the next run goes on from there. Try again later, or another --base_url."
                 ) from error
-            time.sleep(min(2.0**failures, LONGEST_PAUSE))
+            time.sleep(PAUSE * 2.0**failures)
 
 
 def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
@@ -158,7 +153,8 @@ def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
                 " another --base_url."
             )
         start = start if resumes else 0
-        total = start + int(response.headers.get("Content-Length", 0)) or size
+        length = response.headers.get("Content-Length")
+        total = size if length is None else start + int(length)
         free = shutil.disk_usage(part.parent).free
         if total and total - start > free:
             raise InputError(
@@ -174,11 +170,11 @@ def _fetch(url: str, part: Path, *, size: int | None, progress: bool) -> None:
             raise requests.ConnectionError(f"{_size(part):,} of {total:,} bytes arrived")
 
 
-def _check(path: Path, file: RemoteFile, *, source: str | None = None, progress: bool) -> None:
+def _check(path: Path, file: RemoteFile, *, source: str | None = None) -> None:
     """Hold a file against its published size and MD5; a partial one that fails is removed, for it cannot be mended."""
     if file.size is not None and _size(path) != file.size:
         problem = f"has {_size(path):,} bytes instead of {file.size:,}"
-    elif file.md5 is not None and (found := _md5(path, progress=progress)) != file.md5:
+    elif file.md5 is not None and (found := _md5(path)) != file.md5:
         problem = f"has the MD5 {found} instead of {file.md5}"
     else:
         return
@@ -191,12 +187,12 @@ def _check(path: Path, file: RemoteFile, *, source: str | None = None, progress:
     )
 
 
-def _md5(path: Path, *, progress: bool) -> str:
-    with path.open("rb") as opened, waiting(f"checking {path.name}", progress=progress):
+def _md5(path: Path) -> str:
+    with path.open("rb") as opened, waiting(f"checking {path.name}"):
         return hashlib.file_digest(opened, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
-def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Sequence[str], progress: bool) -> Path:
+def _download_first(split: str, archive: Path, max_images: int, base_urls: Sequence[str]) -> Path:
     """Make the first images of a split, and an annotation file that knows no others."""
     part, folder = SPLIT_NAMES[split] + YEAR, archive.parent
     member = f"annotations/{'image_info' if split == 'test' else 'captions'}_{part}.json"
@@ -211,10 +207,8 @@ def _download_first(split: str, archive: Path, max_images: int, *, base_urls: Se
     target.mkdir(exist_ok=True)
     fetch = partial(download, folder=target, base_urls=base_urls, progress=False)
     missing = [RemoteFile(f"{part}/{name}") for name in names if not (target / name).exists()]
-    bar = progress_bar(progress=progress, total=len(missing), desc=part, unit="image", leave=False)
-    with bar, closing(in_parallel(fetch, missing, PARALLEL_IMAGES)) as fetched:
-        for _ in fetched:
-            bar.update()
+    with closing(in_parallel(fetch, missing, PARALLEL_IMAGES)) as fetched:
+        list(progress_bar(fetched, progress=True, total=len(missing), desc=part, unit="image", leave=False))
     kept = {image["id"] for image in images}
     content["images"] = images
     if "annotations" in content:

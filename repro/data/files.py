@@ -127,7 +127,7 @@ def _separated(file: Path, separator: str) -> Iterator[dict[str, Any]]:
 
 def _sidecars(folder: Path) -> Iterator[dict[str, Any]]:
     """Give each image below a folder, and its captions: the lines of the text file of its name."""
-    files = [file for file in sorted(folder.rglob("*")) if not file.name.startswith(".")]
+    files = [file for file in sorted(folder.rglob("*")) if "/." not in f"/{file.relative_to(folder)}"]  # hidden ones
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     images = {file: file.with_suffix("") for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
     for image, stem in images.items():

@@ -28,7 +28,7 @@ import numpy as np
 import PIL
 import xxhash
 
-from repro.data.atomic import alone
+from repro.data.atomic import alone, kept_there
 from repro.data.images import ImageError, Resize, decode_image, image_key, resize_of
 from repro.errors import InputError
 from repro.json_files import Count, read_lines, write_whole
@@ -41,9 +41,7 @@ GIGABYTE = 1e9
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Decoded = tuple[np.ndarray, bool] | ImageError  # uint8[S,S,3], and whether it is stored turned
-Decoding = Iterator[tuple[int, Result]]  # with each image its place among the references
-Decode = Callable[[Iterable[int]], Decoding[Decoded]]
-Again = Callable[[Iterable[int]], Decoding[np.ndarray]]  # of images that were decoded before
+Decode = Callable[[Iterable[int]], Iterator[tuple[int, Decoded]]]  # of places among the references, in order
 Index = dict[str, list[Any] | str]  # by an image's key: place, XXH3 of its bytes, turned or not; or why it fails
 
 log = logging.getLogger("repro")
@@ -53,11 +51,11 @@ LINE: Any = tuple[str, tuple[Count, str, bool] | str | dict[str, Any]]  # of the
 class StoredImages:
     """Images one after another in a file, read when they are asked for; what stays in memory is the system's cache.
 
-    Their entries are those of the `Index`; `decode` gives those anew whose bytes have changed.
+    Their entries are those of the `Index`; `again` gives those anew whose bytes have changed.
     """
 
-    def __init__(self, file: Path, entries: list[Any], shape: tuple[int, ...], decode: Again) -> None:
-        self._file, self._entries, self._shape, self._decode = file, entries, shape, decode
+    def __init__(self, file: Path, entries: list[Any], shape: tuple[int, ...], again: Images) -> None:
+        self._file, self._entries, self._shape, self._again = file, entries, shape, again
         self._descriptor = os.open(file, os.O_RDWR if os.access(file, os.W_OK) else os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -68,7 +66,7 @@ class StoredImages:
             start = slot * image.nbytes
             if os.preadv(self._descriptor, [image], start) != image.nbytes or _sum(image) != total:
                 log.warning("%s: the image at byte %d is damaged; it is decoded again", self._file, start)
-                image[:] = dict(self._decode([place]))[place]
+                image[:] = self._again[np.array([place])]
                 with suppress(OSError):  # of a cache that only others may write
                     os.pwrite(self._descriptor, image, start)
         return images
@@ -88,37 +86,31 @@ class ImageCache:
     def load(self, references: Sequence[str], decode: Decode, rebuild: str | None, bar: Any) -> ImageStore:
         """Find the references, decoding those that are not there; tells also why some cannot be used."""
         keys = [image_key(reference) or reference for reference in references]
-        if rebuild is not None:
-            with alone(self._lock):
-                if self._read()[0] != rebuild:  # of all processes of a run, the first one discards
-                    # Replaced, not emptied: a run that reads them keeps them.
-                    self._index.unlink(missing_ok=True)
-                    write_whole(self._pixels, b"")
-                    write_whole(self._index, self._lines(rebuild, {}))
-        build, index = self._read()
+        build, index = self._read(rebuild)
         bar.update(sum(key in index for key in keys))
         if build and index.keys() >= set(keys):
             opened = self._open(references, keys, index, decode)
-            if build == self._read()[0]:  # otherwise another run has discarded it meanwhile
+            if build == self._read(rebuild)[0]:  # otherwise another run has discarded it meanwhile
                 return opened
         with alone(self._lock):
-            return self._open(references, keys, self._extend(references, keys, decode, bar), decode)
+            index = self._repair(rebuild)  # in which another run, which was quicker, may have all
+            return self._open(references, keys, self._extend(index, references, keys, decode, bar), decode)
 
     def _open(self, references: Sequence[str], keys: Sequence[str], index: Index, decode: Decode) -> ImageStore:
         found = [index[key] for key in keys]
         failures = {name: entry for name, entry in zip(references, found, strict=True) if isinstance(entry, str)}
-        again = partial(_decoded_again, references, decode)
         turned = {name for name, entry in zip(references, found, strict=True) if name not in failures and entry[2]}
-        return ImageStore(StoredImages(self._pixels, found, self._shape, again), failures, turned)
+        stored = StoredImages(self._pixels, found, self._shape, DecodedImages(references, decode))
+        return ImageStore(stored, failures, turned)
 
-    def _read(self) -> tuple[str | None, Index]:
-        """Give the name of the build that is there, None if it is not of these settings, and what of it is whole."""
+    def _read(self, rebuild: str | None) -> tuple[str | None, Index]:
+        """Give the name of the build that is there and what of it is whole; None if it cannot be used, by `rebuild`."""
         try:
             rows, _damaged = read_lines(self._index, LINE, largest=LIST_BYTES)  # such as what a killed writer began
             available = self._pixels.stat().st_size // self._image_bytes
         except (OSError, InputError):
             return None, {}
-        if not rows or rows[0][1] != self._settings:
+        if not rows or rows[0][1] != self._settings or rebuild not in (None, rows[0][0]):
             return None, {}
         # No slot is given twice: of those that are, at most one entry is right, and which is not known.
         times = Counter(entry[0] for _, entry in rows[1:] if isinstance(entry, list))
@@ -126,9 +118,8 @@ class ImageCache:
         known = ((key, entry) for key, entry in rows[1:] if isinstance(entry, str | list))
         return rows[0][0], {key: entry for key, entry in known if isinstance(entry, str) or is_whole(entry)}
 
-    def _extend(self, references: Sequence[str], keys: Sequence[str], decode: Decode, bar: Any) -> Index:
+    def _extend(self, index: Index, references: Sequence[str], keys: Sequence[str], decode: Decode, bar: Any) -> Index:
         """Decode what is missing and add it; what cannot be used for a reason that may pass is told, but not kept."""
-        index = self._repair()  # in which another run, which was quicker, may have all
         missing = {key: place for place, key in enumerate(keys) if key not in index}
         if not missing:
             return index
@@ -172,21 +163,23 @@ class ImageCache:
                 commit()
         return index | passing
 
-    def _repair(self) -> Index:
-        """Make the files ready to grow: without what a killed writer, a truncation or other settings left behind."""
-        build, index = self._read()
-        lines = self._lines(build or uuid4().hex, index)
+    def _repair(self, rebuild: str | None) -> Index:
+        """Make the files ready to grow: without what a killed writer, a truncation or other settings left behind.
+
+        Of all processes of a run that builds them again, the first one discards what other runs have left.
+        """
+        build, index = self._read(rebuild)
+        lines = "".join(map(_line, [(build or rebuild or uuid4().hex, self._settings), *index.items()])).encode()
         if self._index.exists():
             if self._index.read_bytes() == lines:
                 return index
-            log.warning("%s: the image cache is not whole; what is missing is decoded again", self.folder)
+            if rebuild is None:
+                log.warning("%s: the image cache is not whole; what is missing is decoded again", self.folder)
         if build is None:
-            write_whole(self._pixels, b"")
+            self._index.unlink(missing_ok=True)
+            write_whole(self._pixels, b"")  # replaced, not emptied: a run that reads them keeps them
         write_whole(self._index, lines)
         return index
-
-    def _lines(self, build: str, index: Index) -> bytes:
-        return "".join(map(_line, [(build, self._settings), *index.items()])).encode()
 
 
 def _sum(image: np.ndarray) -> str:
@@ -234,21 +227,18 @@ class ImageStore(NamedTuple):
     turned: set[str]  # those that are stored turned, as their EXIF says
 
 
-def _decoded_again(references: Sequence[str], decode: Decode, places: Iterable[int]) -> Decoding[np.ndarray]:
-    for place, image in decode(places):
-        if isinstance(image, ImageError):
-            raise InputError(f"{references[place]}: could be read before, and now it cannot: {image}.")
-        yield place, image[0]
-
-
 class DecodedImages:
     """Images that are decoded when they are asked for, those that `decode` does not remember."""
 
-    def __init__(self, decode: Again) -> None:
-        self._decode = decode
+    def __init__(self, references: Sequence[str], decode: Decode) -> None:
+        self._references, self._decode = references, decode
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        images = dict(self._decode(dict.fromkeys(places.tolist())))
+        images: dict[int, np.ndarray] = {}
+        for place, image in self._decode(dict.fromkeys(places.tolist())):
+            if isinstance(image, ImageError):
+                raise InputError(f"{self._references[place]}: could be read before, and now it cannot: {image}.")
+            images[place] = image[0]
         return np.stack([images[place] for place in places.tolist()])
 
 
@@ -289,7 +279,7 @@ def load_images(
     with bar:
         if cache_dir is None:
             _check_memory(len(references), capacity, resize)
-            store = ImageStore(DecodedImages(partial(_decoded_again, references, decode)), {}, set())
+            store = ImageStore(DecodedImages(references, decode), {}, set())
             for place, image in decode(range(len(references))):  # to see which can be used
                 bar.update()
                 if isinstance(image, ImageError):
@@ -298,13 +288,8 @@ def load_images(
                     store.turned.add(references[place])
             return store
         cache = ImageCache(cache_dir, resize, convert_to_rgb=convert_to_rgb, turn_upright=turn_upright)
-        try:
+        with kept_there(cache.folder, "decoded images", ", or do without with --no_image_cache"):
             return cache.load(references, decode, rebuild, bar)
-        except OSError as error:
-            raise InputError(
-                f"{cache.folder}: decoded images cannot be kept there ({error}); make room or mend it, name another"
-                " folder with --cache_dir, or do without with --no_image_cache."
-            ) from error
 
 
 def _check_memory(total: int, capacity: int | None, resize: Resize) -> None:

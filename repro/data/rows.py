@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ SCHEMA = pyarrow.schema(
 )
 CHUNK = 10_000  # rows held in memory at once
 
-# What a source reads: row (counted from 0), image_path, image_id, caption (or a list of them), a reason to drop it.
+# What a source reads: its row (counted from 0), image_path, image_id, caption (or a list of them), a reason to drop it.
 Record = dict[str, Any]
 Dropped = dict[str, Any]  # a row that was left out: split, row (counted from 0 as read), image_path, caption, reason
 
@@ -33,30 +34,20 @@ class Rows:
     dropped: list[Dropped]  # rows that are not in it
 
 
-def make_rows(
-    records: Iterable[Record], *, split: str, source: str, file: Path | None = None, rebuild: str | None = None
-) -> Rows:
+def make_rows(records: Iterable[Record], *, split: str, source: str, file: Path, rebuild: str | None = None) -> Rows:
     """Check records one by one and make a split of them.
 
     A caption that is null, not text, or not valid Unicode, drops its row. The test split needs no captions.
 
     Args:
         records: not touched where the file is there already, as it was written.
-        file: where the split is kept; it appears there whole or not at all. None keeps it in memory.
+        file: where the split is kept; it appears there whole or not at all.
         rebuild: a run's own name, to read again what another run has put into the file; None to take it as it is.
 
     Raises:
         InputError: no row is left, or the file cannot be written.
     """
-    if file is None:
-        sink = pyarrow.BufferOutputStream()
-        dropped = _write(sink, records, split, source)
-        return Rows(Dataset(pyarrow.ipc.open_stream(sink.getvalue()).read_all()), dropped)
-
-    def build(partial: Path) -> list[Dropped]:
-        with pyarrow.OSFile(str(partial), "wb") as sink:
-            return _write(sink, records, split, source)
-
+    build = partial(_write, records=records, split=split, source=source)
     dropped = build_once(file, f"the rows of {source}", build, rebuild=rebuild)
     return Rows(Dataset.from_file(str(file)), dropped)
 
@@ -67,11 +58,11 @@ def column(dataset: Dataset, name: str) -> Iterator[Any]:
         yield from batch[name].to_pylist()
 
 
-def _write(sink: Any, records: Iterable[Record], split: str, source: str) -> list[Dropped]:
+def _write(file: Path, records: Iterable[Record], split: str, source: str) -> list[Dropped]:
     dropped: list[Dropped] = []
     kept: list[Record] = []
     num_kept = listed = 0
-    with pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
         for record in records:
             for row in _checked(record, split):
                 if "reason" in row:

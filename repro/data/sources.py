@@ -1,6 +1,6 @@
 """Where rows come from: which reader the flags mean, and where each split's rows are kept once they are read.
 
-What the datasets library loads (Hub ids, data-set folders, image folders, parquet, WebDataset shards) is read here too;
+What the datasets library loads (Hub ids, data-set folders, image folders, parquet) is read here too;
 images that are embedded are not copied out: a row refers to its place in the library's own Arrow file.
 """
 
@@ -58,6 +58,7 @@ class _Source:
 def load_splits(
     *,
     splits: Sequence[str],
+    rows_dir: Path,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     data_dir: str | None = None,
@@ -68,7 +69,6 @@ def load_splits(
     caption_column: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
-    rows_dir: Path | None = None,
     rebuild: str | None = None,
 ) -> dict[str, Rows]:
     """Load the asked-for splits (`train`, `validation`, `test`) from what the flags name.
@@ -76,8 +76,8 @@ def load_splits(
     Relative image paths begin in `data_dir`, beside the file that names them, or in the working directory.
 
     Args:
+        rows_dir: where rows are kept once they have been read.
         cache_dir: the datasets library's.
-        rows_dir: where rows are kept once they have been read; None to keep them in memory.
         rebuild: see `make_rows`.
 
     Raises:
@@ -103,9 +103,9 @@ def load_splits(
     result = {}
     for split, source in [(split, find(split)) for split in splits]:
         roots = [os.path.abspath(root) for root in (data_dir, source.folder, "") if root is not None]
-        file = rows_dir / f"{_key(source, split, roots)}.arrow" if rows_dir else None
+        file = rows_dir / f"{_key(source, split, roots)}.arrow"
         read = partial(make_rows, split=split, source=source.name, file=file)
-        kept_since = file.stat().st_mtime_ns if file and file.exists() else None
+        kept_since = file.stat().st_mtime_ns if file.exists() else None
         result[split] = read(_located(source, roots), rebuild=rebuild)
         if kept_since and not all(map(image_key, result[split].dataset.unique("image_path"))):
             # Images may have been moved; of several processes that find the same file, one reads again.
@@ -163,9 +163,9 @@ def _select(records: Iterator[dict[str, Any]], split: str, source: str, columns:
     first = next(records)
     inner = [name for name in first if name.startswith("json.")]
     image, caption = _found_columns(split, source, [name for name in first if name not in inner], columns, inner)
-    for row, record in enumerate(chain([first], records)):
+    for record in chain([first], records):
         value, text = record.get(image), record.get(caption) if caption else None
-        yield {"row": row, "image_path": value, "image_id": record.get("__name__") or value, "caption": text}
+        yield {"image_path": value, "image_id": record.get("__name__") or value, "caption": text}
 
 
 def _table(dataset: Dataset, split: str, source: str, folder: Path, columns: Columns) -> _Source:
@@ -202,14 +202,14 @@ def _column(what: str, name: str | None, usual: Sequence[Sequence[str]], names: 
 
 
 def _located(source: _Source, roots: Sequence[str]) -> Iterator[Record]:
-    for record in source.records():
-        value, where = record["image_path"], f"{source.name}: row {record['row']}"
+    for row, record in enumerate(source.records()):
+        value, where = record["image_path"], f"{source.name}: row {row}"
         if value is not None and not isinstance(value, str):
             kind = type(value).__name__
             raise InputError(f"{where}: the image column holds {kind}; it must hold paths of image files.")
         if str(value).startswith(URL_SCHEMES):
             raise InputError(f"{where} has its image at {value}; save the images, and give the paths of their files.")
-        yield record | {"image_path": None if value is None else _place(value, roots)}
+        yield record | {"row": row, "image_path": None if value is None else _place(value, roots)}
 
 
 def _place(value: str, roots: Sequence[str]) -> str:
@@ -267,24 +267,19 @@ def image_columns(dataset: Dataset) -> list[str]:
 def read_table(dataset: Dataset, image_column: str, caption_column: str | None) -> Iterator[Record]:
     """Give a data set's records; the same image, embedded twice, is one. Captions may be in an object, COLUMN.KEY."""
     first_place: dict[bytes, str] = {}
-    row, column, key = 0, caption_column, ""
-    if column and column not in dataset.column_names:
-        column, _, key = column.partition(".")
     for file in (os.path.abspath(cached["filename"]) for cached in dataset.cache_files):
-        in_file = 0
         with pyarrow.memory_map(file) as opened:
-            for batch in pyarrow.ipc.open_stream(opened):
-                captions = batch.column(column) if column else pyarrow.nulls(len(batch))
-                captions = captions.field(key) if key else captions
-                for value, caption in zip(batch.column(image_column), captions, strict=True):
-                    image = value.as_py()
-                    name = content = image
-                    if isinstance(image, dict):
-                        name, content = image.get("path"), image.get("bytes")
-                    reference: Any = name
-                    if isinstance(content, bytes):
-                        here = f"{ARROW}{in_file}/{image_column}::{file}"
-                        reference = first_place.setdefault(blake2b(content, digest_size=16).digest(), here)
-                    image_id = name if isinstance(name, str) else reference
-                    yield {"row": row, "image_path": reference, "image_id": image_id, "caption": caption.as_py()}
-                    row, in_file = row + 1, in_file + 1
+            table = pyarrow.ipc.open_stream(opened).read_all()
+            named = table if caption_column in table.column_names else table.flatten()
+            captions = named[caption_column] if caption_column else pyarrow.nulls(len(table))
+            for place, (value, caption) in enumerate(zip(table[image_column], captions, strict=True)):
+                image = value.as_py()
+                name = content = image
+                if isinstance(image, dict):
+                    name, content = image.get("path"), image.get("bytes")
+                reference: Any = name
+                if isinstance(content, bytes):
+                    here = f"{ARROW}{place}/{image_column}::{file}"
+                    reference = first_place.setdefault(blake2b(content, digest_size=16).digest(), here)
+                image_id = name if isinstance(name, str) else reference
+                yield {"image_path": reference, "image_id": image_id, "caption": caption.as_py()}

@@ -49,11 +49,7 @@ def caption_scores(
     Returns:
         `bleu1` to `bleu4`, 0 to 1, and `cider`, CIDEr-D, 0 to 10, of the whole set, and the tokenizer: `ptb` where
         there is Java, else `split_words`.
-
-    Raises:
-        InputError: pycocoevalcap is not installed.
     """
-    check_installed()
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
 

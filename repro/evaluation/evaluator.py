@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from repro.data.batches import CaptionedImages, prefetch
 from repro.data.captions import shift_right
@@ -57,14 +57,9 @@ def compile_programs(
     everywhere, sharding = replicated(mesh), rows_sharding(mesh, num_rows=num_rows)
     captions = batch_shapes(row, (num_rows,), sharding)
     pixels = captions.pop("pixels")
-
-    def placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    params = jax.tree.map(lambda x: placed(x, everywhere), params)
-    lowered = jax.jit(encode).lower(params, pixels)
-    encoding = lowered.compile()
-    memory = jax.tree.map(placed, lowered.out_info, encoding.output_shardings)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), params)
+    encoding = jax.jit(encode).lower(params, pixels).compile()
+    memory = encoding.out_info
     scoring = jax.jit(row_losses, out_shardings=everywhere).lower(params, memory, captions).compile()
     searching = generate and jax.jit(generate, out_shardings=everywhere).lower(params, memory).compile()
     # While images are encoded, the encoded ones before them are there still.
@@ -106,6 +101,7 @@ class Evaluator:
     replica_batch: int
     caption_metrics: bool = False  # compute BLEU and CIDEr-D too
     search: Mapping[str, Any] = field(default_factory=dict)  # how captions are made, to be told beside their scores
+    before_turn: Callable[[], None] = lambda: None  # called before each batch; what it raises ends the evaluation
     progress: bool = True  # whether to draw progress bars
 
     @property
@@ -124,7 +120,10 @@ class Evaluator:
         per_image = programs.generate if self.protocol.generate_per_image else None
         sums, counts, tokens = self._by_image(params, data, rows, name, per_image)
         if programs.generate is not None and per_image is None:
-            tokens = self._by_row(params, data, rows, f"{name} captions", programs.generate)
+            # In batches of rows as they come: a caption may depend on its neighbours.
+            encoded = self._encoded(params, data, data.image_index[rows], f"{name} captions")
+            found = [np.asarray(programs.generate(params, memory))[: len(places)] for places, memory in encoded]
+            tokens = np.concatenate(found)
         metrics: dict[str, float] = {}
         details: dict[str, Any] = {"rows": num_rows}
         if given.any():
@@ -183,13 +182,6 @@ class Evaluator:
                 tokens.append(np.asarray(generate(params, memory))[: len(places)])
         return sums, counts, np.concatenate(tokens)[np.argsort(order)[of_row]] if tokens else None
 
-    def _by_row(
-        self, params: Any, data: CaptionedImages, rows: np.ndarray, description: str, generate: Generate
-    ) -> np.ndarray:
-        """int32[N,L], generated in batches of rows as they come: a caption may depend on its neighbours."""
-        encoded = self._encoded(params, data, data.image_index[rows], description)
-        return np.concatenate([np.asarray(generate(params, memory))[: len(places)] for places, memory in encoded])
-
     def _encoded(
         self, params: Any, data: CaptionedImages, images: np.ndarray, description: str
     ) -> Iterator[tuple[np.ndarray, Any]]:
@@ -205,15 +197,13 @@ class Evaluator:
         bar = progress_bar(progress=self.progress, total=len(images), desc=description, unit="image", leave=False)
         with bar:
             for places, pixels in prefetch(loaded()):
+                self.before_turn()
                 yield places, programs.encode(params, pixels)
                 bar.update(len(places))
 
     def _texts(self, tokens: np.ndarray, labels: np.ndarray) -> list[dict[str, str]]:
-        def decode(ids: np.ndarray) -> list[str]:
-            return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-        pairs = zip(decode(labels), decode(tokens), strict=True)
-        return [{"label": label, "pred": prediction} for label, prediction in pairs]
+        texts = (self.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (labels, tokens))
+        return [{"label": label.strip(), "pred": caption.strip()} for label, caption in zip(*texts, strict=True)]
 
 
 def caption_of_each_image(images: Sequence[str], generations: Sequence[dict[str, str]]) -> dict[str, str]:

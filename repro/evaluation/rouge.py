@@ -21,6 +21,8 @@ NUM_RESAMPLES = 1000
 CONFIDENCE = 0.95
 CHUNK = 10  # bootstrap samples drawn at once: 10 x 25,000 images x 5 columns are 10 MB
 
+_warn_once = cache(logging.getLogger("repro").warning)
+
 
 @dataclass(frozen=True)
 class RougeScores:
@@ -95,11 +97,6 @@ def bootstrap_interval(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(totals[:, :-1] / totals[:, -1:], [tail, 1 - tail], axis=0)
     return low, high
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logging.getLogger("repro").warning(text)
 
 
 @cache

@@ -17,13 +17,7 @@ from repro.models.generation import search
 from repro.models.gpt2 import GPT2, Memory, start_cache
 from repro.models.layers import Part
 from repro.models.vit import ViT
-
-Params = Any
-
-
-def is_supported(config: Any) -> bool:
-    """Whether a `VisionEncoderDecoderConfig` is of a ViT and a GPT-2."""
-    return (config.encoder.model_type, config.decoder.model_type) == ("vit", "gpt2")
+from repro.models.weights import Params
 
 
 class VisionEncoderDecoder(Part):
@@ -32,8 +26,7 @@ class VisionEncoderDecoder(Part):
     `config` is a `VisionEncoderDecoderConfig` of a ViT and a GPT-2.
     """
 
-    dtype: Any = jnp.float32
-    remat: bool = False  # trade time for memory in training, layer by layer
+    remat: bool  # trade time for memory in training, layer by layer
 
     def setup(self) -> None:
         encoder, decoder = self.config.encoder, self.config.decoder
@@ -124,7 +117,7 @@ class NativeCaptioner:
     ) -> jax.Array:
         """`logits` without dropout, of images that have been encoded."""
         inputs = (decoder_input_ids, decoder_attention_mask, memory)
-        return self._apply(params, *inputs, method=lambda module, *inputs: module.decoder.decode(*inputs))
+        return self._apply(params, *inputs, method=lambda module, *inputs: module.decoder(*inputs))
 
     def looks_at(self, params: Params, pixels: jax.Array, decoder_input_ids: jax.Array) -> jax.Array:
         """Tell how much each of int32[B,T] looks at each patch of uint8[B,S,S,3] to predict the next: float32[B,T,P].
@@ -155,11 +148,8 @@ def normalize(pixels: jax.Array, pixel_table: np.ndarray, dtype: Any) -> jax.Arr
     chex.assert_type(pixels, jnp.uint8)
     table = jnp.asarray(pixel_table, dtype)
     # A TPU looks up one scalar after another: its compiler expects a second for 32 images, and 0.1 ms for the products.
-    return jax.lax.platform_dependent(pixels, table, tpu=looked_up_by_products, default=_looked_up)
-
-
-def _looked_up(pixels: jax.Array, table: jax.Array) -> jax.Array:
-    return table[pixels.astype(jnp.int32), jnp.arange(3)]
+    looked_up = lambda pixels, table: table[pixels.astype(jnp.int32), jnp.arange(3)]  # noqa: E731
+    return jax.lax.platform_dependent(pixels, table, tpu=looked_up_by_products, default=looked_up)
 
 
 def looked_up_by_products(pixels: jax.Array, table: jax.Array) -> jax.Array:

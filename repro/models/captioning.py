@@ -22,6 +22,7 @@ from repro.limits import URL_SCHEMES
 from repro.models.beam_search import check_beams
 from repro.models.pretrained import Implementation, Options, Pretrained, load_model
 from repro.models.weights import Form
+from repro.parser import LARGEST
 
 # A path, a PIL image, or an array uint8[H,W,3], [H,W,4] or [H,W].
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -67,8 +68,7 @@ class Captioner:
     def __repr__(self) -> str:
         found, config = self.pretrained, self.pretrained.captioner.config
         names = f"{config.encoder.model_type} with {config.decoder.model_type}"
-        number = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-        return f"Captioner({names}, {number:,} parameters, up to {self.max_length} tokens)"
+        return f"Captioner({names}, {found.num_parameters:,} parameters, up to {self.max_length} tokens)"
 
     @classmethod
     def from_pretrained(
@@ -112,7 +112,7 @@ class Captioner:
         length = named.max_length if named.max_length not in UNNAMED_LENGTHS else MAX_LENGTH
         if named.max_new_tokens is not None:
             length = named.max_new_tokens + 1
-        return min(length, self._positions or length)
+        return min(length, self._positions)
 
     @overload
     def __call__(self, images: Picture, **settings: Any) -> list[Caption]: ...
@@ -171,7 +171,7 @@ class Captioner:
         beams = {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
         check_beams(vocab_size=config.decoder.vocab_size, **beams)
         max_length, positions = self.max_length if max_length is None else max_length, self._positions
-        if max_length < 2 or (positions and max_length > positions):
+        if not 2 <= max_length <= positions:
             raise InputError(f"--max_length {max_length}: must be between 2 and the decoder's {positions} positions.")
         if batch_size < 1:
             raise InputError(f"--batch_size {batch_size}: must be at least 1.")
@@ -206,8 +206,8 @@ class Captioner:
                 yield ImageError("the model's numbers are not finite here; use dtype float32 (--dtype)")
 
     @property
-    def _positions(self) -> int | None:
-        return getattr(self.pretrained.captioner.config.decoder, "max_position_embeddings", None)
+    def _positions(self) -> int:
+        return getattr(self.pretrained.captioner.config.decoder, "max_position_embeddings", None) or LARGEST
 
     @cached_property
     def _params(self) -> Any:

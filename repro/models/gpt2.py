@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019) with cross-attention and the parameter tree of `FlaxGPT2LMHeadModel`.
 
-`__call__` is for training. All else starts from `remember`, which computes an image's cross-attention keys and values
-once, whatever is then done with them: `decode` scores a whole caption, `decode_step` adds one token to each beam.
+Training calls the model with the encoder's states. All else starts from `remember`, which computes an image's
+cross-attention keys and values once: a call with these scores a caption, `decode_step` adds one token to each beam.
 
 Axes: B images or rows, T target tokens, K beams, L tokens of the cache, N encoder states of width E, D width, H heads,
 V vocabulary.
@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from repro.models.layers import ACTIVATIONS, Part, attend, by_rows, split_heads, times_transposed
+from repro.models.layers import ACTIVATIONS, Named, Part, attend, by_rows, split_heads, times_transposed
 
 INIT_STDDEV = 0.02  # of the projections' kernels, whatever the configuration says: FlaxGPT2's
 
@@ -75,10 +75,6 @@ class Attention(Part):
         query, key, value = (self._heads(part) for part in jnp.split(self.c_attn(states), 3, axis=-1))
         return query, KeysValues(key.mT, value)
 
-    def queries(self, states: jax.Array) -> jax.Array:
-        """Project [B,T,D] to the queries of cross-attention, [B,H,T,D/H]."""
-        return self._heads(self.q_attn(states))
-
     def keys_values(self, encoder_states: jax.Array) -> KeysValues:
         """Project [B,N,E] to the keys and values of cross-attention."""
         key, value = (self._heads(part) for part in jnp.split(self.c_attn(encoder_states), 2, axis=-1))
@@ -135,12 +131,11 @@ class Block(Part):
         self.crossattention = Attention(config, dtype, self.layer, cross=True)
         self.mlp = MLP(config, dtype)
 
-    def __call__(self, states: jax.Array, mask: jax.Array, encoder_states: jax.Array, deterministic: bool) -> jax.Array:
-        """Add what the block finds to [B,T,D], with a bool[B,1,T,T] mask and [B,N,E] encoder states."""
-        return self.decode(states, mask, self.crossattention.keys_values(encoder_states), deterministic)
-
-    def decode(self, states: jax.Array, mask: jax.Array, memory: KeysValues, deterministic: bool) -> jax.Array:
-        """`__call__` with what is remembered of the encoder states."""
+    def __call__(
+        self, states: jax.Array, mask: jax.Array, seen: jax.Array | KeysValues, deterministic: bool
+    ) -> jax.Array:
+        """Add what the block finds to [B,T,D], with a bool[B,1,T,T] mask and [B,N,E] encoder states or `KeysValues`."""
+        memory = seen if isinstance(seen, KeysValues) else self.crossattention.keys_values(seen)
         query, present = self.attn.queries_keys_values(self.ln_1(states))
         states += self.attn(query, present, mask=mask, deterministic=deterministic)
         return self._rest(states, memory, deterministic)
@@ -159,21 +154,9 @@ class Block(Part):
         return self._rest(states, memory, True), past
 
     def _rest(self, states: jax.Array, memory: KeysValues, deterministic: bool) -> jax.Array:
-        query = self.crossattention.queries(self.ln_cross_attn(states))
+        query = split_heads(self.crossattention.q_attn(self.ln_cross_attn(states)), self.config.num_attention_heads)
         states += self.crossattention(query, memory, mask=None, deterministic=deterministic)
         return states + self.mlp(self.ln_2(states), deterministic=deterministic)
-
-
-class Blocks(Part):
-    """The blocks, under their numbers."""
-
-    remat: bool
-
-    def setup(self) -> None:
-        # The last of the arguments of Block.__call__, counted with self, is static.
-        block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
-        numbers = range(self.config.num_hidden_layers)
-        self.blocks = [block(self.config, self.dtype, number, name=str(number)) for number in numbers]
 
 
 class Transformer(Part):
@@ -187,15 +170,17 @@ class Transformer(Part):
         embedding = partial(nn.Embed, features=config.hidden_size, embedding_init=init, dtype=dtype)
         self.wte, self.wpe = embedding(config.vocab_size), embedding(config.max_position_embeddings)
         self.dropout = nn.Dropout(config.embd_pdrop)
-        self.h = Blocks(config, dtype, self.remat)
+        # The last of the arguments of Block.__call__, counted with self, is static.
+        block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
+        numbers = range(config.num_hidden_layers)
+        self.h = Named([block(config, dtype, number, parent=None, name=str(number)) for number in numbers])
         self.ln_f = nn.LayerNorm(config.layer_norm_epsilon, dtype)
 
 
 class GPT2(Part):
     """Tokens and an encoder's states to next-token logits."""
 
-    dtype: Any = jnp.float32  # of the computation
-    remat: bool = False  # compute each block's activations again in the backward pass instead of keeping them
+    remat: bool  # compute each block's activations again in the backward pass instead of keeping them
 
     def setup(self) -> None:
         config = self.config
@@ -205,24 +190,21 @@ class GPT2(Part):
             self.lm_head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, kernel_init=kernel_init)
 
     def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array, encoder_states: jax.Array, *, deterministic: bool = True
+        self, input_ids: jax.Array, attention_mask: jax.Array, seen: jax.Array | Memory, *, deterministic: bool = True
     ) -> jax.Array:
-        """int32[B,T] twice and [B,N,E] to logits [B,T,V]."""
-        states, mask = self._embed(input_ids, attention_mask, deterministic)
-        for block in self.transformer.h.blocks:
-            states = block(states, mask, encoder_states, deterministic)
+        """int32[B,T] twice and [B,N,E], or what `remember` made of that, to logits [B,T,V]."""
+        length, blocks = input_ids.shape[1], self.transformer.h.layers
+        # Which tokens each may see, bool[B,1,T,T].
+        mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) & (attention_mask[:, None, None, :] > 0)
+        states = self.transformer.wte(input_ids) + self.transformer.wpe(jnp.arange(length))[None]
+        states = self.transformer.dropout(states, deterministic=deterministic)
+        for block, part in zip(blocks, seen if isinstance(seen, tuple) else [seen] * len(blocks), strict=True):
+            states = block(states, mask, part, deterministic)
         return self._logits(states)
 
     def remember(self, encoder_states: jax.Array) -> Memory:
         """Compute from [B,N,E] all that depends on the image alone."""
-        return tuple(block.crossattention.keys_values(encoder_states) for block in self.transformer.h.blocks)
-
-    def decode(self, input_ids: jax.Array, attention_mask: jax.Array, memory: Memory) -> jax.Array:
-        """`__call__` without dropout, with what is remembered of the encoder states."""
-        states, mask = self._embed(input_ids, attention_mask, True)
-        for block, known in zip(self.transformer.h.blocks, memory, strict=True):
-            states = block.decode(states, mask, known, True)
-        return self._logits(states)
+        return tuple(block.crossattention.keys_values(encoder_states) for block in self.transformer.h.layers)
 
     def decode_step(
         self, tokens: jax.Array, parents: jax.Array, position: jax.Array, cache: Cache
@@ -245,19 +227,10 @@ class GPT2(Part):
         visible = visible.reshape(batch, 1, beams, length * beams)
         states = self.transformer.wte(tokens) + self.transformer.wpe(position)[None, None]
         following = []
-        for block, memory, past in zip(self.transformer.h.blocks, cache.memory, cache.past, strict=True):
+        for block, memory, past in zip(self.transformer.h.layers, cache.memory, cache.past, strict=True):
             states, past = block.decode_step(states, visible, position, memory, past)
             following.append(past)
         return self._logits(states), Cache(cache.memory, tuple(following), ancestors)
-
-    def _embed(
-        self, input_ids: jax.Array, attention_mask: jax.Array, deterministic: bool
-    ) -> tuple[jax.Array, jax.Array]:
-        """int32[B,T] twice to states [B,T,D] and which tokens each may see, bool[B,1,T,T]."""
-        length = input_ids.shape[1]
-        mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) & (attention_mask[:, None, None, :] > 0)
-        states = self.transformer.wte(input_ids) + self.transformer.wpe(jnp.arange(length))[None]
-        return self.transformer.dropout(states, deterministic=deterministic), mask
 
     def _logits(self, states: jax.Array) -> jax.Array:
         project = self.transformer.wte.attend if self.config.tie_word_embeddings else self.lm_head

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,13 @@ class Part(nn.Module):
 
     config: Any  # a configuration of transformers, such as a `ViTConfig`
     dtype: Any  # type of the computation; parameters are float32
+
+
+class Named(nn.Sequential):
+    """Parts one after another, each made with its name and `parent=None`: a level in the tree of parameters."""
+
+    layers: Sequence[Any]
+    preserve_adopted_names = True  # or Flax would call them layers_0, layers_1 and so on
 
 
 def by_rows(layer: Callable[[jax.Array], jax.Array], states: jax.Array) -> jax.Array:

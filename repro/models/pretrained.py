@@ -37,9 +37,9 @@ from repro.data.images import pixel_table, resize_of
 from repro.errors import InputError
 from repro.limits import check_settings
 from repro.models import configuration
-from repro.models.captioner import NativeCaptioner, Params, is_supported
+from repro.models.captioner import NativeCaptioner
 from repro.models.generation import left_out
-from repro.models.weights import DECODER, ENCODER, WHOLE, Form, load_weights, save_weights
+from repro.models.weights import DECODER, ENCODER, WHOLE, Form, Params, load_weights, save_weights
 
 Implementation = Literal["native", "transformers"]
 Loaded = TypeVar("Loaded")
@@ -57,6 +57,10 @@ class Pretrained:
     tokenizer: Any
     image_processor: Any
     notes: tuple[str, ...] = ()  # what is random instead of loaded, what is left out of captions
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in flatten_dict(self.params).values())
 
     def fingerprint(self) -> str:
         """Hash what the model computes, but for its weights: configurations, shapes, what is done to pixels."""
@@ -121,6 +125,7 @@ def load_model(path: str, options: Options | None = None) -> Pretrained:
     if _implementation(config, options) == "transformers":
         module = _transformers_flax()
         model, params = _read(path, "the model", lambda: module.load(path, dtype=options.dtype, **options.download))
+        _read(path, "the generation configuration", lambda: _checked(config, model.generation_config))
         captioner = module.FlaxClassCaptioner(model, pixel_table(processor))
         return _assemble(path, captioner, params, tokenizer, processor)
     captioner = _native(path, config, tokenizer, processor, options, saved=True)
@@ -193,9 +198,9 @@ def save_model(pretrained: Pretrained, params: Params, folder: Path) -> None:
 
 def _implementation(config: Any, options: Options) -> Implementation:
     configuration.check_halves(config)
-    native = is_supported(config)
-    chosen = options.implementation or ("native" if native else "transformers")
     pair = f"{config.encoder.model_type} with {config.decoder.model_type}"
+    native = pair == "vit with gpt2"
+    chosen = options.implementation or ("native" if native else "transformers")
     if chosen == "native" and not native:
         raise InputError(f"--model_implementation native: knows vit with gpt2, not {pair}; use transformers.")
     if chosen == "transformers" and options.gradient_checkpointing:
@@ -236,12 +241,16 @@ def _generation_config(path: str, config: Any, options: Options, *, saved: bool)
 
     def load() -> Any:
         own = GenerationConfig.from_pretrained(path, **older, **options.download) if saved else None
-        found = own or GenerationConfig.from_model_config(config)
-        forms = configuration.GENERATION | configuration.special_tokens(config.decoder.vocab_size)
-        configuration.check_values("generation_config.json", found, forms, "mend it")
-        return found
+        return _checked(config, own or GenerationConfig.from_model_config(config))
 
     return _read(path, "the generation configuration", load)
+
+
+def _checked(config: Any, asked: Any) -> Any:
+    """Give a generation configuration whose values can be."""
+    forms = configuration.GENERATION | configuration.special_tokens(config.decoder.vocab_size)
+    configuration.check_values("generation_config.json", asked, forms, "mend it")
+    return asked
 
 
 def _notes(random: Iterable[str], seed: int) -> list[str]:
@@ -252,7 +261,6 @@ def _notes(random: Iterable[str], seed: int) -> list[str]:
 
 
 def _joined_config(encoder: Any, decoder: Any) -> Any:
-    decoder.is_decoder = decoder.add_cross_attention = True
     config: Any = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.architectures = ["VisionEncoderDecoderModel"]
     start, end, pad = (getattr(decoder, name, None) for name in configuration.SPECIAL)
@@ -317,8 +325,7 @@ def _assemble(
         )
     tokenizer.pad_token = pad_token
     _read(path, "the tokenizer", lambda: configuration.check_tokenizer(tokenizer, config.decoder.vocab_size))
-    saved = (config, asked, processor)
-    _read(path, "a configuration", lambda: configuration.check_can_be_saved(*saved))
+    _read(path, "a configuration", lambda: configuration.check_can_be_saved(config, asked, processor))
     return Pretrained(captioner, params, tokenizer, processor, (*notes, *left_out(asked)))
 
 

@@ -16,9 +16,9 @@ from transformers import FlaxAutoModel, FlaxAutoModelForCausalLM, FlaxVisionEnco
 from transformers.utils import cached_file
 
 from repro.models.beam_search import Captions
-from repro.models.captioner import Params, normalize
+from repro.models.captioner import normalize
 from repro.models.generation import search
-from repro.models.weights import FLAX_INDEX, shards_of
+from repro.models.weights import FLAX_INDEX, Params, shards_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repro.models.layers import ACTIVATIONS, Part, attend, by_rows, split_heads
+from repro.models.layers import ACTIVATIONS, Named, Part, attend, by_rows, split_heads
 
 
 def weight_init(config: Any) -> jax.nn.initializers.Initializer:
@@ -22,6 +22,8 @@ def weight_init(config: Any) -> jax.nn.initializers.Initializer:
 class ViTPart(Part):
     """A part of the encoder, which makes layers with FlaxViTModel's initial weights."""
 
+    deterministic: bool = True  # without dropout
+
     def dense(self, features: int, name: str = "dense", *, use_bias: bool = True) -> nn.Dense:
         init = weight_init(self.config)
         return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=init, name=name)
@@ -30,54 +32,44 @@ class ViTPart(Part):
         return nn.LayerNorm(self.config.layer_norm_eps, self.dtype, name=name)
 
 
-class PatchEmbeddings(ViTPart):
-    """Project each patch of [B,S,S,C] to [B,N-1,D]."""
+class PatchProjection(ViTPart):
+    """Project each patch of [B,S,S,C] to [B,N-1,D], with a kernel in a convolution's shape, [patch,patch,C,D]."""
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         # A convolution whose stride is its kernel is one product per patch, which every backend multiplies faster.
-        patch, side = self.config.patch_size, self.config.image_size // self.config.patch_size
-        batch, channels = pixel_values.shape[0], pixel_values.shape[-1]
+        patch, channels, width = self.config.patch_size, self.config.num_channels, self.config.hidden_size
+        side = self.config.image_size // patch
         whole = pixel_values[:, : side * patch, : side * patch]
-        patches = whole.reshape(batch, side, patch, side, patch, channels).swapaxes(2, 3)
-        return PatchProjection(self.config, self.dtype, name="projection")(
-            patches.reshape(batch, side * side, patch * patch * channels)
-        )
-
-
-class PatchProjection(ViTPart):
-    """A dense layer that keeps its kernel in a convolution's shape, [patch,patch,C,D]."""
-
-    @nn.compact
-    def __call__(self, patches: jax.Array) -> jax.Array:
-        config = self.config
-        shape = (config.patch_size, config.patch_size, config.num_channels, config.hidden_size)
-        kernel = self.param("kernel", weight_init(config), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[-1:])
+        patches = whole.reshape(-1, side, patch, side, patch, channels).swapaxes(2, 3)
+        patches = patches.reshape(-1, side * side, patch * patch * channels)
+        kernel = self.param("kernel", weight_init(self.config), (patch, patch, channels, width))
+        bias = self.param("bias", nn.initializers.zeros_init(), (width,))
         patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-        return by_rows(lambda rows: rows @ kernel.reshape(-1, shape[-1]) + bias[None], patches)
+        return by_rows(lambda rows: rows @ kernel.reshape(-1, width) + bias[None], patches)
 
 
 class Embeddings(ViTPart):
     """Patches with a class token before them and a position added to each: [B,S,S,C] to [B,N,D]."""
 
     @nn.compact
-    def __call__(self, pixel_values: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
         config, width = self.config, self.config.hidden_size
         num_patches = (config.image_size // config.patch_size) ** 2
         cls_token = self.param("cls_token", weight_init(config), (1, 1, width))
-        patches = PatchEmbeddings(config, self.dtype, name="patch_embeddings")(pixel_values)
+        projection = PatchProjection(config, self.dtype, parent=None, name="projection")
+        patches = Named([projection], name="patch_embeddings")(pixel_values)
         positions = self.param("position_embeddings", weight_init(config), (1, num_patches + 1, width))
         first = jnp.broadcast_to(cls_token.astype(self.dtype), (len(patches), 1, width))
         states = jnp.concatenate([first, patches], axis=1) + positions.astype(self.dtype)
-        return nn.Dropout(config.hidden_dropout_prob, name="dropout")(states, deterministic=deterministic)
+        return nn.Dropout(config.hidden_dropout_prob, name="dropout")(states, deterministic=self.deterministic)
 
 
 class SelfAttention(ViTPart):
     """Every position attends to all, [B,N,D] to [B,N,D]."""
 
     @nn.compact
-    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, states: jax.Array) -> jax.Array:
         config = self.config
 
         def project(name: str) -> jax.Array:
@@ -85,7 +77,7 @@ class SelfAttention(ViTPart):
             return split_heads(by_rows(layer, states), config.num_attention_heads)
 
         dropout_rate = config.attention_probs_dropout_prob
-        drops = not deterministic and dropout_rate > 0
+        drops = not self.deterministic and dropout_rate > 0
         return attend(
             project("query"),
             project("key").mT,
@@ -99,18 +91,10 @@ class Output(ViTPart):
     """Back to the model's width, with dropout: [B,N,F] to [B,N,D]."""
 
     @nn.compact
-    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, states: jax.Array) -> jax.Array:
         states = by_rows(self.dense(self.config.hidden_size), states)
-        return nn.Dropout(self.config.hidden_dropout_prob, name="dropout")(states, deterministic=deterministic)
-
-
-class Attention(ViTPart):
-    """Self-attention and its output projection."""
-
-    @nn.compact
-    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
-        states = SelfAttention(self.config, self.dtype, name="attention")(states, deterministic=deterministic)
-        return Output(self.config, self.dtype, name="output")(states, deterministic=deterministic)
+        dropout = nn.Dropout(self.config.hidden_dropout_prob, name="dropout")
+        return dropout(states, deterministic=self.deterministic)
 
 
 class Intermediate(ViTPart):
@@ -124,39 +108,14 @@ class Intermediate(ViTPart):
 class Layer(ViTPart):
     """Attention and MLP, each normalized before and added after: [B,N,D] to [B,N,D]."""
 
-    deterministic: bool
-
     @nn.compact
     def __call__(self, states: jax.Array) -> jax.Array:
-        config, deterministic = self.config, self.deterministic
-        normalized = self.layer_norm("layernorm_before")(states)
-        states += Attention(config, self.dtype, name="attention")(normalized, deterministic=deterministic)
-        normalized = self.layer_norm("layernorm_after")(states)
-        activations = Intermediate(config, self.dtype, name="intermediate")(normalized)
-        return states + Output(config, self.dtype, name="output")(activations, deterministic=deterministic)
-
-
-class Layers(ViTPart):
-    """The layers one after another, under their numbers."""
-
-    remat: bool
-
-    @nn.compact
-    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
-        layer = nn.remat(Layer) if self.remat else Layer
-        for number in range(self.config.num_hidden_layers):
-            states = layer(self.config, self.dtype, deterministic, name=str(number))(states)
-        return states
-
-
-class Encoder(ViTPart):
-    """A level of names, which FlaxViTModel has."""
-
-    remat: bool
-
-    @nn.compact
-    def __call__(self, states: jax.Array, *, deterministic: bool) -> jax.Array:
-        return Layers(self.config, self.dtype, self.remat, name="layer")(states, deterministic=deterministic)
+        settings = (self.config, self.dtype, self.deterministic)
+        attention = SelfAttention(*settings, parent=None, name="attention")
+        output = Output(*settings, parent=None, name="output")
+        states += Named([attention, output], name="attention")(self.layer_norm("layernorm_before")(states))
+        activations = Intermediate(*settings, name="intermediate")(self.layer_norm("layernorm_after")(states))
+        return states + Output(*settings, name="output")(activations)
 
 
 class Pooler(ViTPart):
@@ -167,19 +126,20 @@ class Pooler(ViTPart):
         return nn.tanh(self.dense(self.config.pooler_output_size)(states[:, 0]))
 
 
-class ViT(ViTPart):
+class ViT(Part):
     """Normalized pixels to one state for the class token and each patch; `config` is a `ViTConfig`."""
 
-    dtype: Any = jnp.float32
-    remat: bool = False  # compute each layer's activations again in the backward pass instead of keeping them
+    remat: bool  # compute each layer's activations again in the backward pass instead of keeping them
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Encode [B,S,S,C] to [B,N,D]."""
-        config, dtype = self.config, self.dtype
-        states = Embeddings(config, dtype, name="embeddings")(pixel_values, deterministic=deterministic)
-        states = Encoder(config, dtype, self.remat, name="encoder")(states, deterministic=deterministic)
-        states = self.layer_norm("layernorm")(states)
+        config, settings = self.config, (self.config, self.dtype, deterministic)
+        states = Embeddings(*settings, name="embeddings")(pixel_values)
+        layer = nn.remat(Layer) if self.remat else Layer
+        layers = [layer(*settings, parent=None, name=str(number)) for number in range(config.num_hidden_layers)]
+        states = Named([Named(layers, parent=None, name="layer")], name="encoder")(states)
+        states = nn.LayerNorm(config.layer_norm_eps, self.dtype, name="layernorm")(states)
         if self.is_initializing():
-            Pooler(config, dtype, name="pooler")(states)
+            Pooler(*settings, name="pooler")(states)
         return states

@@ -73,12 +73,10 @@ def load_weights(
     found, unexpected = _as_named(weights, shapes, holds, is_flax=file.name == FLAX_FILE)
     for other, weights in files:
         again, _ = _as_named(weights, shapes, holds, is_flax=False)
-        differ = [
-            name for name in found if name not in again or not np.array_equal(found[name], again[name], equal_nan=True)
-        ]
-        if differ:
+        same = {name for name in found.keys() & again if np.array_equal(found[name], again[name], equal_nan=True)}
+        if differ := sorted((found.keys() | again) - same):
             raise InputError(
-                f"{file}: and {other.name} hold different weights ({len(differ)} of {len(found)}, such as"
+                f"{file}: and {other.name} hold different weights ({len(differ)} of {len(found | again)}, such as"
                 f" {differ[0]}), as after training on elsewhere; delete the one that is not meant, or give"
                 " --weights_format msgpack or safetensors."
             )

@@ -44,7 +44,7 @@ def render_pocket(
     Raises:
         InputError: `data_dir` holds something else.
     """
-    target = Path(data_dir).absolute()
+    target = Path(data_dir).resolve()
     num_images = {"train": num_train, "val": num_val, "test": num_test}
     settings: dict[str, Any] = {**num_images, "image_size": image_size, "seed": seed}
     rules = b"".join(path.read_bytes() for path in (Path(__file__), Path(scene_rules.__file__)))

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from repro.config import ARGUMENTS, HALVES, SEVERAL, flags_of, parse_arguments
+from repro.config import ARGUMENTS, FLAGS, HALVES, SEVERAL, flags_of, parse_arguments
 from repro.data.atomic import sha256_of
 from repro.errors import InputError
 from repro.evaluation.rouge import rouge_scores
@@ -97,8 +96,8 @@ def evaluated_again(folder: Path, facts: Mapping[str, Any], recorded: Recorded) 
     recorded_metrics = recorded.evaluations("eval").get(step)
     if not recorded_metrics:
         return [], ["not evaluated again: there is no evaluation of the last step"]
-    known = {flag.name for kind in ARGUMENTS for flag in fields(kind)}  # earlier versions had others, too
-    flags = {name: value for name, value in facts["flags"].items() if name in known and not name.startswith(HALVES)}
+    # Earlier versions had other flags, too.
+    flags = {name: value for name, value in facts["flags"].items() if name in FLAGS and not name.startswith(HALVES)}
     flags |= {"do_train": False, "do_predict": False, "push_to_hub": False, "resume": "never", "mesh": None}
     flags |= {"model_name_or_path": str(_place(folder, step)), "num_replicas": facts["num_replicas"]}
     flags |= {"overwrite_output_dir": False, **dict.fromkeys(SEVERAL)}

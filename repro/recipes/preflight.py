@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from datasets import concatenate_datasets
+from jax.sharding import Mesh
 
 from repro.config import CheckArguments, DataArguments, ModelArguments, TrainingArguments
 from repro.data.atomic import check_writable
-from repro.data.batches import number_images
 from repro.data.image_cache import cores, load_images
 from repro.data.images import resize_of
 from repro.data.rows import Rows
@@ -30,11 +30,10 @@ from repro.data.sheet import picture_sheet
 from repro.json_files import write_json
 from repro.record.model_card import cut_in_words
 from repro.run.build import build_evaluator, build_training
-from repro.run.prepare import PreparedRun, check_run, mesh_of, prepare, read_rows, turned_in_words
+from repro.run.prepare import PreparedRun, check_run, prepare, read_rows, turned_in_words
 from repro.run.settings import Settings
 from repro.training.memory import REMEDY, device_bytes
 from repro.training.sharding import put, replicated
-from repro.training.steps import count_parameters
 
 # A model is kept in float32 for Flax and for PyTorch; a state holds each parameter with AdamW's two moments.
 BYTES_OF_WEIGHT, BYTES_OF_STATE = 2 * 4, 3 * 4
@@ -120,7 +119,7 @@ def _by_kind(dropped: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _bytes_on_disk(prepared: PreparedRun, num_images: int) -> dict[str, int]:
     """Tell what a run keeps at most: decoded images, models and states."""
     settings, pretrained = prepared.settings, prepared.pretrained
-    parameters, image = count_parameters(pretrained.params), resize_of(pretrained.image_processor).shape
+    parameters, image = pretrained.num_parameters, resize_of(pretrained.image_processor).shape
     return {
         "images": num_images * math.prod(image) if settings.image_cache else 0,
         "models": settings.num_models * parameters * BYTES_OF_WEIGHT,
@@ -154,12 +153,12 @@ def dry_run(model_args: ModelArguments, data_args: DataArguments, args: Training
         settings = settings.with_rows({name: len(split.dataset) for name, split in rows.items()})
         trial = prepare_trial(settings, rows["validation"], devices)
         image_seconds = _time_images(rows["train"], trial)
-        check_run(settings, trial.pretrained, devices)
+        mesh = check_run(settings, trial.pretrained, devices)
         facts = _time_steps(trial)
-        facts |= _time_evaluation(trial, settings, held_bytes=facts["state_bytes"])
+        facts |= _time_evaluation(trial, settings, mesh, held_bytes=facts["state_bytes"])
     settings = replace(settings, do_eval=args.do_eval)
     available = device_bytes(devices[0])
-    num_images = {name: len(number_images([split.dataset])) for name, split in rows.items()}
+    num_images = {name: len(split.dataset.unique("image_path")) for name, split in rows.items()}
     unit, evaluated = ("images", num_images) if settings.rules.generate_per_image else ("rows", settings.num_rows)
     seconds = {
         "rows": reading,
@@ -213,7 +212,7 @@ def prepare_trial(settings: Settings, validation: Rows, devices: Sequence[jax.De
 
 def _time_images(split: Rows, trial: PreparedRun) -> float:
     """Tell the seconds that an image takes, of the split's first ones."""
-    some = list(number_images([split.dataset.select(range(min(TIMED_IMAGES, len(split.dataset))))]))
+    some = split.dataset.select(range(min(TIMED_IMAGES, len(split.dataset)))).unique("image_path")
     load = partial(load_images, some, trial.pretrained.image_processor, convert_to_rgb=True, cache_dir=None)
     workers = trial.settings.preprocessing_num_workers
     return timed(lambda: load(num_workers=workers, progress=False))[1] / len(some)
@@ -236,14 +235,13 @@ def _time_steps(trial: PreparedRun) -> dict[str, Any]:
     }
 
 
-def _time_evaluation(trial: PreparedRun, settings: Settings, *, held_bytes: int) -> dict[str, Any]:
+def _time_evaluation(trial: PreparedRun, settings: Settings, mesh: Mesh, *, held_bytes: int) -> dict[str, Any]:
     """Compile and take the first turn of an evaluation on the run's devices, beside a state of `held_bytes` on each.
 
     Its speed is in rows or images, whichever the protocol evaluates.
     """
     data = trial.splits["validation"]
     own = replace(trial.settings, num_replicas=settings.replicas).with_rows({"validation": len(data)})
-    mesh = mesh_of(own, jax.devices())
     evaluator = build_evaluator(replace(trial, settings=own, mesh=mesh), held_bytes=held_bytes)
     programs, compiling = timed(evaluator.programs)
     per_image = own.rules.generate_per_image

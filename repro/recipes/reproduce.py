@@ -97,9 +97,7 @@ def _judged(name: str, folder: Path, runs: Sequence[Path], seeds: int | None, **
 
 
 @contextmanager
-def started(
-    recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any], home: Path | None = None
-) -> Iterator[tuple[Any, ...]]:
+def started(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any], home: Path) -> Iterator[tuple[Any, ...]]:
     """Keep others out of a recipe's folder, make its data and the model's halves if they are its own; gives the flags.
 
     Of several processes the first does this; another makes what it does not find, where no disk is shared.
@@ -107,7 +105,7 @@ def started(
     Raises:
         InputError: a flag cannot be used, or the folder holds something else.
     """
-    marker, home = folder / MARKER, home or folder
+    marker = folder / MARKER
     if "output_dir" in given:
         raise InputError("--output_dir: a recipe's run is in its own folder; use `repro train` for another.")
     arguments = make_arguments(ARGUMENTS, recipe_flags(recipe, folder, given, home))
@@ -147,11 +145,9 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
             remove_empty(made)
 
 
-def recipe_flags(
-    recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any], home: Path | None = None
-) -> dict[str, Any]:
+def recipe_flags(recipe: Mapping[str, Any], folder: Path, given: Mapping[str, Any], home: Path) -> dict[str, Any]:
     """The flags of a recipe's run in a folder, those that are given first; a whole model takes the place of halves."""
-    own, home = {"output_dir": folder / RUN}, home or folder
+    own = {"output_dir": folder / RUN}
     if "data" in recipe:
         own |= {"data_dir": home / "data", "cache_dir": home / "cache"}
         own |= {f"{half}_config_name": home / "model" / half for half in ("encoder", "decoder")}

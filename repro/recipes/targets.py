@@ -31,7 +31,6 @@ FEWEST_POINTS = 4  # of a trajectory that is not over, to find it hopeless
 COPIED = 0.1  # share of the tolerance within which the losses of another seed are that seed's
 # The largest possible value of a metric, by what its name holds; the least is 0.
 LARGEST = {"accuracy": 1.0, "exact_match": 1.0, "rouge": 100.0, "": math.inf}
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Target:
     metric: str  # of a run (`read_run`), or of each step
     source: str  # where the figures come from
     step: int | None = None  # at which it is evaluated; None for the last evaluation, or where there are no steps
-    low: float | None = None  # from here on, the names of the five kinds above
-    high: float | None = None
+    low: float = -math.inf  # from here on, the names of the five kinds above
+    high: float = math.inf
     value: float | None = None
     values: Mapping[str, float] | None = None
     tolerance: float | None = None
@@ -89,9 +88,9 @@ class Target:
             return f"{f'{self.value:g}' if self.values is None else f'{len(self.values)} values'} ± {self.margin:g}"
         if self.tolerance is not None:
             return f"{self.value:.12g}" if self.value is not None else f"reference's ± {self.tolerance:g}"
-        if self.high is None:
+        if self.high == math.inf:
             return f"at least {self.low:g}"
-        return f"at most {self.high:g}" if self.low is None else f"{self.low:g} to {self.high:g}"
+        return f"at most {self.high:g}" if self.low == -math.inf else f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -151,17 +150,19 @@ def judge(target: Target, runs: Sequence[Measured], *, num_targets: int = 1, nam
         other = sorted({str(run.text) for run in runs} - {target.fingerprint})
         reason = f"found {', '.join(other)}" if other else ""
         return Outcome(target, Verdict.FAIL if other else Verdict.PASS, reason=reason)
-    if target.margin is None:
-        return (_judge_bounds if target.tolerance is None else _judge_values)(target, runs)
+    if target.tolerance is not None:
+        return _judge_values(target, runs)
     look = 1.0 if named or len(runs) == 1 else equivalence.LOOKING
     fails, passes = equivalence.FALSE_FAILS / num_targets * look, equivalence.FALSE_PASSES * look
     rates = {"false_fails": fails, "false_passes": passes}
     if target.values is not None:
         return _judge_trajectory(target, runs, rates)
-    found = [run.values[""] for run in runs if "" in run.values]
+    found, seeds = [run.values[""] for run in runs if "" in run.values], [run.seed for run in runs]
     if len(found) < len(runs):
-        return Outcome(target, Verdict.CANNOT_TELL, reason=NOT_MEASURED)
-    return judge_statistically(target, found, [run.seed for run in runs], **rates)
+        return Outcome(target, Verdict.CANNOT_TELL, reason="not measured")
+    if target.margin is None:
+        return _judge_bounds(target, found, seeds)
+    return judge_statistically(target, found, seeds, **rates)
 
 
 def judge_statistically(
@@ -203,15 +204,11 @@ def judge_statistically(
     return Outcome(target, verdict, mean, difference, (difference - reach, difference + reach), reason, band, claim)
 
 
-def _judge_bounds(target: Target, runs: Sequence[Measured]) -> Outcome:
-    found = [run.values[""] for run in runs if "" in run.values]
-    if len(found) < len(runs):
-        return Outcome(target, Verdict.CANNOT_TELL, reason=NOT_MEASURED)
-    low, high = (end if bound is None else bound for bound, end in ((target.low, -math.inf), (target.high, math.inf)))
-    out = [str(run.seed) for run, value in zip(runs, found, strict=True) if not low <= value <= high]
-    reason = f"seed {', '.join(out)}" if out and len(runs) > 1 else "a bound" if target.is_score else ""
+def _judge_bounds(target: Target, values: Sequence[float], seeds: Sequence[int]) -> Outcome:
+    out = [str(seed) for seed, value in zip(seeds, values, strict=True) if not target.low <= value <= target.high]
+    reason = f"seed {', '.join(out)}" if out and len(seeds) > 1 else "a bound" if target.is_score else ""
     verdict = Verdict.FAIL if out else Verdict.PASS
-    return Outcome(target, verdict, statistics.fmean(found), reason=reason, claim="within bounds")
+    return Outcome(target, verdict, statistics.fmean(values), reason=reason, claim="within bounds")
 
 
 def _judge_values(target: Target, runs: Sequence[Measured]) -> Outcome | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repro.config import ARGUMENTS, SEVERAL, flags_of, parse_arguments
+from repro.config import ARGUMENTS, FLAGS, SEVERAL, flags_of, parse_arguments
 from repro.errors import InputError, RunStopped
 from repro.json_files import keys, read_json
-from repro.protocol import protocol_named
 from repro.recipes import integrity, read_recipe
 from repro.recipes.equivalence import Verdict
 from repro.recipes.targets import Measured, Outcome, Run, Target, against, judge_all, overall, read_targets
 from repro.record.metrics import name_of
 from repro.record.record import FACTS, Record, Recorded, read_record
+from repro.run.settings import Settings
 
 MARKER, MARKER_FORM = "recipe.json", keys(name=str)
 RUN = "run"
@@ -80,8 +79,18 @@ class Verification:
 
     @property
     def table(self) -> str:
-        """Targets, figures and verdicts, as text."""
-        return table(self.outcomes) if self.outcomes else ""
+        """Targets, figures and verdicts as text of at most `WIDTH` columns; `as_json` has all figures."""
+        lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"] if self.outcomes else []
+        for outcome in self.outcomes:
+            measured, difference, interval, reason = in_words(outcome)
+            wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
+            shown = measured or difference
+            lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
+            more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
+            if outcome.verdict != "PASS":
+                more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
+            lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         text = "\n".join([f"{self.verdict}  {self.claim}", *self.problems, self.table])
@@ -221,18 +230,16 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def _flags_that_differ(facts: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    parsed = parse_arguments(ARGUMENTS, flags_of(recipe["flags"]), command="verify")
-    flags, problems, notes = facts["flags"], list[str](), list[str]()
-    ignored = {*NOT_COMPARED, *(OF_ITS_FOLDER if "data" in recipe else ())}
-    for arguments, field in ((each, field) for each in parsed for field in dataclasses.fields(each)):
-        name, value = field.name, getattr(arguments, field.name)
-        if name in ignored or flags.get(name) == value:
+    own = dict.fromkeys(OF_ITS_FOLDER, ".") if "data" in recipe else {}
+    parsed = parse_arguments(ARGUMENTS, flags_of({**recipe["flags"], **own}), command="verify")
+    settings, flags, problems, notes = Settings.of(*parsed, num_devices=1), facts["flags"], list[str](), list[str]()
+    for name, value in settings.flags.items():
+        if name in (*NOT_COMPARED, *own) or flags.get(name) == value:
             continue
-        free = field.metadata.get("may_change") and name not in ALSO_COMPARED
+        free = FLAGS[name].metadata.get("may_change") and name not in ALSO_COMPARED
         text = f"--{name} {flags.get(name)}, the recipe has {value}"
         (notes if free or name in recipe.get("may_vary", ()) else problems).append(text)
-    shuffles = parsed[-1].block_size > 0 or protocol_named(parsed[-1].protocol).shuffle_without_blocks
-    if facts.get("shuffle", shuffles) != shuffles:
+    if facts.get("shuffle", settings.shuffle) != settings.shuffle:
         size = flags.get("block_size")
         problems.append(f"--block_size {size}: decides whether rows are shuffled, unlike the recipe's")
     return problems, notes
@@ -257,21 +264,6 @@ def in_words(outcome: Outcome) -> tuple[str, str, str, str]:
     )
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Lay outcomes out as text of at most `WIDTH` columns; `as_json` has all figures."""
-    lines = [f"{'':30} {'measured':>11} {'wanted':>22}  verdict"]
-    for outcome in outcomes:
-        measured, difference, interval, reason = in_words(outcome)
-        wanted = outcome.wanted if len(outcome.wanted) <= 22 else "see below"
-        shown = measured or difference
-        lines.append(f"{label(outcome.target):30} {shown:>11} {wanted:>22}  {outcome.verdict}")
-        more = [f"wanted {outcome.wanted}"] * (wanted != outcome.wanted)
-        if outcome.verdict != "PASS":
-            more += [f"off by {interval}"] * bool(interval) + [reason.strip(" ()")] * bool(reason)
-        lines += textwrap.wrap("; ".join(more), WIDTH, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)
-
-
 def label(target: Target) -> str:
     """What people call a target."""
     name = target.metric.removeprefix("eval_").replace("train_", "training ")
@@ -282,11 +274,7 @@ def label(target: Target) -> str:
 def as_json(verification: Verification) -> dict[str, Any]:
     """Make what `--json` writes."""
     return {
-        "recipe": verification.recipe,
-        "verdict": verification.verdict,
-        "claim": verification.claim,
-        "problems": list(verification.problems),
-        "notes": list(verification.notes),
+        **{name: getattr(verification, name) for name in ("recipe", "verdict", "claim", "problems", "notes")},
         "runs": [
             {
                 "folder": str(run.folder),

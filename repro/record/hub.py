@@ -6,11 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
@@ -25,6 +25,12 @@ from repro.record.writer import ATTENTION, LOCK, NON_FINITE, REPORT, STATE, log,
 LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ATTENTION, ".*")
 CARD = "README.md"
 AGAIN = (408, 429)  # of the answers 400 to 499, those that may be different next time
+ATTEMPTS = 4  # of an upload, if the Hub answers 500 or more or not at all; what it refuses is not asked for again
+PAUSE = 2.0  # seconds before the second attempt, and twice as long before each further one
+SILENCE = 30.0  # seconds after which a request that hears nothing has failed
+# Seconds that the end of a run waits for what is not uploaded yet; of several processes the others wait for the
+# first as well, and give up after 300. No pause that the Hub asks for is longer, either.
+AT_END = 240.0
 LONGEST_TEXT = 400
 REMEDIES = {
     400: "Give the repository's name as --hub_model_id OWNER/NAME; a README.md of your own needs valid metadata.",
@@ -37,29 +43,7 @@ REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long an upload is tried."""
-
-    attempts: int = 4  # how often, if the Hub answers 500 or more or not at all; what it refuses is not asked for again
-    pause: float = 2.0  # seconds before the second attempt, and twice as long before each further one
-    silence: float = 30.0  # seconds after which a request that hears nothing has failed
-    # Seconds that the end of a run waits for what is not uploaded yet; of several processes the others wait for the
-    # first as well, and give up after 300. No pause that the Hub asks for is longer, either.
-    at_end: float = 240.0
-
-
-PATIENCE = Patience()
-
-
-class Job(NamedTuple):
-    """An upload: its message, and what there is to upload by name; nothing to make the repository alone."""
-
-    message: str
-    files: dict[str, bytes | Path]
-
-
-class HubUploader:
+class HubUploader(AbstractContextManager["HubUploader"]):
     """Uploads a run's folder; a failure is a warning, and the next upload has what the last one lacked.
 
     A thread does one upload at a time. Of those that come up meanwhile only the newest is kept. Leaving the context
@@ -73,12 +57,12 @@ class HubUploader:
             repository: name of the model repository, None for the folder's.
             token: None for the one of the Hugging Face login.
         """
-        self._folder, self._patience = folder, PATIENCE
+        self._folder = folder
         self._repository, token = repository or folder.resolve().name, token or get_token()
         learn(token)
         self._changed = threading.Condition(threading.RLock())
-        self._current: Job | None = None
-        self._next: Job | None = Job("", {})
+        self._current: Callable[[], str] | None = None
+        self._next: Callable[[], str] | None = partial(self._upload, "", {})
         self._closed = False
         if constants.HF_HUB_OFFLINE:
             self._give_up("the Hub cannot be reached: HF_HUB_OFFLINE is set.")
@@ -87,12 +71,9 @@ class HubUploader:
         else:
             disable_progress_bars()
             set_verbosity_error()
-            limit_silence(self._patience.silence)
+            limit_silence(SILENCE)
             self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
             threading.Thread(target=self._work, name="hub", daemon=True).start()
-
-    def __enter__(self) -> HubUploader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
@@ -106,20 +87,20 @@ class HubUploader:
         if self._closed:
             return
         try:
-            job = Job(message, files_of(self._folder))
+            upload = partial(self._upload, message, files_of(self._folder))
         except OSError as error:
             return self._warn(f"the files cannot be read: {error}")
         with self._changed:
-            self._next = job
+            self._next = upload
             self._changed.notify_all()
 
     def finish(self, message: str, *, stopped: Callable[[], bool]) -> None:
-        """Upload the folder as it is now, and wait as long as `Patience` says, or until `stopped`, asked repeatedly."""
+        """Upload the folder as it is now, and wait for `AT_END` seconds, or until `stopped`, asked repeatedly."""
         self.push(message)
         if self._closed:
             return
-        deadline = time.monotonic() + self._patience.at_end
-        log.info("--push_to_hub: waits for the upload, %g seconds at most", self._patience.at_end)
+        deadline = time.monotonic() + AT_END
+        log.info("--push_to_hub: waits for the upload, %g seconds at most", AT_END)
         with self._changed:
             while (self._current or self._next) and not self._closed:
                 if stopped() or time.monotonic() > deadline:
@@ -134,30 +115,29 @@ class HubUploader:
                 self._changed.wait_for(lambda: self._next or self._closed)
                 if self._closed or self._next is None:
                     return
-                job = self._current = self._next
+                upload = self._current = self._next
                 self._next = None
-            outcome = tried(partial(self._upload, job), self._patience)
+            done, error, status = tried(upload)
             with self._changed:
-                if not self._closed:
-                    self._conclude(job, *outcome)
+                if self._closed:
+                    return
+                if status in REMEDIES:
+                    self._give_up(f"the Hub refuses ({error}). {REMEDIES[status]}")
+                elif error:
+                    self._warn(f"{self._repository}: the upload failed ({error}).")
+                elif done:
+                    log.info("--push_to_hub: %s", done)
                 self._current = None
                 self._changed.notify_all()
 
-    def _upload(self, job: Job) -> str:
-        """Commit what has changed in a folder to the repository, made if there is none; returns its address."""
+    def _upload(self, message: str, files: dict[str, bytes | Path]) -> str:
+        """Commit what has changed of the files, and say where; without files, make the repository if there is none."""
         found = self._api.create_repo(self._repository, exist_ok=True).repo_id
-        if job.files:
-            added = [CommitOperationAdd(name, content) for name, content in job.files.items()]
-            self._api.create_commit(found, added, commit_message=job.message)
-        return f"{self._api.endpoint}/{found}"
-
-    def _conclude(self, job: Job, address: str, error: str, status: int | None) -> None:
-        if status in REMEDIES:
-            self._give_up(f"the Hub refuses ({error}). {REMEDIES[status]}")
-        elif error:
-            self._warn(f"{self._repository}: the upload failed ({error}).")
-        elif job.files:
-            log.info("--push_to_hub: %s is at %s", job.message, address)
+        if not files:
+            return ""
+        added = [CommitOperationAdd(name, content) for name, content in files.items()]
+        self._api.create_commit(found, added, commit_message=message)
+        return f"{message} is at {self._api.endpoint}/{found}"
 
     def _warn(self, text: str) -> None:
         log.warning(
@@ -171,9 +151,9 @@ class HubUploader:
         self._warn(text)
 
 
-def tried(attempt: Callable[[], str], patience: Patience) -> tuple[str, str, int | None]:
+def tried(attempt: Callable[[], str]) -> tuple[str, str, int | None]:
     """Tell an attempt's answer, or the last error with the Hub's status; what is refused is not tried again."""
-    attempts, pause = patience.attempts, patience.pause
+    attempts, pause = ATTEMPTS, PAUSE
     while True:
         try:
             return attempt(), "", None
@@ -181,7 +161,7 @@ def tried(attempt: Callable[[], str], patience: Patience) -> tuple[str, str, int
             attempts, (status, asked) = attempts - 1, answer_of(error)
             if not attempts or (status is not None and 400 <= status < 500 and status not in AGAIN):
                 return "", " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_TEXT], status
-        time.sleep(max(pause, min(asked, patience.at_end)))
+        time.sleep(max(pause, min(asked, AT_END)))
         pause *= 2
 
 
@@ -199,9 +179,11 @@ def answer_of(error: BaseException | None) -> tuple[int | None, float]:
 
 def limit_silence(seconds: float) -> None:
     """Give every request to the Hub a timeout: huggingface_hub's uploads have none."""
-    client: Any = type(get_session())
+    session: Any = get_session()
+    client: Any = type(session)
     if hasattr(huggingface_hub, "set_client_factory"):  # from 1.0 on, of httpx; from 2.0 on of httpx2
-        huggingface_hub.set_client_factory(lambda: client(follow_redirects=True, timeout=seconds))
+        how = {"event_hooks": session.event_hooks, "follow_redirects": True, "timeout": seconds}
+        huggingface_hub.set_client_factory(lambda: client(**how))
     else:
 
         class Session(client):

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from repro import __version__
 from repro.data.sources import COCO_NAMES
 from repro.evaluation.evaluator import Evaluation, some_captions
+from repro.json_files import write_whole
 from repro.models.weights import SAFETENSORS_FILE
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, template
@@ -56,7 +57,7 @@ def write_card(folder: Path, trained: Trained) -> None:
     ModelCard(text)  # what it cannot read is a mistake here
     path = folder / CARD
     if not path.exists() or path.read_bytes() != text.encode():
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text.encode())  # an upload may be reading it
 
 
 def metadata(name: str, trained: Trained) -> ModelCardData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,25 +17,26 @@ from repro.json_files import Count, Form, Positive, checked, keys, optional, rea
 from repro.record.metrics import METRICS
 
 FACTS, ROWS, CLOCK = "run.json", "metrics.jsonl", "clock.json"
-CLOCK_FORM = keys(seconds=Annotated[float, Meta(ge=0, le=1e12)])
-FLAGS = keys(seed=int, **optional(dtype=str, per_device_train_batch_size=Positive))
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+CLOCK_FORM = keys(seconds=Seconds)
+FLAGS = keys(seed=int, **optional(dtype=str, per_device_train_batch_size=Positive, metric_for_best_model=str | None))
 SPLIT = keys(kept=Count, dropped=Count, images=Count, fingerprint=str, **optional(read=Count))
 # What is read of `run.json` by name; a run that has only begun lacks some.
 RUN = optional(
     flags=FLAGS,
     data=dict[str, SPLIT],  # type: ignore[valid-type]
     model=keys(implementation=str, parameters=Count),
-    **dict.fromkeys(("startup_seconds", "train_seconds", "seconds"), float),
+    **dict.fromkeys(("startup_seconds", "train_seconds", "seconds"), Seconds),
     **{"num_replicas": Positive, "num_steps": Count, "shuffle": bool, "parts": list[dict[str, Any]]},
     **dict.fromkeys(("versions", "protocol", "probe"), dict[str, Any]),
     **{"finished": str, "checksums": dict[str, str]},
 )
 OF_EVALUATION = optional(
-    **{"rows_scored": Count, "rouge_intervals": dict[str, tuple[float, float]], "saving_seconds": float},
+    **{"rows_scored": Count, "rouge_intervals": dict[str, tuple[float, float]], "saving_seconds": Seconds},
     **{"sentence_splitter": str, "caption_tokenizer": str, "search": dict[str, Any]},
 )
 DETAILS = ("rows", "seconds", *OF_EVALUATION)  # what a row says of an evaluation besides its metrics, which are numbers
-DETAILS_FORM = keys(rows=Count, seconds=float, **OF_EVALUATION)
+DETAILS_FORM = keys(rows=Count, seconds=Seconds, **OF_EVALUATION)
 EVALUATIONS = ("eval", "test")
 # Of a step of training; the seconds of training up to it where it is logged.
 NUMBERS = ("loss", "learning_rate", "grad_norm", "seconds")
@@ -63,8 +65,9 @@ class Recorded:
 
     def best_step(self, metric: str) -> int | None:
         """Find the step with the best value of a metric, the first of several."""
-        sign = 1.0 if METRICS[metric].better == "more" else -1.0
-        scored = [(sign * row["eval"][metric], -row["step"]) for row in self.rows if metric in row.get("eval", ())]
+        sign = 1.0 if metric in METRICS and METRICS[metric].better == "more" else -1.0
+        values = {step: found.get(metric, math.nan) for step, found in self.evaluations("eval").items()}
+        scored = [(sign * value, -step) for step, value in values.items() if math.isfinite(value)]
         return -max(scored)[1] if scored else None
 
 

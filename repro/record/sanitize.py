@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Callable
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
@@ -14,8 +12,6 @@ JOINERS = "\u200c\u200d"  # without which Persian, Indic scripts and composed pi
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of control characters, directions, surrogates and line separators
 COMBINING = ("Mn", "Me")  # categories of marks over, under and around another character
 MARKS = 4  # combining marks in a row from which on they would pile up over the lines around them
-# JSON inside HTML's <script> ends with it, or opens a comment, unless these are written otherwise.
-IN_SCRIPT = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 
 
 def visible(text: str) -> str:
@@ -39,11 +35,6 @@ def clip(text: str, limit: int = CLIPPED) -> str:
     if len(text) <= limit:
         return visible(text)
     return f"{visible(text[:limit])} … ({len(text):,} characters in all)"
-
-
-def embedded_json(value: Any) -> str:
-    """Write JSON that can stand inside a <script> element."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(IN_SCRIPT)
 
 
 def template(package: str, name: str, *, autoescape: bool, **filters: Callable[..., str]) -> Template:

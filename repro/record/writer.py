@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}_{name}": round(value, DECIMALS) for name, value in metrics.items()}
 
 
-class RunWriter:
+class RunWriter(AbstractContextManager["RunWriter"]):
     """Writes one run's folder."""
 
     def __init__(
@@ -135,7 +135,7 @@ class RunWriter:
         folder.mkdir(parents=True, exist_ok=True)
         # Of a run that goes on, only what is no longer true is removed: half a model, and why it had stopped.
         stays = recorded is not None and not branches_off
-        ended = [*folder.glob(f"*{PARTIAL}"), *folder.glob(NON_FINITE)]
+        ended = [*folder.glob(f"ckpt_*/*{PARTIAL}"), *folder.glob(f"*{PARTIAL}"), *folder.glob(NON_FINITE)]
         for path in ended if stays else _files_of_a_run(folder):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -151,20 +151,13 @@ class RunWriter:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in self.recorded.rows).encode())
         self._metrics = path.open("a", encoding="utf-8")
         begins = max((row["step"] + 1 for row in self.recorded.rows), default=None)
-        self._tensorboard = SummaryWriter(logdir=str(folder), write_to_disk=True, purge_step=begins)
-
-    def __enter__(self) -> RunWriter:
-        return self
+        self.tensorboard = SummaryWriter(logdir=str(folder), write_to_disk=True, purge_step=begins)
 
     def __exit__(self, *_: object) -> None:
-        self.close_tensorboard()
+        self.tensorboard.close()
         self._metrics.close()
         log.removeHandler(self._handler)
         self._handler.close()
-
-    def close_tensorboard(self) -> None:
-        """Have all that TensorBoard is to show on disk; before that, its writer keeps the last of it in a queue."""
-        self._tensorboard.close()
 
     def checksums(self) -> dict[str, str]:
         """Hash `metrics.jsonl`, every evaluation's results and captions, the last weights, SHA-256 by path."""
@@ -179,10 +172,6 @@ class RunWriter:
         lines = [json.dumps(row) + "\n" for row in dropped]
         (self.folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    def non_finite(self, **report: Any) -> None:
-        """Write which step had numbers that are not finite, and its rows; going on with the run removes it."""
-        write_json(self.folder / NON_FINITE, report)
-
     def end(self, reason: str) -> None:
         """Write why the run ends to its log; the terminal is told by the command."""
         self._handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "ended: %s", (reason,), None))
@@ -194,8 +183,8 @@ class RunWriter:
     def train_scalars(self, step: int, row: dict[str, float], seconds: float) -> None:
         """Write the example's training scalars, with the seconds spent on steps, to TensorBoard."""
         for name, value in {"time": seconds, "loss": row["loss"], "learning_rate": row["learning_rate"]}.items():
-            self._tensorboard.add_scalar(f"train_{name}", value, step)
-        self._tensorboard.flush()
+            self.tensorboard.add_scalar(f"train_{name}", value, step)
+        self.tensorboard.flush()
 
     def images(self, prefix: str, paths: list[str], ids: list[str]) -> None:
         """Write `{prefix}_images.json`: which image each row of a split is about, in the order of its generations."""
@@ -225,11 +214,11 @@ class RunWriter:
         entry = {**evaluation.metrics, **evaluation.details, **times}
         self.append([{"step": step, prefix: entry}])
         for name, value in results.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self.tensorboard.add_scalar(name, value, step)
         if pictures := some_captions(evaluation, PICTURES):
             sheet = np.asarray(picture_sheet(list(pictures.items())))
-            self._tensorboard.add_image(f"{prefix}_captions", sheet, step, dataformats="HWC")
-        self._tensorboard.flush()
+            self.tensorboard.add_image(f"{prefix}_captions", sheet, step, dataformats="HWC")
+        self.tensorboard.flush()
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to `metrics.jsonl`: {"step", "loss", "learning_rate"} of each step, or an evaluation's."""

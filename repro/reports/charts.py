@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from repro.record.metrics import METRICS
 from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names
@@ -82,8 +81,7 @@ def curves_of(runs: Sequence[RunFiles], wanted: Mapping[str, Line]) -> list[Char
 
 def _of_steps(run: RunFiles, name: str, size: int) -> dict[str, Any]:
     rows = [(row["step"], row[name]) for row in run.recorded.steps if finite(row.get(name))]
-    steps, values = np.array(rows, float).reshape(-1, 2).T
-    return columns_of(zip(*thinned(steps, values, size), strict=True), "x", "y", "low", "high")
+    return columns_of(thinned(rows, size), "x", "y", "low", "high")
 
 
 def _of_evaluations(run: RunFiles, metric: str) -> dict[str, Any]:
@@ -109,18 +107,11 @@ def rounded(value: Any) -> Any:
     return [rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def thinned(x: np.ndarray, y: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-    """Average values over buckets of `size` neighbours, leaving out what is not finite.
-
-    Returns:
-        (last x, mean, least, most) of each bucket that has anything, float64[ceil(n / size)].
-    """
-    missing = -len(x) % size
-    x = np.pad(np.asarray(x, float), (0, missing), mode="edge").reshape(-1, size)
-    y = np.pad(np.asarray(y, float), (0, missing), constant_values=np.nan).reshape(-1, size)
-    kept = np.isfinite(y).any(axis=1)
-    x, y = x[kept], np.where(np.isfinite(y), y, np.nan)[kept]
-    return x[:, -1], np.nanmean(y, axis=1), np.nanmin(y, axis=1), np.nanmax(y, axis=1)
+def thinned(points: Sequence[tuple[float, float]], size: int) -> list[tuple[float, float, float, float]]:
+    """Average points over buckets of `size` neighbours: (last x, mean, least, most) of each."""
+    buckets = [points[start : start + size] for start in range(0, len(points), size)]
+    values = [[y for _, y in bucket] for bucket in buckets]
+    return [(bucket[-1][0], fmean(ys), min(ys), max(ys)) for bucket, ys in zip(buckets, values, strict=True)]
 
 
 def number(value: float) -> str:

@@ -20,13 +20,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from PIL import Image
 
 from repro.data.images import ImageError, view_image
 from repro.recipes.verify import Verification, in_words, label
 from repro.record.metrics import METRICS
-from repro.record.sanitize import clip, embedded_json, template
+from repro.record.sanitize import clip, template
 from repro.reports.captions import RANKED_BY, REFERENCES, Item, count_table, ranked_items
 from repro.reports.charts import Line, curves_of, number, rounded
 from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names, spread, words
@@ -69,7 +70,7 @@ def page(
     settings = _rows([_settings(run) for run in runs])
     has_all = sum(len(of.earlier) for item in items for of in item.said if of) <= EARLIER
     said = [_searchable(item, with_earlier=has_all or bool(item.thumbnail)) for item in items]
-    figures = {"charts": rounded([asdict(chart) for chart in charts]), "items": said}
+    data = {"names": names, "ranked_by": ranked_by, "charts": rounded(list(map(asdict, charts))), "items": said}
     folder = files("repro.reports") / "templates"
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     return template("repro.reports", "report.html", autoescape=True, clip=clip, words=words).render(
@@ -95,7 +96,7 @@ def page(
         looks=list(looks(runs[0])),
         differing=[(": ".join(name), values) for name, values in settings if len(set(values)) > 1],
         settings=[(group, (key, values[:1])) for (group, key), values in settings if len(set(values)) == 1],
-        data=Markup(embedded_json({"names": names, "ranked_by": ranked_by, **figures})),
+        data=htmlsafe_json_dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False),
     )
 
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from repro.data.atomic import whole_file
 from repro.errors import InputError
+from repro.json_files import write_whole
 from repro.recipes import read_recipe
 from repro.recipes.targets import Target, read_targets
 from repro.recipes.verify import RUN, Verification, folders_of_runs, verify
@@ -47,8 +47,11 @@ def write_report(folders: Sequence[Path], output: Path, *, recipe: str | None = 
     last = max(run.facts.get("num_steps", run.last_step) for run in runs)
     wanted = _wanted(read_targets(content["targets"]), verdict, last)
     text = page(runs, verdict=verdict, no_verdict=reason, wanted=wanted, seeds=content.get("seeds", ()))
-    with whole_file(output, "the report") as partial:
-        partial.write_text(text, encoding="utf-8")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, text.encode())
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written ({error}); name another file.") from error
 
 
 def report_at_end(folder: Path, runs: Sequence[Path] = ()) -> None:
@@ -74,9 +77,8 @@ def _wanted(targets: Sequence[Target], verdict: Verification | None, last: int) 
         at = last if target.step is None else target.step
         values = target.values or ({} if target.value is None else {str(at): target.value})
         points = [(int(step), value, value - reach, value + reach) for step, value in values.items()]
-        low, high = target.low, target.high
-        if low is not None or high is not None:
-            points = [(at, math.nan, -math.inf if low is None else low, math.inf if high is None else high)]
+        if math.isfinite(target.low) or math.isfinite(target.high):
+            points = [(at, math.nan, target.low, target.high)]
         found.setdefault(target.metric, []).extend(points)
     columns = {metric: columns_of(sorted(points), "x", "y", "low", "high") for metric, points in found.items()}
     return {metric: Line("wanted", -1, **values) for metric, values in columns.items() if values}

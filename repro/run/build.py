@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -14,17 +14,15 @@ import numpy as np
 from datasets import Dataset
 from jax.sharding import NamedSharding
 
-from repro.data.batches import CaptionedImages, RowOrder, prefetch
+from repro.data.batches import RowOrder, prefetch
 from repro.evaluation.evaluator import Evaluator, Programs, compile_programs
 from repro.models.generation import search_settings
 from repro.progress import waiting
 from repro.record.writer import log
 from repro.run.prepare import PreparedRun, at_once_choices, num_beams
 from repro.training import steps
-from repro.training.checkpoint import abstract
-from repro.training.interrupt import StopSignals
-from repro.training.memory import SHARE, choices, compile_step, compile_what_fits, device_bytes, step_bytes, tree_bytes
-from repro.training.sharding import put, put_rows, state_sharding, train_batch_sharding
+from repro.training.memory import SHARE, batch_shapes, choices, compile_what_fits, device_bytes, step_bytes, tree_bytes
+from repro.training.sharding import gather_on, put, put_rows, replicated, state_sharding, train_batch_sharding
 from repro.training.steps import Batch, TrainState, TrainStep
 
 
@@ -40,39 +38,33 @@ class Training:
     batch_sharding: NamedSharding  # of a batch [R,b,...]
     facts: dict[str, Any]  # how it was compiled, for `run.json`
 
-    def batches(self, first_step: int) -> Generator[tuple[int, Batch | None, float]]:
-        """Load the batches of the run's rows, see `training_batches`."""
-        return training_batches(self.prepared.splits["train"], self.row_order, self.batch_sharding, first_step)
+    def batches(self, first_step: int = 0) -> Generator[tuple[int, Batch | None, float]]:
+        """Load the batches of all steps after `first_step` ahead of them.
+
+        Yields:
+            The step, counted from 1 over the whole run; its batch, on the device; the seconds until that was there.
+            First, without a batch, a step that was taken already: what was due after it may not have been done.
+        """
+        if first_step:
+            yield first_step, None, 0.0
+        data = self.prepared.splits["train"]
+        steps_per_epoch = self.row_order.steps_per_epoch(len(data))
+        load = partial(put_rows, data.batch, self.batch_sharding)
+        for epoch in range(first_step // steps_per_epoch, self.row_order.num_epochs):
+            # Drawn in this thread: which random stream JAX uses is thread-local.
+            rows = self.row_order.epoch_rows(epoch, len(data))
+            taken = max(first_step - epoch * steps_per_epoch, 0)
+            with closing(prefetch(map(load, rows[taken:]))) as batches:
+                for step in range(epoch * steps_per_epoch + taken + 1, (epoch + 1) * steps_per_epoch + 1):
+                    asked = time.perf_counter()
+                    batch = next(batches)
+                    yield step, batch, time.perf_counter() - asked
 
     def rows_of(self, step: int) -> Dataset:
         """The rows that a step takes."""
         data = self.prepared.splits["train"]
         epoch, index = divmod(step - 1, self.row_order.steps_per_epoch(len(data)))
         return data.dataset.select(data.kept[self.row_order.epoch_rows(epoch, len(data))[index].reshape(-1)])
-
-
-def training_batches(
-    data: CaptionedImages, row_order: RowOrder, sharding: NamedSharding, first_step: int = 0
-) -> Generator[tuple[int, Batch | None, float]]:
-    """Load the batches of all steps after `first_step` ahead of them.
-
-    Yields:
-        The step, counted from 1 over the whole run; its batch, on the device; the seconds until that was there. First,
-        without a batch, a step that was taken already: what was due after it may not have been done.
-    """
-    if first_step:
-        yield first_step, None, 0.0
-    steps_per_epoch = row_order.steps_per_epoch(len(data))
-    load = partial(put_rows, data.batch, sharding)
-    for epoch in range(first_step // steps_per_epoch, row_order.num_epochs):
-        # Drawn in this thread: which random stream JAX uses is thread-local.
-        rows = row_order.epoch_rows(epoch, len(data))
-        taken = max(first_step - epoch * steps_per_epoch, 0)
-        with closing(prefetch(map(load, rows[taken:]))) as batches:
-            for step in range(epoch * steps_per_epoch + taken + 1, (epoch + 1) * steps_per_epoch + 1):
-                asked = time.perf_counter()
-                batch = next(batches)
-                yield step, batch, time.perf_counter() - asked
 
 
 @lru_cache(maxsize=4)
@@ -102,22 +94,31 @@ def build_training(prepared: PreparedRun) -> Training:
         max_grad_norm=settings.max_grad_norm,
     )
     create = partial(steps.create_train_state, optimizer=optimizer, seed=settings.seed, num_replicas=settings.replicas)
-    shapes = jax.eval_shape(create, prepared.pretrained.params)
-    shardings = state_sharding(mesh, shapes)
-    like = abstract(shapes, shardings)
+    shardings = state_sharding(mesh, jax.eval_shape(create, prepared.pretrained.params))
+    start = jax.jit(create, out_shardings=shardings)
+    like = start.eval_shape(prepared.pretrained.params)
     row = prepared.splits["train"].batch(np.zeros(1, np.int64))
-    make_step = partial(
-        steps.make_train_step,
-        prepared.pretrained.captioner.logits,
-        optimizer,
-        learning_rate,
-        reduction=settings.rules.loss_reduction,
-        label_smoothing=settings.label_smoothing_factor,
-    )
     sizes = {"num_replicas": settings.replicas, "replica_batch": settings.per_device_train_batch_size}
+
+    def compile_step(number: int) -> jax.stages.Compiled:
+        """Compile a step that takes the buffers of its state and gives the next one the same place."""
+        step = steps.make_train_step(
+            prepared.pretrained.captioner.logits,
+            optimizer,
+            learning_rate,
+            reduction=settings.rules.loss_reduction,
+            label_smoothing=settings.label_smoothing_factor,
+            replicas_at_once=number,
+            gather=gather_on(mesh),
+        )
+        sharding = train_batch_sharding(mesh, num_replicas=settings.replicas, replicas_at_once=number)
+        batch = batch_shapes(row, tuple(sizes.values()), sharding)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        return jitted.lower(like, batch).compile()
+
     with waiting("compiling the training step", progress=prepared.progress):
         at_once, step = compile_what_fits(
-            lambda number: compile_step(make_step, like, row, mesh, replicas_at_once=number, **sizes),
+            compile_step,
             at_once_choices(settings, mesh),
             limit=SHARE * device_bytes(mesh.local_devices[0]),
             bytes_of=step_bytes,
@@ -126,18 +127,14 @@ def build_training(prepared: PreparedRun) -> Training:
     if at_once < settings.replicas:
         size = facts["step_bytes"] / 2**30
         log.info("%d of %d replicas at once: a step takes %.1f GiB", at_once, settings.replicas, size)
-
-    def start() -> TrainState:
-        params = put(prepared.pretrained.params, shardings.params)
-        return jax.jit(create, out_shardings=shardings)(params)
-
     row_order = RowOrder(seed=settings.seed, num_epochs=settings.num_epochs, shuffle=settings.shuffle, **sizes)
     batch_sharding = train_batch_sharding(mesh, num_replicas=settings.replicas, replicas_at_once=at_once)
-    return Training(prepared, step, start, like, row_order, batch_sharding, facts)
+    make = lambda: start(put(prepared.pretrained.params, shardings.params))  # noqa: E731
+    return Training(prepared, step, make, like, row_order, batch_sharding, facts)
 
 
-def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *, held_bytes: int = 0) -> Evaluator:
-    """Put together what evaluates, as many device batches at once as the memory holds; a signal ends it between turns.
+def build_evaluator(prepared: PreparedRun, *, held_bytes: int = 0) -> Evaluator:
+    """Put together what evaluates, as many device batches at once as the memory holds.
 
     Args:
         held_bytes: what else is on a device: the state, where it is evaluated in the middle of training.
@@ -151,11 +148,13 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *
     search["num_beams"] = num_beams(settings, prepared.pretrained)
 
     def compile_batches(number: int) -> Programs:
+        # Of a split that is evaluated; both have rows of one shape.
+        data = next(split for name, split in prepared.splits.items() if name != "train")
         wanted = (captioner, settings.label_smoothing_factor, settings.predict_with_generate)
         return compile_programs(
             *_eval_functions(*wanted, **search, group_size=replica_batch),
             prepared.pretrained.params,
-            prepared.evaluated.batch(np.zeros(1, np.int64)),
+            data.batch(np.zeros(1, np.int64)),
             mesh,
             num_rows=number * replica_batch,
         )
@@ -169,15 +168,7 @@ def build_evaluator(prepared: PreparedRun, signals: StopSignals | None = None, *
         if at_once < num_replicas:
             size = found.num_bytes / 2**30
             log.info("%d of %d device batches are evaluated at once: %.1f GiB", at_once, num_replicas, size)
-
-        if signals is None:
-            return found
-
-        def encode(params: Any, pixels: Any) -> Any:
-            signals.raise_if_received()
-            return found.encode(params, pixels)
-
-        return replace(found, encode=encode)
+        return found
 
     return Evaluator(
         programs=programs,

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from repro.config import HALVES, ModelArguments
-from repro.data.batches import CaptionedImages, number_images, prepare_split
+from repro.data.batches import CaptionedImages, prepare_split
 from repro.data.image_cache import load_images
 from repro.data.rows import Rows
 from repro.data.sources import load_splits
@@ -35,7 +35,6 @@ from repro.run.settings import DETERMINISTIC, SPLITS, Settings, is_deterministic
 from repro.training.memory import choices
 from repro.training.processes import decided_by_first
 from repro.training.sharding import create_mesh
-from repro.training.steps import count_parameters
 
 # Which the reader of rows takes under the same names.
 SOURCE_FLAGS = signature(load_splits).parameters.keys() - {"splits", "rows_dir", "rebuild"}
@@ -55,11 +54,6 @@ class PreparedRun:
     dropped: list[dict[str, Any]]  # rows that cannot be used, with the reason
     facts: dict[str, Any]  # what `run.json` says before the first step
     progress: bool
-
-    @property
-    def evaluated(self) -> CaptionedImages:
-        """A split that is evaluated; both have rows of one shape."""
-        return next(self.splits[name] for name in ("validation", "test") if name in self.splits)
 
 
 def load_or_create(model_args: ModelArguments, *, seed: int) -> Pretrained:
@@ -118,7 +112,8 @@ def prepare(settings: Settings, devices: Sequence[jax.Device], *, progress: bool
     converted = {name: settings.converts_to_rgb(name) for name in rows}
     for convert in sorted(set(converted.values())):  # splits that treat images alike share them
         together = {name: split for name, split in rows.items() if converted[name] == convert}
-        places = number_images(split.dataset for split in together.values())
+        images = dict.fromkeys(path for split in together.values() for path in split.dataset.unique("image_path"))
+        places = {path: place for place, path in enumerate(images)}
         store = load_images(
             list(places),
             pretrained.image_processor,
@@ -160,7 +155,8 @@ def check_run(settings: Settings, pretrained: Pretrained, devices: Sequence[jax.
         check_installed()
     if settings.predict_with_generate:
         check_beams(num_beams=num_beams(settings, pretrained), num_return_sequences=1, vocab_size=decoder.vocab_size)
-    mesh = mesh_of(settings, devices)
+    rows, shape = settings.per_device_train_batch_size, mesh_shape(settings.mesh)
+    mesh = create_mesh(devices, num_replicas=settings.replicas, replica_batch=rows, shape=shape)
     if settings.deterministic and not is_deterministic(mesh):
         raise InputError(f"--deterministic: on a GPU, set XLA_FLAGS={DETERMINISTIC} before JAX starts.")
     if settings.do_train:
@@ -183,12 +179,6 @@ def at_once_choices(settings: Settings, mesh: Mesh) -> list[int]:
 def num_beams(settings: Settings, pretrained: Pretrained) -> int:
     """Beams of a search: as asked for, or as the model says."""
     return settings.num_beams or pretrained.captioner.generation_config.num_beams or 1
-
-
-def mesh_of(settings: Settings, devices: Sequence[jax.Device]) -> Mesh:
-    """Lay out the devices."""
-    rows, shape = settings.per_device_train_batch_size, mesh_shape(settings.mesh)
-    return create_mesh(devices, num_replicas=settings.replicas, replica_batch=rows, shape=shape)
 
 
 def _rebuilding(settings: Settings) -> str | None:
@@ -225,7 +215,7 @@ def _facts(prepared: PreparedRun, num_read: Mapping[str, int]) -> dict[str, Any]
         "versions": versions(),
         "model": {
             "implementation": "native" if isinstance(pretrained.captioner, NativeCaptioner) else "transformers",
-            "parameters": count_parameters(pretrained.params),
+            "parameters": pretrained.num_parameters,
             "fingerprint": pretrained.fingerprint(),
             "notes": list(pretrained.notes),
         },

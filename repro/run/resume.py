@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from repro.config import TrainingArguments
+from repro.config import FLAGS, TrainingArguments
 from repro.data.atomic import check_writable
 from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation
@@ -26,7 +26,7 @@ from repro.record.model_card import Trained, write_card
 from repro.record.record import FACTS, ROWS, Recorded, read_clock, read_record
 from repro.record.writer import STATE, check_output_dir, holds_only_run_files, locked, log, models_in
 from repro.run.prepare import PreparedRun, num_beams
-from repro.run.settings import FLAGS, Settings
+from repro.run.settings import Settings
 from repro.run.step_log import StepLog
 from repro.training.checkpoint import CORRUPT, RECORD, STEP, Checkpoints, Found, find_newest, whole_states
 from repro.training.processes import decided_by_first, is_first
@@ -53,10 +53,6 @@ class Start:
             for step in self.found.corrupt:
                 log.warning("the state of step %d is corrupt: set aside as %d%s", step, step, CORRUPT)
             log.info("goes on after step %d of %s", self.step, self.found.folder)
-
-    def clock(self, name: str) -> float:
-        """Seconds that the state's record has under a name; 0 if there is no state, or an older version's."""
-        return self.found.record.get(name, 0.0) if self.found else 0.0
 
 
 ANEW = Start(None, Recorded([]))
@@ -197,13 +193,10 @@ def save_state(states: Checkpoints, state: TrainState, step: int, steps: StepLog
     steps.writer.sync()
     record = {
         "step": step,
-        "epoch": settings.epoch_of(step),
-        "step_in_epoch": (step - 1) % settings.steps_per_epoch + 1,
         "training_seconds": steps.training_seconds,
         "waiting_for_input_seconds": steps.waited,
         "seconds": round(steps.writer.seconds(), 3),
         "settings": what_stays(prepared),
-        "versions": prepared.facts["versions"],
     }
     states.save(state, step, record)
 

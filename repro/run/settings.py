@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 import datasets.config
 from jax.sharding import Mesh
 
-from repro.config import ARGUMENTS, HALVES, DataArguments, ModelArguments, TrainingArguments
-from repro.data.batches import check_sizes
+from repro.config import FLAGS, HALVES, DataArguments, ModelArguments, TrainingArguments
 from repro.errors import InputError
 from repro.masking import SECRET_FLAGS
 from repro.parser import Checked
@@ -24,7 +23,6 @@ from repro.training.sharding import AXES
 
 MESH_SIZE = re.compile(r"[1-9][0-9]{0,8}")
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-FLAGS = {flag.name: flag for kind in ARGUMENTS for flag in fields(kind)}
 # By split: the flag that asks for it, and the one that limits its rows.
 SPLITS = {
     "train": ("do_train", "max_train_samples"),
@@ -147,8 +145,17 @@ class Settings(ModelArguments, DataArguments, TrainingArguments):
             if not number:
                 raise InputError(f"{split}: no row is left; look at the paths and images of its rows.")
             if split == "train":
-                sizes = {"train_batch": self.train_batch, "eval_batch": self.eval_batch, "block_size": self.block_size}
-                check_sizes(number, **sizes)
+                for name, batch in (("train", self.train_batch), ("eval", self.eval_batch)):
+                    if self.block_size % batch:
+                        raise InputError(
+                            f"--block_size {self.block_size}: must be 0 or a multiple of the global {name} batch of"
+                            f" {batch} rows (replicas x --per_device_{name}_batch_size)."
+                        )
+                if number < self.train_batch:
+                    raise InputError(
+                        f"the global train batch of {self.train_batch} rows is larger than the data: {number} rows"
+                        " are left; lower --per_device_train_batch_size or --num_replicas."
+                    )
             elif number < self.eval_batch and not self.rules.keep_incomplete_batch:
                 raise InputError(
                     f"{split}: {number} rows do not fill one batch of {self.eval_batch}, and --protocol"

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 from repro.progress import progress_bar
 from repro.record.metrics import METRICS
 from repro.record.writer import RunWriter, log
+from repro.run.settings import Settings
 
 REFRESH_SECONDS = 1.0
 # Newest steps that are left on the device when the bar is refreshed, so that it has work queued meanwhile.
@@ -42,26 +43,22 @@ class StepLog:
     """
 
     writer: RunWriter
+    settings: Settings
     _: KW_ONLY
-    num_steps: int
-    batch_size: int  # rows of a step
-    logging_steps: int
     progress: bool
-    first_step: int = 0  # taken already, in `seconds_before`, of which `waited_before` for input
-    seconds_before: float = 0.0
-    waited_before: float = 0.0
-    log_grad_norm: bool = False  # write the norm of each step's gradient too
+    before: Mapping[str, Any] = field(default_factory=dict)  # what was saved with the state that is gone on from
 
     def __post_init__(self) -> None:
-        self.waited, self._written = self.waited_before, self.first_step
-        self._training_seconds, self._paused = self.seconds_before, False
+        self._written, self._training_seconds = self.before.get("step", 0), self.before.get("training_seconds", 0.0)
+        self.waited = self.before.get("waiting_for_input_seconds", 0.0)  # which older versions did not save
+        self._paused = False
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._resumed = self._refreshed = time.perf_counter()
-        self._recent = deque([(self.first_step, self.seconds_before)], maxlen=RECENT)
-        every = max(self.num_steps // FEWEST_LINES, 1) if self.num_steps < self.logging_steps else self.logging_steps
-        self._lines_every = every
+        self._recent = deque([(self._written, self._training_seconds)], maxlen=RECENT)
+        num_steps, logged = self.settings.num_steps, self.settings.logging_steps
+        self._lines_every = max(num_steps // FEWEST_LINES, 1) if num_steps < logged else logged
         self.bar = progress_bar(
-            progress=self.progress, total=self.num_steps, initial=self.first_step, desc="train", bar_format=BAR
+            progress=self.progress, total=num_steps, initial=self._written, desc="train", bar_format=BAR
         )
 
     def add(self, step: int, metrics: dict[str, jax.Array], *, waited: float = 0.0) -> None:
@@ -76,7 +73,7 @@ class StepLog:
 
     def logs(self, step: int) -> bool:
         """Tell whether a step is one of those that are logged, and written at once."""
-        return self.logging_steps > 0 and step % self.logging_steps == 0
+        return self.settings.logging_steps > 0 and step % self.settings.logging_steps == 0
 
     def flush(self) -> None:
         """Wait for all steps so far and write them, up to one that cannot be gone on from, which raises NonFinite."""
@@ -106,7 +103,7 @@ class StepLog:
         """
         self.pause()
         self.bar.close()
-        rows = self._written * self.batch_size
+        rows = self._written * self.settings.train_batch
         return {
             "train_seconds": round(self._training_seconds, 3),
             "train_rows_per_second": round(rows / max(self._training_seconds, 1e-9), 2),
@@ -117,8 +114,8 @@ class StepLog:
         """Rows a second and time left, by the last steps."""
         began_at, began = self._recent[0]
         steps_per_second = (self._written - began_at) / max(self.training_seconds - began, 1e-3)
-        left = timedelta(seconds=round((self.num_steps - step) / max(steps_per_second, 1e-9)))
-        return f"{steps_per_second * self.batch_size:.0f} rows/s, {left} left"
+        left = timedelta(seconds=round((self.settings.num_steps - step) / max(steps_per_second, 1e-9)))
+        return f"{steps_per_second * self.settings.train_batch:.0f} rows/s, {left} left"
 
     def _write(self, steps: list[tuple[int, dict[str, jax.Array]]]) -> None:
         rows: list[dict[str, Any]] = []
@@ -128,7 +125,7 @@ class StepLog:
             if not all(map(math.isfinite, values.values())):
                 broken = NonFinite(step, values)
                 break
-            if not self.log_grad_norm:
+            if not self.settings.log_grad_norm:
                 values.pop("grad_norm", None)
             rows.append({"step": step, **values} | ({"seconds": self.training_seconds} if self.logs(step) else {}))
         self.writer.append(rows)
@@ -136,9 +133,10 @@ class StepLog:
         for row in rows:
             if self.logs(row["step"]):
                 self.writer.train_scalars(row["step"], row, self.training_seconds)
-            if self.logging_steps and row["step"] % self._lines_every == 0:
+            if self.settings.logging_steps and row["step"] % self._lines_every == 0:
                 told = "step %d of %d: loss %.4f, learning rate %.2e, %s"
-                log.info(told, row["step"], self.num_steps, row["loss"], row["learning_rate"], self._pace(row["step"]))
+                pace, total = self._pace(row["step"]), self.settings.num_steps
+                log.info(told, row["step"], total, row["loss"], row["learning_rate"], pace)
         self._refreshed = time.perf_counter()
         if rows:
             self.bar.update(len(rows))

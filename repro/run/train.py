@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 
 from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
@@ -31,7 +32,7 @@ from repro.run.step_log import NonFinite, StepLog, in_short
 from repro.training.checkpoint import Checkpoints, set_aside
 from repro.training.interrupt import StopSignals
 from repro.training.memory import keeping_programs
-from repro.training.processes import check_alike, is_first, wait_for_all
+from repro.training.processes import check_alike, is_first
 from repro.training.sharding import put, replicated
 
 Score = Callable[[Evaluation], dict[str, float]]
@@ -111,19 +112,20 @@ def run(
         if settings.push_to_hub and is_first():
             uploader = HubUploader(settings.folder, repository=settings.hub_model_id, token=settings.hub_token)
             stack.enter_context(uploader)
-        wait_for_all("folder")
+        sync_global_devices("folder")
+        facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
         stack.enter_context(_writing_why_it_ends(writer, facts, prepared))
         if training:
             facts |= training.facts | ({"probe": probe(training)} if probe else {})
         facts |= {"shuffle": settings.shuffle, "startup_seconds": round(time.perf_counter() - began, 1)}
-        facts["parts"] = [*start.parts, {"first_step": start.step + 1, **{name: facts[name] for name in PART}}]
         writer.describe(facts, prepared.dropped)
         start.announce()
         log_preparation(prepared, start.step)
         if watch:
             watch(facts, writer.recorded.rows)
 
-        evaluator = build_evaluator(prepared, signals, held_bytes=facts.get("state_bytes", 0))
+        evaluator = build_evaluator(prepared, held_bytes=facts.get("state_bytes", 0))
+        evaluator = dataclasses.replace(evaluator, before_turn=signals.raise_if_received)
         evaluate = partial(_evaluate, prepared, evaluator, writer, score)
         if training is not None:
             params, evaluations = _train(training, writer, start, signals, facts, evaluate, watch, uploader)
@@ -140,7 +142,7 @@ def run(
         facts |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(writer.seconds(), 1)}
         facts["checksums"] = writer.checksums()
         writer.describe(facts, prepared.dropped)
-        writer.close_tensorboard()
+        writer.tensorboard.close()  # or the last of what it is to show is in a queue still
         if uploader:
             uploader.finish("end of the run", stopped=lambda: signals.received is not None)
         return RunResult(settings.folder, evaluations, facts)
@@ -165,17 +167,8 @@ def _train(
         state = states.restore(start.found, training.like) if start.found else training.create()
         jax.block_until_ready(state)  # making it is no training
         signals.defer()
-        steps = StepLog(
-            writer,
-            num_steps=settings.num_steps,
-            batch_size=settings.train_batch,
-            logging_steps=settings.logging_steps,
-            progress=prepared.progress,
-            first_step=start.step,
-            seconds_before=start.clock("training_seconds"),
-            waited_before=start.clock("waiting_for_input_seconds"),
-            log_grad_norm=settings.log_grad_norm,
-        )
+        before = start.found.record if start.found else {}
+        steps = StepLog(writer, settings, progress=prepared.progress, before=before)
         try:
             with steps.bar:  # closed, so that what is said next has a line of its own
                 for step, batch, waited in training.batches(start.step):
@@ -206,7 +199,7 @@ def _train(
         except NonFinite as error:
             rows = training.rows_of(error.step).select_columns(["row", "image_path", "caption"])
             found = {name: str(value) for name, value in error.metrics.items()}
-            writer.non_finite(step=error.step, metrics=found, rows=list(rows))
+            write_json(writer.folder / NON_FINITE, {"step": error.step, "metrics": found, "rows": list(rows)})
             states.wait()
             values = ", ".join(f"{name} {value:g}" for name, value in error.metrics.items())
             raise RunStopped(

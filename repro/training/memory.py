@@ -15,8 +15,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from repro.errors import InputError
 from repro.training.processes import true_in_all
-from repro.training.sharding import gather_on, replicated, train_batch_sharding
-from repro.training.steps import TrainState, TrainStep
 
 # Of a device's memory that a step may take; evaluation's leftovers and fragmentation need the rest.
 SHARE = 0.92
@@ -43,25 +41,6 @@ def keeping_programs(folder: Path) -> Iterator[None]:
     finally:
         compilation_cache.reset_cache()
         compilation_cache.set_cache_dir(told)
-
-
-def compile_step(
-    make_step: Callable[..., TrainStep],  # `make_train_step` but for `replicas_at_once` and `gather`
-    like: TrainState,  # shapes, dtypes and shardings
-    row: Mapping[str, Any],  # of a batch [1,...], or its shapes
-    mesh: Mesh,
-    *,
-    num_replicas: int,
-    replica_batch: int,
-    replicas_at_once: int,
-) -> jax.stages.Compiled:
-    """Compile a step that takes the buffers of its state and gives the next one the same place."""
-    step = make_step(replicas_at_once=replicas_at_once, gather=gather_on(mesh))
-    sharding = train_batch_sharding(mesh, num_replicas=num_replicas, replicas_at_once=replicas_at_once)
-    batch = batch_shapes(row, (num_replicas, replica_batch), sharding)
-    places = jax.tree.map(lambda array: array.sharding, like)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
-    return jitted.lower(like, batch).compile()
 
 
 def batch_shapes(

@@ -146,9 +146,3 @@ def check_alike(find: Callable[[], dict[str, Any]]) -> None:
             f"process {jax.process_index()}: the processes of a run are not alike"
             f" ({'; '.join(found) or 'others say in what'}); start all with the same flags, versions, data and weights."
         )
-
-
-def wait_for_all(name: str) -> None:
-    """Go on once every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

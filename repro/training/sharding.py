@@ -110,16 +110,11 @@ def put(tree: Any, sharding: Any) -> Any:
 
     The sharding is one for all arrays, or a tree of them.
     """
-    if isinstance(sharding, NamedSharding):
-        sharding = jax.tree.map(lambda _: sharding, tree)
 
     def place(array: Any, sharding: NamedSharding) -> jax.Array:
-        if sharding.is_fully_addressable:
-            return jax.device_put(array, sharding)
-        host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return jax.make_array_from_process_local_data(sharding, array, array.shape)
 
-    return jax.tree.map(place, tree, sharding)
+    return jax.tree.map(place, tree, jax.tree.broadcast(sharding, tree))
 
 
 def put_rows(
@@ -137,15 +132,10 @@ def put_rows(
     held = np.zeros(rows.shape, bool)
     for index in sharding.addressable_devices_indices_map(rows.shape).values():
         held[index] = True
-    loaded = load(rows[held])
-    if held.all():
-        return put({name: values.reshape(*rows.shape, *values.shape[1:]) for name, values in loaded.items()}, sharding)
-    place = np.cumsum(held).reshape(rows.shape) - 1
+    own = [len(np.unique(places)) for places in np.nonzero(held)]  # a grid: one axis is cut
 
     def assemble(values: np.ndarray) -> jax.Array:
-        def part(index: Any) -> np.ndarray:
-            return values[place[index[: rows.ndim]]]
+        shape = values.shape[1:]
+        return jax.make_array_from_process_local_data(sharding, values.reshape(*own, *shape), (*rows.shape, *shape))
 
-        return jax.make_array_from_callback((*rows.shape, *values.shape[1:]), sharding, part)
-
-    return {name: assemble(values) for name, values in loaded.items()}
+    return {name: assemble(values) for name, values in load(rows[held]).items()}
