@@ -5,7 +5,7 @@
     python benchmarks/machines.py --output FILE --rows 0 3    # some; those that FILE has are kept
 
 The recipe `coco2017` (a global batch of 256 rows as 8 replicas of 32, captions of 32 tokens, evaluation of 256 rows
-with 8 beams) is compiled at ViT-B/16 + GPT-2 size for each machine by `topology.py`; the data and the weights are
+with 8 beams) is compiled at ViT-B/16 + GPT-2 size for each machine as by `--topology`; the data and the weights are
 stand-ins, which change no shape. Nothing is run: memory and collectives are the compiler's plan, and the time is that
 of the step's operations at the chip's published peak, so the least.
 """
@@ -22,8 +22,8 @@ from typing import Any
 
 import stand_in
 from peers import write_result
-from topology import compile_for, devices_of
 
+from repro.commands.terminal import leave_tpus_alone
 from repro.config import ARGUMENTS, make_arguments
 from repro.recipes import read_recipe
 
@@ -52,13 +52,15 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def compile_row(row: tuple[str, str, dict[str, Any]], folder: Path, *, smoke: bool) -> dict[str, Any]:
     """Compile the run for one machine."""
+    from repro.recipes.topology import compile_for, devices_of
+
     topology, dtype, layout = row
     flags = {name: value for name, value in read_recipe("coco2017")["flags"].items() if "_model_" not in name}
     flags |= {f"{half}_config_name": str(folder / "halves" / half) for half in ("encoder", "decoder")}
     flags |= {"data_dir": str(folder / "data"), "cache_dir": str(folder / "cache"), "dtype": dtype, **layout}
     flags |= {"output_dir": str(folder / "run")} | ({"max_target_length": 8, "num_beams": 2} if smoke else {})
     started = time.perf_counter()
-    found = compile_for(*make_arguments(ARGUMENTS, flags), devices_of(topology))
+    found = compile_for(*make_arguments(ARGUMENTS, flags), devices=devices_of(topology))
     return {
         "topology": topology,
         "dtype": dtype,
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the stand-ins, found again (default: a temporary one)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    leave_tpus_alone()
     rows = json.loads(args.output.read_text())["rows"] if args.output and args.output.exists() else []
     with tempfile.TemporaryDirectory() as place:
         folder = args.folder or Path(place)

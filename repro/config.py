@@ -52,6 +52,7 @@ SEED = Numbers(0, 2**32 - 1)
 POSITIVE = Numbers(0, math.inf, without=(0,))
 NOT_NEGATIVE = Numbers(0, math.inf)
 SHARE = Numbers(0, 1, without=(1,))
+TOPOLOGY = "TPUs that are not at hand, such as v3:2x2 or v5e:2x4, and say what it takes of them"
 
 
 def flag(default: Any, text: str, allowed: Numbers | None = None, **metadata: Any) -> Any:
@@ -200,6 +201,7 @@ class TrainingArguments(Checked):
 class CheckArguments(Checked):
     """What `repro data check` takes besides the flags of the run."""
 
+    topology: str | None = flag(None, f"Compile the run for {TOPOLOGY}, too.")
     report_dir: str = flag("data-check", "Folder for data_check.json and the picture sheet data_check.png.")
     num_pictures: int = flag(24, "Random rows on the picture sheet.", NATURAL)
 

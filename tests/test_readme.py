@@ -430,12 +430,28 @@ def test_a_benchmark_knows_its_flags(
         module.main()
     known, others = parsed.value.args
     assert [name for name in flags_in(command) if not hasattr(known, name)] == [word[2:] for word in others[::2]]
-    passes_on = Path(program).stem in ("rehearsal", "topology")  # further flags to the run
+    passes_on = Path(program).stem == "rehearsal"  # further flags to the run
     assert {word[2:] for word in others[::2]} <= (flags_of_commands["train"] if passes_on else set())
 
 
 def flags_in(text: str) -> list[str]:
     return re.findall(r"(?<![\w-])--([a-z]\w*)", text)
+
+
+@runs(
+    "repro reproduce coco2017 --data_dir data --dry_run --topology v3:2x2",
+    "repro data check --topology v5e:2x4 --model_name_or_path MODEL --train_file train.jsonl --validation_file v.jsonl",
+)
+def test_what_compiles_for_tpus_says_how_the_compiler_is_installed(
+    commands: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("repro.recipes.topology.find_spec", lambda _: None)  # `tox -e tpu` has it
+    for command, module in zip(commands, ("reproduce", "data"), strict=True):
+        monkeypatch.setattr(f"repro.commands.{module}.leave_tpus_alone", lambda: None)  # the environment is this test's
+        assert run(command) == 2
+        assert "is not installed; pip install '.[tpu]' installs it" in capsys.readouterr().err
+    assert run(commands[0].replace(" --dry_run", "")) == 2
+    assert "--topology: trains nothing; add --dry_run" in capsys.readouterr().err
 
 
 # Nothing is left out.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import jax
@@ -10,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import topology
-from topology import collectives, compile_for, devices_of
-
 from repro.config import ARGUMENTS, parse_arguments
 from repro.errors import InputError
 from repro.models.captioner import normalize
 from repro.recipes.preflight import DryRun
 from repro.recipes.selftest import command_line, read_case
-from repro.training.memory import SHARE
+from repro.recipes.topology import collectives, compile_for, devices_of
+from repro.training import memory
+from repro.training.memory import SHARE, Chip
 
 LOOP = """
 %body.1 (arg: (f32[8])) -> (f32[8]) {
@@ -36,7 +33,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def compiled(tmp_path: Path, machine: str, *flags: str) -> DryRun:
     line = [*command_line(read_case("published_8dev"), tmp_path / "run"), *flags]
-    return compile_for(*parse_arguments(ARGUMENTS, line, command="train"), devices_of(machine))
+    return compile_for(*parse_arguments(ARGUMENTS, line, command="train"), devices=devices_of(machine))
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results() -> None:
@@ -60,7 +57,7 @@ def test_where_a_run_does_not_fit_the_layout_that_would_is_named(
 ) -> None:
     roomy = compiled(tmp_path, "v3:2x2", "--mesh", "data=1,fsdp=8").facts
     limit = max(roomy["step_bytes"], roomy["evaluation_bytes"]) / SHARE + 1
-    monkeypatch.setattr(topology, "bytes_of", lambda _: limit)
+    monkeypatch.setitem(memory.CHIPS, "TPU v3", Chip(limit / 2**30, 1.0))
     found = compiled(tmp_path, "v3:2x2")
     assert found.problems[0].startswith("with these flags: takes ")
     assert "\nit fits with --mesh=data=1,fsdp=8:\n" in found.text

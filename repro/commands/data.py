@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro.commands import COMMANDS
-from repro.commands.terminal import start_logging
+from repro.commands import COMMANDS, INPUT_ERROR
+from repro.commands.terminal import leave_tpus_alone, start_logging
 from repro.config import ARGUMENTS, COUNT, NATURAL, SEED, CheckArguments, flag, make_arguments, parse_arguments
 from repro.parser import Checked, Numbers, Parser, add_fields, sentence
 
@@ -65,8 +65,17 @@ def main(argv: list[str]) -> int:
 def _check(argv: list[str]) -> int:
     classes = (*ARGUMENTS, CheckArguments)
     parsed = parse_arguments(classes, argv, command="data check", about=f"{CHECK}; takes the flags of a run")
+    *arguments, own = parsed
+    if own.topology:
+        leave_tpus_alone()
     start_logging()
     from repro.recipes.preflight import check_data
+    from repro.recipes.topology import compile_for, devices_of
 
-    print(check_data(*parsed), f"written to {parsed[-1].report_dir}", sep="\n")
-    return 0
+    devices = devices_of(own.topology) if own.topology else []
+    print(check_data(*parsed), f"written to {own.report_dir}", sep="\n")
+    if not devices:
+        return 0
+    found = compile_for(*arguments, devices=devices)
+    print(found.text)
+    return INPUT_ERROR if found.problems else 0

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from repro.commands import COMMANDS, INPUT_ERROR
-from repro.commands.terminal import figures, make_deterministic, print_end, start_logging
+from repro.commands.terminal import figures, leave_tpus_alone, make_deterministic, print_end, start_logging
 from repro.commands.verify import conclude
-from repro.config import ARGUMENTS, SEVERAL, flag, given_flags
+from repro.config import ARGUMENTS, SEVERAL, TOPOLOGY, flag, given_flags
 from repro.errors import InputError
 from repro.parser import Checked, sentence
 
@@ -33,6 +33,7 @@ class ReproduceArguments(Checked):
     )
     keep_going: bool = flag(False, "Finish a run that can no longer meet the targets.")
     dry_run: bool = flag(False, "Check machine, weights, data and disk, time a few steps, and estimate; train nothing.")
+    topology: str | None = flag(None, f"With --dry_run: compile the run for {TOPOLOGY}.")
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +51,10 @@ def main(argv: list[str]) -> int:
     own = ReproduceArguments(**{f.name: given.pop(f.name) for f in fields(ReproduceArguments) if f.name in given})
     if given.get("deterministic"):
         make_deterministic()
+    if own.topology:
+        if not own.dry_run:
+            raise InputError("--topology: trains nothing; add --dry_run.")
+        leave_tpus_alone()
     seeds = _seeds(own.seeds, given) if own.seeds is not None else []
     folder = Path(own.output_dir or f"repro-{recipe}{'-seeds' * bool(seeds)}")
     from repro.recipes import read_recipe
@@ -65,9 +70,11 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--dry_run: is of one process; drop {', '.join(f'--{name}' for name in several)}.")
     if own.dry_run:
         from repro.recipes.preflight import dry_run
+        from repro.recipes.topology import compile_for, devices_of
 
+        devices = devices_of(own.topology) if own.topology else []
         with leaving_nothing(folder), started(read_recipe(recipe), folder, given, folder) as arguments:
-            found = dry_run(*arguments)
+            found = compile_for(*arguments, devices=devices) if devices else dry_run(*arguments)
         print(found.text)
         return INPUT_ERROR if found.problems else 0
     start_processes(**several)

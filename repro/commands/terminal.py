@@ -29,6 +29,14 @@ def make_deterministic() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 
 
+def leave_tpus_alone() -> None:
+    """Keep JAX and libtpu from looking for a TPU, and for the server that tells of one; before JAX starts."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v3-8"}
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # beside another process that compiles
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is compiled for another machine cannot be read back
+
+
 def stay_offline_without_hub(*names: str | None) -> None:
     """Spare a user the libraries' retries where a model is no folder and the Hub cannot be reached: use the cache.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -21,6 +21,20 @@ SHARE = 0.92
 REMEDY = "add --gradient_checkpointing or --mesh fsdp=N, or lower the batch size"
 
 Program = TypeVar("Program")
+
+
+class Chip(NamedTuple):
+    """What one of JAX's devices has: a chip, or one of the two cores of a v3 chip."""
+
+    gib: float  # of memory
+    teraflops: float  # in bfloat16, of which products of float32 are made too
+
+
+# By JAX's name of the device. Source: Google Cloud's documentation of each TPU version.
+CHIPS = {
+    **{"TPU v3": Chip(16, 61.5), "TPU v4": Chip(32, 275), "TPU v5 lite": Chip(16, 197)},
+    **{"TPU v5": Chip(95, 459), "TPU v6 lite": Chip(32, 918)},
+}
 
 
 @contextmanager
@@ -68,7 +82,9 @@ def step_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def device_bytes(device: jax.Device) -> int:
-    """Tell the memory of a device; of a CPU, its part of the machine's."""
+    """Tell the memory of a device: of a TPU that is not at hand its chip's, of a CPU its part of the machine's."""
+    if device.device_kind in CHIPS and device not in jax.devices():
+        return int(CHIPS[device.device_kind].gib * 2**30)
     shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit", shared)
 
