@@ -44,6 +44,7 @@ GROUPS = {
     "replicas_at_once": "layout: time and memory",
     "save_steps": "states, to go on from",
     "coordinator": "several processes",
+    "topology": "TPUs",
     "report_dir": "report",
 }
 

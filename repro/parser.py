@@ -81,8 +81,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         end = args.index("--") if "--" in args else len(args)
         flags = [_with_underscores(arg) for arg in args[:end]]
-        # Before argparse takes the value of a flag that does not exist for something else; a subcommand's parser looks
-        # at its own.
+        # Before argparse takes an unknown flag's value for something else; a subcommand's parser looks at its own.
         for arg in flags[:1] if self._subparsers else flags:
             if arg.startswith("--") and _name(arg) not in self._option_string_actions:
                 raise InputError(self._unknown(_name(arg)))

@@ -156,7 +156,7 @@ def test_only_exact_evaluates_the_rows_of_the_incomplete_batch(tokenizer, protoc
     evaluation = make_evaluator(model, tokenizer, protocol).evaluate(1.0, data)
     assert evaluation.details["rows"] == evaluated
     assert len(evaluation.generations) == evaluated
-    assert evaluation.image_paths == data.names(np.arange(evaluated))
+    assert evaluation.image_paths == data.read(np.arange(evaluated))
     assert model.batch_sizes == {4}, "the last batch must have the shape of all others"
 
 

@@ -174,7 +174,7 @@ def test_a_name_with_a_line_break_is_a_name(folder: Folder) -> None:
     (folder.folder / name).write_bytes(photo())
     split, dropped = folder.read(name)
     assert (len(split), dropped) == (2, {})
-    assert split.names(np.array([1])) == [str(folder.folder / name)]
+    assert split.read(np.array([1])) == [str(folder.folder / name)]
 
 
 def test_a_file_that_may_not_be_read_is_dropped(folder: Folder, monkeypatch) -> None:

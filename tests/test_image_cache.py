@@ -199,6 +199,15 @@ def test_a_killed_build_leaves_a_cache_that_is_right_as_far_as_it_goes(pictures,
     check(load(pictures, cache), pictures)
 
 
+def test_what_a_killed_writer_of_the_index_left_goes_with_the_next_build(pictures, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    load(pictures[:2], cache)
+    (folder,) = cache.iterdir()
+    (folder / "index.jsonl.0123.partial").touch()
+    check(load(pictures, cache), pictures)
+    assert not list(folder.glob("*.partial"))
+
+
 def test_two_runs_that_build_at_once_share_the_work(pictures, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     builds = [start_build(cache, pictures) for _ in range(2)]

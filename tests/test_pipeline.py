@@ -97,7 +97,7 @@ def make_split(tokenizer, failures: dict[str, str], max_length: int = 6):
 def test_rows_share_their_image_and_lose_it_together(tokenizer) -> None:
     (split, dropped), store = make_split(tokenizer, {"b.jpg": "no such file"})
     every = np.arange(3)
-    assert split.names(every) == ["a.jpg", "a.jpg", "c.jpg"]
+    assert split.read(every) == ["a.jpg", "a.jpg", "c.jpg"]
     labels = split.tokens(every)["labels"]
     assert [text.strip() for text in tokenizer.batch_decode(labels, skip_special_tokens=True)] == [
         "one",

@@ -13,6 +13,7 @@ from damage import mutations
 from synthetic_run import read_data, write_run
 
 from repro.__main__ import main
+from repro.commands.caption import _checkpoint_of
 from repro.config import TrainingArguments
 from repro.errors import InputError
 from repro.recipes import recipe_names
@@ -96,6 +97,12 @@ def test_damaged_facts_are_told_and_forbid_conclusions(old: Path, content: bytes
         choose_start(TrainingArguments(output_dir=str(old), resume="auto"), old)
     (old / "run.json").unlink()
     assert choose_start(TrainingArguments(output_dir=str(old), resume="auto"), old).step == 16
+
+
+@pytest.mark.parametrize("metric", ["loss", "of another version", "search"])
+def test_a_runs_checkpoint_is_found_whatever_metric_it_names(old: Path, metric: str) -> None:
+    change(old, "run.json", lambda facts: facts["flags"].update(metric_for_best_model=metric))
+    assert _checkpoint_of(str(old)) == str(old / "ckpt_epoch_2_step_16")
 
 
 @pytest.mark.parametrize("seconds", [1e300, -1.0, 8.7e13])

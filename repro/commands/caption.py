@@ -93,6 +93,7 @@ def _parser() -> Parser:
 
 def _checkpoint_of(model: str) -> str:
     """Take the place of a run's or a reproduction's folder: its best checkpoint, or its newest if it kept no best."""
+    from repro.record.metrics import METRICS
     from repro.record.record import read_record
     from repro.record.writer import models_in, step_of_model
 
@@ -102,7 +103,7 @@ def _checkpoint_of(model: str) -> str:
         return model
     record = read_record(run)
     metric = record.facts.get("flags", {}).get("metric_for_best_model")
-    best = record.recorded.best_step(metric) if metric else None
+    best = record.recorded.best_step(metric) if metric in METRICS else None  # another version's may not be
     chosen = next((path for path in models if step_of_model(path) == best), models[-1])
     which = f"best by {metric}" if metric and step_of_model(chosen) == best else "newest"
     _tell(f"{chosen}: the {which} of {len(models)} checkpoint{'s' * (len(models) > 1)}")

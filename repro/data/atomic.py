@@ -59,7 +59,9 @@ def build_once(
             return notes
         if rebuild is None and file.exists():
             log.warning("%s: is damaged; %s are made again", file, content)
-        partial = file.with_name(file.name + PARTIAL)  # which a builder that was killed may have left
+        for left in file.parent.glob(f"{file.name}*{PARTIAL}"):  # by a builder that was killed
+            left.unlink()
+        partial = file.with_name(file.name + PARTIAL)
         try:
             notes = build(partial) or []
             entry = {"sha256": _hash_of(partial, notes), "notes": notes, "built_by": rebuild}

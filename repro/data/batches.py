@@ -94,17 +94,9 @@ class CaptionedImages:
         """Tell which of rows int[B] have a caption, bool[B]: even an empty one has an eos token."""
         return np.any(self.records["mask"][self.kept[rows]], axis=1)
 
-    def names(self, rows: np.ndarray, column: str = "image_path") -> list[str]:
-        """Name the images of rows int[B]; in `image_id` as their source does: COCO's by number."""
+    def read(self, rows: np.ndarray, column: str = "image_path") -> list[str]:
+        """Give what was read of rows int[B]: a `caption`, or an image's name, in `image_id` its source's (a number)."""
         return list(self.dataset[self.kept[rows]][column])
-
-    def captions_of_images(self, rows: np.ndarray) -> dict[str, list[str]]:
-        """Collect the captions of rows int[B] by image, as they were read."""
-        found: dict[str, list[str]] = {}
-        chosen = self.dataset[self.kept[rows]]
-        for path, caption in zip(chosen["image_path"], chosen["caption"], strict=True):
-            found.setdefault(path, []).append(caption)
-        return found
 
     def fingerprint(self) -> str:
         """Hash what is learned from: tokens, which rows share an image, and the pixels of some images."""

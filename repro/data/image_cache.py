@@ -31,7 +31,7 @@ import xxhash
 from repro.data.atomic import alone, kept_there
 from repro.data.images import ImageError, Resize, decode_image, image_key, resize_of
 from repro.errors import InputError
-from repro.json_files import Count, read_lines, write_whole
+from repro.json_files import PARTIAL, Count, read_lines, write_whole
 from repro.limits import LIST_BYTES
 from repro.progress import progress_bar
 
@@ -168,6 +168,8 @@ class ImageCache:
 
         Of all processes of a run that builds them again, the first one discards what other runs have left.
         """
+        for left in self.folder.glob(f"*{PARTIAL}"):
+            left.unlink()
         build, index = self._read(rebuild)
         lines = "".join(map(_line, [(build or rebuild or uuid4().hex, self._settings), *index.items()])).encode()
         if self._index.exists():

@@ -137,15 +137,18 @@ class Evaluator:
             details["search"] = dict(self.search)
         scored = [row for row, is_given in zip(generations, given, strict=False) if is_given]
         if scored:
-            images = data.names(rows[given])
+            images = data.read(rows[given])
             scores = rouge_scores(*([row[name] for row in scored] for name in ("pred", "label")), images=images)
             metrics |= scores.means
             details |= {"rouge_intervals": scores.intervals, "sentence_splitter": scores.sentence_splitter}
             if self.caption_metrics:
-                captions, references = caption_of_each_image(images, scored), data.captions_of_images(rows[given])
+                references: dict[str, list[str]] = {}
+                for image, caption in zip(images, data.read(rows[given], "caption"), strict=True):
+                    references.setdefault(image, []).append(caption)
+                captions = caption_of_each_image(images, scored)
                 means, details["caption_tokenizer"] = caption_scores(captions, references)
                 metrics |= means
-        return Evaluation(metrics, details, generations, data.names(rows), data.names(rows, "image_id"))
+        return Evaluation(metrics, details, generations, data.read(rows), data.read(rows, "image_id"))
 
     def _mean_loss(self, sums: np.ndarray, counts: np.ndarray) -> float:
         if self.protocol.token_eval_loss:

@@ -65,7 +65,7 @@ class Recorded:
 
     def best_step(self, metric: str) -> int | None:
         """Find the step with the best value of a metric, the first of several."""
-        sign = 1.0 if metric in METRICS and METRICS[metric].better == "more" else -1.0
+        sign = 1.0 if METRICS[metric].better == "more" else -1.0
         values = {step: found.get(metric, math.nan) for step, found in self.evaluations("eval").items()}
         scored = [(sign * value, -step) for step, value in values.items() if math.isfinite(value)]
         return -max(scored)[1] if scored else None

@@ -228,7 +228,7 @@ def _evaluate(
     """Evaluate the rows of `eval` or `test`, or read back what was recorded; the writer is told `more` too."""
     data = prepared.splits[SPLIT_OF[prefix]]
     rows = np.arange(len(data))
-    paths, ids = data.names(rows), data.names(rows, "image_id")
+    paths, ids = data.read(rows), data.read(rows, "image_id")
     writer.images(prefix, paths, ids)
     if step in writer.recorded.evaluations(prefix):
         return writer.read_evaluation(prefix, step, folder, image_paths=paths, image_ids=ids)
