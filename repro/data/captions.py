@@ -1,4 +1,4 @@
-"""Captions as token arrays, by the example's rules (REFERENCE section 3): tokenized once, kept compact on disk."""
+"""Captions as token arrays, by the rules of the example: tokenized once, kept compact on disk."""
 
 from __future__ import annotations
 
