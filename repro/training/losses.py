@@ -24,7 +24,7 @@ def token_losses(logits: jax.Array, labels: jax.Array, *, label_smoothing: float
     Returns:
         float32[...], 0 where the prediction equals the smoothed target.
 
-    Source: REFERENCE section 5, the Flax examples' `loss_fn`.
+    Source: `loss_fn` of transformers' examples/flax/image-captioning/run_image_captioning_flax.py (v4.57.6).
     """
     chex.assert_shape(logits, (*labels.shape, None))
     chex.assert_type(labels, jnp.int32)
