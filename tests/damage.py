@@ -1,24 +1,15 @@
 """Ways in which a file of JSON is damaged by a loss of power, a bad disk or an editor."""
 
-from __future__ import annotations
-
 import json
-import random
-from typing import Any
 
+# Put in the place of any value.
 OTHERS = (None, True, -1, 0, 1.5, 10**400, float("inf"), "x", "", "²", [], [0], {}, {"x": 1})
-"""Put in the place of any value."""
+# Put in the place of a file.
+CONTENTS = (b"", b"\xff\xfe", b"[]", b"{}", b"3", b"null", b'"x"', b"[" * 50_000, b'{"a": 1e400}')
 
 
-def mutations(draw: random.Random, content: bytes, *, lines: bool) -> tuple[str, bytes]:
-    """Damage a file in one place.
-
-    Args:
-        lines: each line is JSON by itself.
-
-    Returns:
-        What was done, and the content then.
-    """
+def mutations(draw, content, *, lines):
+    """Damage a file in one place, each of whose `lines` is JSON by itself; returns what was done, and the content."""
     how = draw.choice(("drop", "drop", "change", "change", "change", "cut", "garble", "zeros", "replace"))
     place = draw.randrange(len(content) + 1)
     if how == "cut":
@@ -29,7 +20,7 @@ def mutations(draw: random.Random, content: bytes, *, lines: bool) -> tuple[str,
         count = draw.choice((1, 1, 4, 40))
         return f"{count} bytes at {place}", content[:place] + draw.randbytes(count) + content[place + count :]
     if how == "replace":
-        whole = draw.choice((b"", b"\xff\xfe", b"[]", b"{}", b"3", b"null", b'"x"', b"[" * 50_000, b'{"a": 1e400}'))
+        whole = draw.choice(CONTENTS)
         return f"replaced by {whole[:12]!r}", whole
     rows = content.splitlines(keepends=True) if lines else [content]
     if not rows:
@@ -42,7 +33,7 @@ def mutations(draw: random.Random, content: bytes, *, lines: bool) -> tuple[str,
     return what, b"".join(rows)
 
 
-def _edit(draw: random.Random, value: Any, how: str) -> str:
+def _edit(draw, value, how):
     """Drop or change one value somewhere in a value, in place; returns what was done."""
     path = []
     while True:

@@ -1,11 +1,8 @@
 """The commands have mimalloc where a CPU computes, and what the user or another device wants comes first."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -24,9 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems k
         ("cmeel_mimalloc-3.4.3.dist-info", {}, "malloc"),  # whose library is not beside it
     ],
 )
-def test_commands_on_a_cpu_have_mimalloc(
-    tmp_path: Path, plugin: str | None, given: dict[str, str], wanted: str
-) -> None:
+def test_commands_on_a_cpu_have_mimalloc(tmp_path, plugin, given, wanted):
     if plugin:
         (tmp_path / plugin).mkdir()
         (tmp_path / plugin / "__init__.py").touch()
@@ -40,5 +35,4 @@ def test_commands_on_a_cpu_have_mimalloc(
     )
     command = [sys.executable, "-c", show, "caption", "a b.jpg"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == f"['caption', 'a b.jpg'] {wanted}\n"
-    assert done.stderr == ""
+    assert (done.stdout, done.stderr) == (f"['caption', 'a b.jpg'] {wanted}\n", "")

@@ -1,7 +1,5 @@
 """The short form of benchmarks/kill.py: a run that is killed three times ends as one that is not."""
 
-from __future__ import annotations
-
 import importlib
 import random
 import shutil
@@ -37,26 +35,18 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(case, undisturbed, tmp_pa
     assert kill.differences(out, undisturbed) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("metrics.jsonl", "metrics.jsonl: 1 rows differ"),
-        ("ckpt_epoch_1_step_75/model.safetensors", "model.safetensors differs"),
-        ("ckpt_epoch_1_step_75/eval_generation.json", "cannot be read"),
-        ("state/150/checksums.json", "state/150 cannot be read"),
-    ],
-)
-def test_the_comparison_sees_what_differs(undisturbed, tmp_path, name, said):
+def test_the_comparison_sees_what_differs(undisturbed, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
+    for name, spoil, said in (
+        ("metrics.jsonl", lambda content: content.replace(b'"loss": ', b'"loss": 1', 1), "1 rows differ"),
+        ("ckpt_epoch_1_step_75/model.safetensors", lambda content: content[:-1] + b"~", "model.safetensors differs"),
+        ("ckpt_epoch_1_step_75/eval_generation.json", lambda content: content[:-3], "cannot be read"),
+        ("state/150/checksums.json", lambda content: content[:-3], "state/150 cannot be read"),
+    ):
+        content = (out / name).read_bytes()
+        assert spoil(content) != content
+        (out / name).write_bytes(spoil(content))
+        assert any(said in difference for difference in kill.differences(out, undisturbed)), name
+        (out / name).write_bytes(content)
     assert kill.differences(out, undisturbed) == []
-    path = out / name
-    if name == "metrics.jsonl":
-        path.write_text(path.read_text().replace('"loss": ', '"loss": 1', 1))
-    elif name.endswith("safetensors"):
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(bytes(content))
-    else:
-        path.write_bytes(path.read_bytes()[:-3])
-    assert any(said in difference for difference in kill.differences(out, undisturbed))
