@@ -54,10 +54,10 @@ WEIGHTS_BYTES = 768 << 20  # beyond the configuration's float32; GPT-2 XL's buff
 LAYERS = 1000
 RECORDED_BYTES = 1 << 26  # each file of a run that a report reads
 
-# Of TIFF's tags and JPEG's markers. `MARKER` finds those that end an image or stand before a length.
+# Of TIFF's tags and JPEG's markers. `JPEG_MARKER` finds those that end an image or stand before a length.
 TILE_WIDTH, TILE_LENGTH = 322, 323
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 
 def local_path(text: str, flag: str = "") -> str:
@@ -237,7 +237,7 @@ def check_image(image: Image.Image, content: bytes) -> None:
 def count_scans(content: bytes) -> int:
     """Count a JPEG's scans, without those of its thumbnails and of what follows it."""
     scans, place = 0, 2
-    while (found := MARKER.search(content, place)) and found[0] != END_OF_IMAGE:
+    while (found := JPEG_MARKER.search(content, place)) and found[0] != END_OF_IMAGE:
         scans += found[0] == START_OF_SCAN
         place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
     return scans

@@ -65,7 +65,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
+def as_lines(found: dict[str, Any]) -> str:
     """Put an environment into lines for a bug report."""
     lines = [f"{name:24} {version}" for name, version in found["versions"].items()]
     lines += [f"{'platform':24} {found['platform']}", f"{'devices':24} {', '.join(found['devices'])}"]

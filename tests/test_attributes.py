@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repro.pocket.attributes import attribute_accuracy, judge, mentioned
+from repro.pocket.attributes import attribute_accuracy, judge_claims, mentioned
 from repro.pocket.scenes import BACKGROUNDS, COLOURS, SHAPES, Item, Scene, describe_scene, sample_scene
 
 scenes = st.integers(0, 2**32).map(lambda seed: sample_scene(random.Random(seed)))
@@ -27,7 +27,7 @@ SCENE = Scene(
 
 
 def false_claims(caption, scene=SCENE):
-    return {kind for kind, is_true in judge(mentioned(caption), scene) if not is_true}
+    return {kind for kind, is_true in judge_claims(mentioned(caption), scene) if not is_true}
 
 
 @given(scenes, seeds)
@@ -83,13 +83,13 @@ CLAIMS = {
 
 @pytest.mark.parametrize(("false", "caption"), [(kinds, each) for kinds, of in CLAIMS.items() for each in of])
 def test_a_claim_is_true_only_of_objects_of_the_stated_shape_and_colour(caption, false):
-    assert judge(mentioned(caption), SCENE)
+    assert judge_claims(mentioned(caption), SCENE)
     assert false_claims(caption) == set(false.split())
 
 
 @pytest.mark.parametrize("caption", ["", "a picture of a", "we see and with the", "to the left of it", "?"])
 def test_a_caption_without_attributes_claims_nothing_and_is_counted(caption):
-    assert judge(mentioned(caption), SCENE) == []
+    assert judge_claims(mentioned(caption), SCENE) == []
     alone = attribute_accuracy([caption], [SCENE])
     assert alone["captions_without_attributes"] == 1
     assert alone["attribute_accuracy"] == alone["exact_match"] == alone["attribute_mentions"] == 0

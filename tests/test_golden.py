@@ -10,7 +10,7 @@ import pytest
 
 from repro.__main__ import main
 from repro.config import ARGUMENTS, parse_arguments
-from repro.recipes.selftest import CASES, Bounds, command_line, compare, read_case, run_case
+from repro.recipes.selftest import CASES, Bounds, command_line, compare_with_golden, read_case, run_case
 from repro.run.train import run
 
 ON_A_CPU = Bounds(noise=1e-6)
@@ -33,7 +33,7 @@ def folder_of(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_short_runs_equal_the_reference_step_by_step_and_caption_by_caption(name, folder_of):
     folder = folder_of(name)
-    result = compare(folder, name, ON_A_CPU)
+    result = compare_with_golden(folder, name, ON_A_CPU)
     assert result.passed, result
     assert result.steps == len(read_case(name)["train_steps"]) > 0
     assert result.captions_equal == result.captions >= 48
@@ -48,7 +48,7 @@ def test_short_runs_equal_the_reference_step_by_step_and_caption_by_caption(name
 def test_long_runs_stay_with_the_reference_as_far_as_rounding_lets_them(name, tmp_path):
     folder, case = tmp_path / "run", read_case(name)
     run_case(name, folder)
-    result = compare(folder, name, Bounds(loss=1e-3))
+    result = compare_with_golden(folder, name, Bounds(loss=1e-3))
     assert not result.counts
     assert (result.first_difference or math.inf) > 30
     last = case["evals"][-1]
@@ -74,7 +74,7 @@ def test_eight_replicas_give_the_same_numbers_whatever_computes_them(name, num_d
     folder = tmp_path / "run"
     arguments = parse_arguments(ARGUMENTS, [*command_line(read_case(name), folder), *flags.split()], command="train")
     run(*arguments, devices=jax.devices()[:num_devices], progress=False)
-    result = compare(folder, name, ANY_LAYOUT)
+    result = compare_with_golden(folder, name, ANY_LAYOUT)
     assert result.passed, result
     facts = json.loads((folder / "run.json").read_text())
     assert len(facts["devices"]) == num_devices
@@ -96,7 +96,7 @@ def judge(folder, file, change):
     before = path.read_text()
     path.write_text(change(before))
     try:
-        return compare(folder, FINISHED)
+        return compare_with_golden(folder, FINISHED)
     finally:
         path.write_text(before)
 
@@ -132,9 +132,9 @@ def test_whatever_differs_from_the_record_fails(finished):
 
 
 def test_a_verdict_asks_for_every_bound(finished):
-    near = compare(finished, FINISHED)
+    near = compare_with_golden(finished, FINISHED)
     assert near.passed
     for name in ("loss", "norm", "noise", "evaluation"):
         measured = max(near.evaluation, near.rouge) if name == "evaluation" else getattr(near, name)
         tight = dataclasses.replace(Bounds(), **{name: measured / 2})
-        assert measured == 0 or not compare(finished, FINISHED, tight).passed, name
+        assert measured == 0 or not compare_with_golden(finished, FINISHED, tight).passed, name

@@ -26,7 +26,7 @@ from repro.evaluation.rouge import rouge_scores
 from repro.models.captioner import NativeCaptioner
 from repro.recipes.integrity import contradictions, evaluated_again, other_versions
 from repro.recipes.verify import verify
-from repro.record.record import digest_of, read_record
+from repro.record.record import digest_of_facts, read_record
 from repro.record.writer import checked_files, models_in
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -48,7 +48,7 @@ def facts_of(run):
 def sign(run):
     """Renew all checksums."""
     sums = {path.relative_to(run).as_posix(): sha256_of(path) for path in checked_files(run)}
-    sums["run.json"] = digest_of(facts_of(run))
+    sums["run.json"] = digest_of_facts(facts_of(run))
     (run / "run.json").write_text(json.dumps({**facts_of(run), "checksums": sums}))
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from repro import limits
 from repro.__main__ import main
 from repro.data import images
-from repro.data.files import read_file
+from repro.data.files import read_records
 from repro.data.images import ImageError, Resize, decode_image
 from repro.errors import InputError
 from repro.limits import Budget, CheckedJson, Refused
@@ -276,7 +276,7 @@ def test_what_is_in_strings_neither_nests_nor_ends_them(tmp_path):
             assert b"".join(checked.read(block) for _ in range(len(text) + 99)) == text.encode()
             assert (checked._depth, checked._in_string) == (0, 0)
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert list(read_file(str(tmp_path / "a.json"))) == rows
+    assert list(read_records(str(tmp_path / "a.json"))) == rows
     with pytest.raises(Refused, match="deep"):
         CheckedJson(io.BytesIO(b"[" * 101)).read(1 << 16)
 

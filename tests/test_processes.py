@@ -21,7 +21,7 @@ from test_reproduce import make_small
 from repro.__main__ import main
 from repro.config import ARGUMENTS, given_flags
 from repro.errors import InputError
-from repro.recipes.selftest import command_line, compare, read_case
+from repro.recipes.selftest import command_line, compare_with_golden, read_case
 from repro.training import processes as own
 from repro.training.processes import launched_several, start_processes
 
@@ -93,7 +93,7 @@ def test_processes_together_give_the_numbers_of_the_reference(number, mesh, how,
     assert capfd.readouterr().out.count("written to") == 1
     facts = json.loads((folder / "run.json").read_text())
     assert facts["processes"] == len(facts["devices"]) == number
-    result = compare(folder, "published_8dev")
+    result = compare_with_golden(folder, "published_8dev")
     assert result.passed, result
     if number == 4:  # one process goes on with what they have saved
         assert main(["train", *command_line(CASE, folder), "--resume", "auto"]) == 0
@@ -106,7 +106,7 @@ def test_processes_decide_together_what_fits_and_build_a_cache_anew_once(tmp_pat
     facts = json.loads((folder / "run.json").read_text())
     assert facts["replicas_at_once"] == 4, "the second process has no room for more"
     assert "4 of 8 device batches are evaluated at once" in (folder / "log").read_text()
-    result = compare(folder, "published_8dev")
+    result = compare_with_golden(folder, "published_8dev")
     assert result.captions_equal == result.captions > 0
     assert sum(message.count("images into") for message in said) == 1, said
     assert len(list((tmp_path / "cache" / "repro" / "rows").glob("*.arrow"))) == 2

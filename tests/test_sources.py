@@ -230,8 +230,8 @@ def test_a_local_data_set_folder_is_loaded_by_datasets(tmp_path):
 
 
 def test_rows_are_read_once_and_again_when_their_file_changes(tmp_path, monkeypatch):
-    path, real, read = tmp_path / "rows.jsonl", sources.read_file, []
-    monkeypatch.setattr(sources, "read_file", lambda path: read.append(path) or real(path))
+    path, real, read = tmp_path / "rows.jsonl", sources.read_records, []
+    monkeypatch.setattr(sources, "read_records", lambda path: read.append(path) or real(path))
     for row in ROWS:  # where images are missing they are looked for each time
         (tmp_path / row["image_path"]).touch()
 

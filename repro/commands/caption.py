@@ -28,7 +28,7 @@ WIDEST_NAME = 40
 DIGITS = 6  # of a score in JSON: float32 has no more that mean something
 
 
-class Found(NamedTuple):
+class Picture(NamedTuple):
     """What an argument means: an image's path as it is shown, or a problem with what was named."""
 
     name: str
@@ -110,17 +110,17 @@ def _checkpoint_of(model: str) -> str:
     return str(chosen)
 
 
-def _find(name: str, *, null: bool) -> Iterator[Found]:
+def _find(name: str, *, null: bool) -> Iterator[Picture]:
     """What an argument names."""
     if name == LIST:
-        yield from map(Found, _listed(sys.stdin.buffer, b"\0" if null else b"\n"))
+        yield from map(Picture, _listed(sys.stdin.buffer, b"\0" if null else b"\n"))
         return
     is_pattern = glob.has_magic(name) and not name.startswith(URL_SCHEMES) and not os.path.lexists(name)
     matches = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
     for match in matches:
         yield from _expanded(match)
     if not matches:
-        yield Found(name, "no file matches")
+        yield Picture(name, "no file matches")
 
 
 def _listed(stream: BinaryIO, end: bytes) -> Iterator[str]:
@@ -130,20 +130,20 @@ def _listed(stream: BinaryIO, end: bytes) -> Iterator[str]:
     return (os.fsdecode(name) for name in names.split(end) if name)
 
 
-def _expanded(path: str) -> list[Found]:
+def _expanded(path: str) -> list[Picture]:
     if not os.path.isdir(path):
-        return [Found(path)]
+        return [Picture(path)]
     errors: list[OSError] = []
     files: list[str] = []
     for folder, folders, names in os.walk(path, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    found = [Found(file) for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+    found = [Picture(file) for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
     if others := len(files) - len(found):
         _tell(f"{path}: {others} other file{'s' * (others > 1)} left out")
-    found += [Found(str(error.filename), f"the folder cannot be read: {error.strerror}") for error in errors]
+    found += [Picture(str(error.filename), f"the folder cannot be read: {error.strerror}") for error in errors]
     if not found:
-        found = [Found(path, f"holds no images ({', '.join(name[1:] for name in IMAGE_SUFFIXES)})")]
+        found = [Picture(path, f"holds no images ({', '.join(name[1:] for name in IMAGE_SUFFIXES)})")]
     return sorted(found)
 
 

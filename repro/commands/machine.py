@@ -9,7 +9,7 @@ from dataclasses import asdict
 from repro.commands import COMMANDS
 from repro.commands.terminal import start_logging
 from repro.parser import Parser, sentence
-from repro.provenance import describe, environment
+from repro.provenance import as_lines, environment
 
 EPILOG = (
     "The exit status is 0 where every judged case equals its record, else 1. Judged is float32 at the highest precision"
@@ -22,7 +22,7 @@ def env(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     found = environment()
-    print(json.dumps(found, indent=1) if args.json else describe(found))
+    print(json.dumps(found, indent=1) if args.json else as_lines(found))
     return 0
 
 
@@ -35,7 +35,7 @@ def selftest(argv: list[str]) -> int:
     from repro.recipes.selftest import JUDGED, run_cases
 
     made_by, shown = environment(), sys.stderr if args.json else sys.stdout
-    print(f"{describe(made_by)}\n", file=shown)
+    print(f"{as_lines(made_by)}\n", file=shown)
     results = run_cases(args.dtype, say=lambda line: print(line, file=shown, flush=True))
     passed = all(case.passed for case in results[JUDGED])
     if args.json:

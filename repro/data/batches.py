@@ -19,7 +19,7 @@ from repro.data.image_cache import Images, ImageStore, in_parallel
 from repro.data.rows import column
 from repro.errors import InputError
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 REASONS_SHOWN = 3
 HASHED = 100_000  # rows at once
 IMAGES_HASHED = 32  # all of COCO's would be 18 GB to read at every start
@@ -157,9 +157,9 @@ def prepare_split(
     return CaptionedImages(dataset, kept, records, decoder_start_token_id, *images, num_cut, num_turned), dropped
 
 
-def prefetch(items: Iterable[Item]) -> Generator[Item]:
+def prefetch(items: Iterable[T]) -> Generator[T]:
     """Compute two items ahead in a thread, which ends with its consumer; its exceptions are raised where it is used."""
-    source, end = iter(items), cast("Item", object())
+    source, end = iter(items), cast("T", object())
     with closing(in_parallel(lambda _: next(source, end), repeat(None), 1)) as computed:
         for _, item in computed:
             if item is end:

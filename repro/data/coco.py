@@ -18,7 +18,7 @@ import ijson
 
 from repro.data.files import one_line, open_json, stream
 from repro.data.images import ZIP, find_member, open_zip
-from repro.data.rows import Record
+from repro.data.rows import Row
 from repro.errors import InputError
 from repro.json_files import checked, keys, optional
 from repro.limits import LIST_BYTES, NAMED_BYTES, CheckedJson, Refused
@@ -67,7 +67,7 @@ def annotation_file(folder: Path, year: str, split: str) -> tuple[Path, str]:
     )
 
 
-def read_official(folder: Path, year: str, split: str) -> Iterator[Record]:
+def read_official(folder: Path, year: str, split: str) -> Iterator[Row]:
     """Read a split in the official layout, in the order of its annotations.
 
     Images and annotations may each be unpacked (`val2017/`, `annotations/`) or in the official zips; nothing is
@@ -82,7 +82,7 @@ def read_official(folder: Path, year: str, split: str) -> Iterator[Record]:
     return _records(file, member, _ImageFinder(file, [folder], part, remedy), has_captions=split != "test")
 
 
-def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> Iterator[Record]:
+def read_annotations(file: Path, layout: str, split: str, folders: Sequence[Path]) -> Iterator[Row]:
     """Read a file in COCO's layout, or a split of one in Karpathy's, where each image has its sentences.
 
     Args:
@@ -102,7 +102,7 @@ def read_file(file: Path, layout: str, split: str, folders: Sequence[Path]) -> I
     return _records(file, "", _ImageFinder(file, folders, part), has_captions=has_captions)
 
 
-def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterator[Record]:
+def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterator[Row]:
     finder = _ImageFinder(file, folders, "")
     with _opened(file, "") as opened:
         for value in stream(opened, "images.item"):
@@ -116,7 +116,7 @@ def _karpathy_records(file: Path, split: str, folders: Sequence[Path]) -> Iterat
     finder.check()
 
 
-def _records(file: Path, member: str, finder: _ImageFinder, *, has_captions: bool) -> Iterator[Record]:
+def _records(file: Path, member: str, finder: _ImageFinder, *, has_captions: bool) -> Iterator[Row]:
     names: dict[Any, str] = {}
     ambiguous: dict[Any, str] = {}
     held = 0

@@ -29,7 +29,7 @@ BOM = b"\xef\xbb\xbf"
 EXACT = {"use_float": True}
 
 
-def read_file(path: str) -> Iterator[dict[str, Any]]:
+def read_records(path: str) -> Iterator[dict[str, Any]]:
     """Read the objects of a csv, tsv, txt, json (a list of objects, or one under "data") or jsonl file, or of a folder.
 
     Raises:

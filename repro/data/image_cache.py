@@ -38,8 +38,8 @@ from repro.progress import progress_bar
 COMMIT = 1024  # images after which a build is made safe on disk
 GIGABYTE = 1e9
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+T = TypeVar("T")
+R = TypeVar("R")
 Decoded = tuple[np.ndarray, bool] | ImageError  # uint8[S,S,3], and whether it is stored turned
 Decode = Callable[[Iterable[int]], Iterator[tuple[int, Decoded]]]  # of places among the references, in order
 Index = dict[str, list[Any] | str]  # by an image's key: place, XXH3 of its bytes, turned or not; or why it fails
@@ -197,12 +197,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_parallel(
-    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
-) -> Generator[tuple[Item, Result]]:
+def in_parallel(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Generator[tuple[T, R]]:
     """Map in order in threads, with a bounded number of results ahead: decoding leaves Python's lock to others."""
     with ThreadPoolExecutor(num_workers) as pool:
-        pending: deque[tuple[Item, Any]] = deque()
+        pending: deque[tuple[T, Any]] = deque()
         try:
             for item in items:
                 pending.append((item, pool.submit(function, item)))

@@ -22,7 +22,7 @@ SCHEMA = pyarrow.schema(
 CHUNK = 10_000  # rows held in memory at once
 
 # What a source reads: its row (counted from 0), image_path, image_id, caption (or a list of them), a reason to drop it.
-Record = dict[str, Any]
+Row = dict[str, Any]
 Dropped = dict[str, Any]  # a row that was left out: split, row (counted from 0 as read), image_path, caption, reason
 
 
@@ -34,7 +34,7 @@ class Rows:
     dropped: list[Dropped]  # rows that are not in it
 
 
-def make_rows(records: Iterable[Record], *, split: str, source: str, file: Path, rebuild: str | None = None) -> Rows:
+def make_rows(records: Iterable[Row], *, split: str, source: str, file: Path, rebuild: str | None = None) -> Rows:
     """Check records one by one and make a split of them.
 
     A caption that is null, not text, or not valid Unicode, drops its row. The test split needs no captions.
@@ -58,9 +58,9 @@ def column(dataset: Dataset, name: str) -> Iterator[Any]:
         yield from batch[name].to_pylist()
 
 
-def _write(file: Path, records: Iterable[Record], split: str, source: str) -> list[Dropped]:
+def _write(file: Path, records: Iterable[Row], split: str, source: str) -> list[Dropped]:
     dropped: list[Dropped] = []
-    kept: list[Record] = []
+    kept: list[Row] = []
     num_kept = listed = 0
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, SCHEMA) as writer:
         for record in records:
@@ -87,7 +87,7 @@ def _write(file: Path, records: Iterable[Record], split: str, source: str) -> li
     return dropped
 
 
-def _checked(record: Record, split: str) -> Iterator[Record]:
+def _checked(record: Row, split: str) -> Iterator[Row]:
     """Give a record's rows, one for each of its captions, with a reason where one cannot be used."""
     captions = record["caption"]
     for caption in (captions or [None]) if isinstance(captions, list) else [captions]:

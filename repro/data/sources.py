@@ -22,9 +22,9 @@ import pyarrow
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from repro.data import coco
-from repro.data.files import FORMATS, json_prefix, read_file
+from repro.data.files import FORMATS, json_prefix, read_records
 from repro.data.images import ARROW, EMBEDDED, image_key
-from repro.data.rows import Record, Rows, make_rows
+from repro.data.rows import Row, Rows, make_rows
 from repro.data.shards import read_shards
 from repro.errors import InputError
 from repro.limits import LIST_BYTES, URL_SCHEMES, local_path, size_of
@@ -49,7 +49,7 @@ class _Source:
     """A split's records, unread, and what they depend on."""
 
     name: str
-    records: Callable[[], Iterable[Record]]
+    records: Callable[[], Iterable[Row]]
     files: Sequence[Path]
     settings: tuple[Any, ...]
     folder: Path | None = None  # that relative image paths begin in, or in --data_dir
@@ -135,14 +135,14 @@ def _file(path: str | None, split: str, data_dir: str | None, cache_dir: str | N
     if suffix == PARQUET:
         return _table(_parquet(found, cache_dir), split, path, file.parent, columns)
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[Row]:
         if suffix == SHARDS:
             return _select(read_shards(found), split, path, columns)
         layout = json_prefix(file) if suffix == ".json" and file.is_file() else None
         if layout in coco.LAYOUTS:
             folders = [*([Path(data_dir)] if data_dir else []), file.parent, file.parent.parent]
-            return coco.read_file(file, layout, split, [folder.absolute() for folder in folders])
-        return _select(read_file(path), split, path, columns)
+            return coco.read_annotations(file, layout, split, [folder.absolute() for folder in folders])
+        return _select(read_records(path), split, path, columns)
 
     if file.is_dir():
         return _Source(path, records, [file, *sorted(file.rglob("*"))], columns, file)
@@ -158,7 +158,7 @@ def _expanded(pattern: str) -> list[str]:
     return [file for number in numbers for file in _expanded(pattern.replace(braces[0], number, 1))]
 
 
-def _select(records: Iterator[dict[str, Any]], split: str, source: str, columns: Columns) -> Iterator[Record]:
+def _select(records: Iterator[dict[str, Any]], split: str, source: str, columns: Columns) -> Iterator[Row]:
     """Take image and caption from the objects of a file; the first one says which columns there are."""
     first = next(records)
     inner = [name for name in first if name.startswith("json.")]
@@ -201,7 +201,7 @@ def _column(what: str, name: str | None, usual: Sequence[Sequence[str]], names: 
     return candidates[0]
 
 
-def _located(source: _Source, roots: Sequence[str]) -> Iterator[Record]:
+def _located(source: _Source, roots: Sequence[str]) -> Iterator[Row]:
     for row, record in enumerate(source.records()):
         value, where = record["image_path"], f"{source.name}: row {row}"
         if value is not None and not isinstance(value, str):
@@ -264,7 +264,7 @@ def image_columns(dataset: Dataset) -> list[str]:
     return [name for name, kind in kinds.items() if isinstance(dataset.features[name], Image) or holds_bytes(kind)]
 
 
-def read_table(dataset: Dataset, image_column: str, caption_column: str | None) -> Iterator[Record]:
+def read_table(dataset: Dataset, image_column: str, caption_column: str | None) -> Iterator[Row]:
     """Give a data set's records; the same image, embedded twice, is one. Captions may be in an object, COLUMN.KEY."""
     first_place: dict[bytes, str] = {}
     for file in (os.path.abspath(cached["filename"]) for cached in dataset.cache_files):

@@ -34,8 +34,7 @@ from repro.protocol import StopRule
 # Log-probability of what must not be chosen; both versions of transformers use this value.
 IMPOSSIBLE = -1.0e7
 
-Cache = Any
-DecodeStep = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+DecodeStep = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 Constrain = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 EarlyStopping = bool | Literal["never"]
 
@@ -62,7 +61,7 @@ class _Search(flax.struct.PyTreeNode):
     beams: _Beams
     parents: jax.Array  # int32[B,K], the beams that the running ones continue
     going_on: jax.Array  # bool[B]
-    cache: Cache
+    cache: Any
 
 
 def check_beams(*, num_beams: int, num_return_sequences: int, vocab_size: int) -> None:
@@ -76,7 +75,7 @@ def check_beams(*, num_beams: int, num_return_sequences: int, vocab_size: int) -
 
 def beam_search(
     decode_step: DecodeStep,
-    cache: Cache,
+    cache: Any,
     *,
     batch_size: int,
     num_beams: int,

@@ -85,7 +85,7 @@ def mentioned(caption: str) -> Claims:
     return Claims(tuple(phrases), tuple(relations), backgrounds)
 
 
-def judge(claims: Claims, scene: Scene) -> list[tuple[str, bool]]:
+def judge_claims(claims: Claims, scene: Scene) -> list[tuple[str, bool]]:
     """Every claim's kind, and whether it is true of the scene.
 
     What is said of a group is true only of objects of the stated shape *and* colour: "two red circles" wants exactly
@@ -137,7 +137,7 @@ def attribute_accuracy(captions: Sequence[str], scenes: Sequence[Scene]) -> dict
     exact = silent = 0
     for caption, scene in zip(captions, scenes, strict=True):
         claims = mentioned(caption)
-        verdicts = judge(claims, scene)
+        verdicts = judge_claims(claims, scene)
         mentions.update(kind for kind, _ in verdicts)
         true.update(kind for kind, is_true in verdicts if is_true)
         silent += not verdicts

@@ -18,7 +18,7 @@ from repro.data.atomic import sha256_of
 from repro.errors import InputError
 from repro.evaluation.rouge import rouge_scores
 from repro.json_files import read_json
-from repro.record.record import FACTS, GENERATION, ROWS, Record, Recorded, digest_of
+from repro.record.record import FACTS, GENERATION, ROWS, Record, Recorded, digest_of_facts
 from repro.record.writer import checked_files, models_in, prefixed
 
 SAME_SCORE = 1e-4  # of ROUGE, 0 to 100: computed again from the same captions it is the same but for the order of a sum
@@ -41,7 +41,7 @@ def missing_of_record(folder: Path, facts: Mapping[str, Any], recorded: Recorded
         needed |= {(_place(folder, step) / name).relative_to(folder).as_posix() for name in names}
     problems = [f"run.json has no checksum of {name}" for name in sorted(needed - checksums.keys())]
     now = {name: sha256_of(folder / name) for name in checksums if name != FACTS and (folder / name).is_file()}
-    now[FACTS] = digest_of(facts)  # which earlier versions did not note
+    now[FACTS] = digest_of_facts(facts)  # which earlier versions did not note
     problems += [f"{name} is not as the run left it" for name, digest in checksums.items() if now.get(name) != digest]
     steps = [row["step"] for row in recorded.rows if "loss" in row]
     if steps != list(range(1, facts["num_steps"] + 1)):

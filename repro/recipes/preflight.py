@@ -41,7 +41,7 @@ REASONS_LISTED, EXAMPLES = 20, 3
 STEPS, WARM_UPS = 3, 1
 TIMED_IMAGES = 500
 
-Result = TypeVar("Result")
+R = TypeVar("R")
 
 
 class DryRun(NamedTuple):
@@ -128,10 +128,10 @@ def _bytes_on_disk(prepared: PreparedRun, num_images: int) -> dict[str, int]:
 
 
 def _disk_in_words(needs: dict[str, int]) -> str:
-    return "disk: " + ", ".join(f"{size_of(size)} for {name}" for name, size in needs.items())
+    return "disk: " + ", ".join(f"{size_in_words(size)} for {name}" for name, size in needs.items())
 
 
-def size_of(num_bytes: int) -> str:
+def size_in_words(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
@@ -271,7 +271,7 @@ def _lacking_room(settings: Settings, needs: dict[str, int]) -> Iterator[str]:
         free = shutil.disk_usage(folder).free
         if size > free:
             yield (
-                f"{folder}: {size_of(size)} are needed and {size_of(free)} free; make room, name another"
+                f"{folder}: {size_in_words(size)} are needed and {size_in_words(free)} free; make room, name another"
                 " --output_dir or --cache_dir, or add --no_image_cache"
             )
 
@@ -303,7 +303,7 @@ def _rows_of(images: Sequence[str] | np.ndarray, number: int) -> int:
     return int([*firsts, len(images)][min(number, len(firsts))])
 
 
-def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+def timed(call: Callable[[], R]) -> tuple[R, float]:
     """Return what a call returns, and the seconds that it took."""
     started = time.perf_counter()
     result = call()

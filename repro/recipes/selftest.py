@@ -85,10 +85,10 @@ def run_case(name: str, folder: Path, flags: Sequence[str] = ()) -> CaseResult:
     """Run a case in a folder that holds no other, with further flags such as `--dtype bfloat16`, and compare."""
     arguments = parse_arguments(ARGUMENTS, [*command_line(read_case(name), folder), *flags], command="train")
     run(*arguments, progress=False)
-    return compare(folder, name)
+    return compare_with_golden(folder, name)
 
 
-def compare(folder: Path, name: str, bounds: Bounds = Bounds()) -> CaseResult:
+def compare_with_golden(folder: Path, name: str, bounds: Bounds = Bounds()) -> CaseResult:
     """Hold the files of a run against the record of a case."""
     case = read_case(name)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from jax.experimental import topologies
 
 from repro.config import DataArguments, ModelArguments, TrainingArguments, flags_of
 from repro.errors import InputError
-from repro.recipes.preflight import DryRun, duration, gib, prepare_trial, size_of
+from repro.recipes.preflight import DryRun, duration, gib, prepare_trial, size_in_words
 from repro.run.build import build_evaluator, build_training
 from repro.run.prepare import PreparedRun, check_run, load_or_create, read_rows
 from repro.run.settings import Settings
@@ -139,7 +139,7 @@ def _in_words(facts: dict[str, Any], settings: Settings) -> Iterator[str]:
     seconds = facts["step_seconds_at_least"]
     yield f"layout: {facts['mesh']}, {facts['replicas_at_once']} of {settings.replicas} replicas at once"
     for name, found in facts["programs"].items():
-        sent = [f", {number} {kind} of {size_of(size)}" for kind, (number, size) in found["collectives"].items()]
+        sent = [f", {number} {kind} of {size_in_words(size)}" for kind, (number, size) in found["collectives"].items()]
         yield f"{name}: {gib(found['bytes'])} GiB, {found['operations'] / 1e9:.1f} GFLOP{''.join(sent)} on each device"
     at_once = f"{facts['evaluation_rows_at_once']} of {settings.eval_batch} rows at once"
     yield f"evaluation: {gib(facts['evaluation_bytes'])} GiB beside the state, {at_once}"

@@ -19,11 +19,11 @@ from huggingface_hub.utils.logging import set_verbosity_error
 
 from repro.json_files import PARTIAL
 from repro.masking import learn, masked
+from repro.record.model_card import CARD
 from repro.record.writer import ATTENTION, LOCK, NON_FINITE, REPORT, STATE, log, models_in
 
 # What stays here of a run's folder: states, where the images are, and the report with small copies of them.
 LEFT_AT_HOME = (STATE, LOCK, REPORT, NON_FINITE, f"*{PARTIAL}", "*_images.json", ATTENTION, ".*")
-CARD = "README.md"
 AGAIN = (408, 429)  # of the answers 400 to 499, those that may be different next time
 ATTEMPTS = 4  # of an upload, if the Hub answers 500 or more or not at all; what it refuses is not asked for again
 PAUSE = 2.0  # seconds before the second attempt, and twice as long before each further one

@@ -22,7 +22,7 @@ CLOCK_FORM = keys(seconds=Seconds)
 FLAGS = keys(seed=int, **optional(dtype=str, per_device_train_batch_size=Positive, metric_for_best_model=str | None))
 SPLIT = keys(kept=Count, dropped=Count, images=Count, fingerprint=str, **optional(read=Count))
 # What is read of `run.json` by name; a run that has only begun lacks some.
-RUN = optional(
+RUN_FORM = optional(
     flags=FLAGS,
     data=dict[str, SPLIT],  # type: ignore[valid-type]
     model=keys(implementation=str, parameters=Count),
@@ -98,7 +98,7 @@ class Record:
 def read_record(folder: Path) -> Record:
     """Read a run's record; what cannot be read of it is told, and is not there."""
     problems: list[str] = []
-    facts = read_or_tell(folder / FACTS, keys(**RUN), problems) or {}
+    facts = read_or_tell(folder / FACTS, keys(**RUN_FORM), problems) or {}
     rows = lines_or_tell(folder / ROWS, ROW, problems, check=_check_evaluations)
     return Record(folder, facts, Recorded(rows), problems)
 
@@ -108,7 +108,7 @@ def read_clock(folder: Path) -> float:
     return (read_or_tell(folder / CLOCK, CLOCK_FORM, []) or {"seconds": 0.0})["seconds"]
 
 
-def digest_of(facts: Mapping[str, Any]) -> str:
+def digest_of_facts(facts: Mapping[str, Any]) -> str:
     """Hash a run's facts, but for the checksums among which the hash is to stand."""
     rest = {name: value for name, value in facts.items() if name != "checksums"}
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from repro.errors import InputError
 from repro.evaluation.evaluator import Evaluation, coco_results, some_captions
 from repro.json_files import PARTIAL, read_json, write_json, write_whole
 from repro.masking import MaskingFormatter
-from repro.record.record import CLOCK, DETAILS, FACTS, GENERATION, ROWS, Recorded, digest_of
+from repro.record.record import CLOCK, DETAILS, FACTS, GENERATION, ROWS, Recorded, digest_of_facts
 
 LOCK = "run.lock"
 STATE = "state"
@@ -167,7 +167,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
     def describe(self, facts: dict[str, Any], dropped: Iterable[dict[str, Any]]) -> None:
         """Write `run.json`, and `dropped.jsonl` with one row that was left out on each line."""
         if "checksums" in facts:
-            facts["checksums"][FACTS] = digest_of(facts)
+            facts["checksums"][FACTS] = digest_of_facts(facts)
         write_json(self.folder / FACTS, facts)
         lines = [json.dumps(row) + "\n" for row in dropped]
         (self.folder / "dropped.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -14,7 +14,7 @@ import numpy as np
 from nltk.stem.porter import PorterStemmer
 
 from repro.evaluation.rouge import TYPES, rouge_scores
-from repro.pocket.attributes import judge, mentioned
+from repro.pocket.attributes import judge_claims, mentioned
 from repro.pocket.halves import read_scenes
 from repro.pocket.scenes import COUNT_WORDS, MAX_OBJECTS, Scene
 from repro.record.sanitize import clip
@@ -39,7 +39,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Item:
+class Ranked:
     """An evaluated image, or a row where images are not known."""
 
     place: int  # in the order of evaluation
@@ -74,13 +74,13 @@ class Item:
         return pieces
 
 
-def ranked_items(runs: Sequence[Generated | None]) -> list[Item]:
+def ranked_items(runs: Sequence[Generated | None]) -> list[Ranked]:
     """Join the rows of an image, and the runs that have it: captions that differ first, then the best."""
     found: dict[Any, tuple[int, str, list[Said | None]]] = {}
     for number, generated in enumerate(runs):
         for key, place, image, said in _of_run(generated, alone=len(runs) == 1) if generated else ():
             found.setdefault(key, (place, image, [None] * len(runs)))[2][number] = said
-    items = [Item(place, image, key[1], tuple(said)) for key, (place, image, said) in found.items()]
+    items = [Ranked(place, image, key[1], tuple(said)) for key, (place, image, said) in found.items()]
     return sorted(
         items, key=lambda item: (-item.differs, -np.ptp(item.scores) if item.differs else -item.scores[0], item.place)
     )
@@ -102,7 +102,7 @@ def _of_run(generated: Generated, *, alone: bool) -> list[tuple[Any, int, str, S
         texts = tuple(generated.rows[row][1] for row in rows)
         earlier = tuple((step, old[rows[0]]) for step, old in generated.earlier)
         claims, scene = mentioned(caption[:RANKED_CHARACTERS]), scenes.get(path)
-        told = judge(claims, scene) if scene else []
+        told = judge_claims(claims, scene) if scene else []
         counts = [(of.count, len(of.objects(scene))) for of in claims.phrases if of.count] if scene else []
         name = image if alone or not path else "/".join(path.split("/")[-2:])
         made.append(((name, texts), rows[0], path, Said(caption, float(ranked[rows].mean()), earlier, told, counts)))
@@ -119,7 +119,7 @@ def _scenes(generated: Generated) -> dict[str, Scene]:
         return {}
 
 
-def count_table(items: Sequence[Item], run: int) -> list[tuple[str, list[str]]]:
+def count_table(items: Sequence[Ranked], run: int) -> list[tuple[str, list[str]]]:
     """How many objects of a kind a run's captions say, and how many there are: a row for each number that is said."""
     counts = Counter(pair for item in items if (said := item.said[run]) for pair in said.counts)
     numbers = sorted(set(COUNT_WORDS.values()))

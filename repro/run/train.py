@@ -20,7 +20,7 @@ from repro.config import DataArguments, ModelArguments, TrainingArguments
 from repro.errors import Interrupted, RunStopped, stopping_on_full_disk
 from repro.evaluation.evaluator import Evaluation, Evaluator, word_attention
 from repro.json_files import write_json
-from repro.models.weights import digest_of
+from repro.models.weights import digest_of_weights
 from repro.provenance import versions
 from repro.record.hub import HubUploader
 from repro.record.writer import ATTENTION, NON_FINITE, STATE, RunWriter, log, prefixed
@@ -94,7 +94,7 @@ def run(
         if start.found and not settings.num_replicas:
             settings = dataclasses.replace(settings, num_replicas=start.found.record["settings"]["num_replicas"])
         prepared = prepare(settings, devices, progress=progress and is_first())
-        check_alike(lambda: resume.what_stays(prepared) | {"weights": digest_of(prepared.pretrained.params)})
+        check_alike(lambda: resume.what_stays(prepared) | {"weights": digest_of_weights(prepared.pretrained.params)})
         settings, facts = prepared.settings, dict(prepared.facts)
         if start.found:
             resume.check_same(start.found.record["settings"], resume.what_stays(prepared))
