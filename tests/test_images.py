@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import ViTImageProcessor
 
-from repro.data.images import (
-    ImageError,
-    Resize,
-    decode_image,
-    pixel_table,
-    resize_image,
-    resize_of,
-    view_image,
-)
+from repro.data.images import ImageError, Resize, decode_image, pixel_table, resize_image, resize_of, view_image
 from repro.errors import InputError
 
 FORMATS = {

@@ -358,6 +358,9 @@ def test_the_output_folder_is_the_same_run_by_whatever_path_and_forgets_what_cam
     shutil.rmtree(folder / "state" / "16")
     shutil.move(folder / "state", tmp_path / "another disk")
     (folder / "state").symlink_to(tmp_path / "another disk")
+    for name in ("run/state", "link/state", "run/state/15", "link/state/15"):
+        found = choose_start(TrainingArguments(resume=str(tmp_path / name), overwrite_output_dir=True), folder)
+        assert (found.step, found.branches_off) == (15, False), name
     start(folder, "--resume", str(link), "--overwrite_output_dir")
     assert_same_run(folder, whole)
     assert {3, 15, 16} <= {*saved_steps(folder)}

@@ -21,7 +21,7 @@ from repro.errors import InputError
 from repro.limits import URL_SCHEMES
 from repro.models.beam_search import check_beams
 from repro.models.pretrained import Implementation, Options, Pretrained, load_model
-from repro.models.weights import WeightsFormat
+from repro.models.weights import Format
 from repro.parser import LARGEST
 
 # A path, a PIL image, or an array uint8[H,W,3], [H,W,4] or [H,W].
@@ -77,7 +77,7 @@ class Captioner:
         *,
         dtype: str = "float32",
         model_implementation: Implementation | None = None,
-        weights_format: WeightsFormat | None = None,
+        weights_format: Format | None = None,
         cache_dir: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,

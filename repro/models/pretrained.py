@@ -39,7 +39,7 @@ from repro.limits import check_settings
 from repro.models import configuration
 from repro.models.captioner import NativeCaptioner
 from repro.models.generation import left_out
-from repro.models.weights import DECODER, ENCODER, WHOLE, Params, WeightsFormat, load_weights, save_weights
+from repro.models.weights import DECODER, ENCODER, WHOLE, Format, Params, load_weights, save_weights
 
 Implementation = Literal["native", "transformers"]
 Loaded = TypeVar("Loaded")
@@ -94,7 +94,7 @@ class Options:
     gradient_checkpointing: bool = False  # compute activations again in the backward pass
     seed: int = 42  # of the weights that are not loaded
     use_fast_tokenizer: bool = True
-    weights_format: WeightsFormat | None = None  # None for any
+    weights_format: Format | None = None  # None for any
     hub: dict[str, Any] = dataclasses.field(default_factory=lambda: {"trust_remote_code": False}, repr=False)
 
     @property

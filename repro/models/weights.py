@@ -33,7 +33,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 FLAX_INDEX = "flax_model.msgpack.index.json"
 INDEX = keys(weight_map=dict[str, str])
 PICKLE_FILE = "pytorch_model.bin"
-WeightsFormat = Literal["msgpack", "safetensors", "pickle"]
+Format = Literal["msgpack", "safetensors", "pickle"]
 
 # What a file holds, as the prefix of its parameters in the whole tree.
 WHOLE, ENCODER, DECODER = "", "encoder.", "decoder."
@@ -48,7 +48,7 @@ TO_TORCH, FROM_TORCH = (3, 2, 0, 1), (2, 3, 1, 0)  # axes of a convolution: [h,w
 
 
 def load_weights(
-    path: str, initial: Callable[[], Params], *, holds: str = WHOLE, form: WeightsFormat | None = None, **hub: Any
+    path: str, initial: Callable[[], Params], *, holds: str = WHOLE, form: Format | None = None, **hub: Any
 ) -> tuple[Params, list[str]]:
     """Load a model's weights, or those of one half, into the whole model's tree.
 
@@ -165,14 +165,12 @@ def _in_tree(weights: Weights, holds: str) -> Weights:
     return named
 
 
-def _read(
-    path: str, hub: Mapping[str, Any], form: WeightsFormat | None, largest: int
-) -> Iterator[tuple[Path, Weights]]:
+def _read(path: str, hub: Mapping[str, Any], form: Format | None, largest: int) -> Iterator[tuple[Path, Weights]]:
     def find(name: str) -> Path | None:
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
         return None if found is None else Path(found)
 
-    readers: dict[str, tuple[WeightsFormat, Callable[[Path], Weights]]] = {
+    readers: dict[str, tuple[Format, Callable[[Path], Weights]]] = {
         FLAX_FILE: ("msgpack", lambda file: flatten(serialization.msgpack_restore(file.read_bytes()))),
         SAFETENSORS_FILE: ("safetensors", load_file),
         SAFETENSORS_INDEX: ("safetensors", partial(_read_shards, find=find, largest=largest)),

@@ -120,9 +120,12 @@ def choose_start(args: TrainingArguments, folder: Path) -> Start:
 def _named(path: Path) -> tuple[Path, int | None]:
     """The folder of the run that a path names, and the step if it is a state's."""
     path = path.absolute()
-    if STEP.fullmatch(path.name) and (path / RECORD).is_dir():
-        return path.parent.resolve().parent, int(path.name)
-    return (path.resolve().parent if path.name == STATE and not (path / STATE).is_dir() else path), None
+    step = int(path.name) if STEP.fullmatch(path.name) and (path / RECORD).is_dir() else None
+    if step is None and (path.name != STATE or (path / STATE).is_dir()):
+        return path, None
+    states = path if step is None else path.parent
+    # A link may lead from a run to states on another disk, or from elsewhere to the states of a run.
+    return (states.parent if (states.parent / ROWS).exists() else states.resolve().parent), step
 
 
 def _same(source: Path, folder: Path) -> bool:
@@ -168,11 +171,8 @@ def what_stays(prepared: PreparedRun) -> dict[str, Any]:
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Check that a run would go on as it began; an InputError names every setting that differs, with both values."""
     if different := list(_differences(saved, now)):
-        raise InputError(
-            "--resume: the state belongs to a run that computes something else:\n  "
-            + "\n  ".join(different)
-            + "\nUse the earlier values, or start anew in another --output_dir."
-        )
+        listed = "\n  ".join(["--resume: the state belongs to a run that computes something else:", *different])
+        raise InputError(f"{listed}\nUse the earlier values, or start anew in another --output_dir.")
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
