@@ -165,6 +165,7 @@ def test_generation_settings_of_public_models_give_the_sequences_of_pytorch(gold
     assert compared >= 3, asked
 
 
+@pytest.mark.usefixtures("flax_classes_promote_ranks")
 @pytest.mark.parametrize(("num_beams", "seed"), [(1, 10), (3, 11), (8, 2)])
 def test_real_photographs_get_the_captions_and_scores_of_pytorch_and_of_the_flax_class(
     real_data, golden_inputs, tmp_path, caplog, num_beams, seed
