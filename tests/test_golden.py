@@ -61,8 +61,8 @@ def test_long_runs_stay_with_the_reference_as_far_as_rounding_lets_them(name, tm
 
 # On all eight devices the short runs are computed.
 WAYS = [("current_8dev", 1, ""), ("published_8dev", 1, "--replicas_at_once 2 --gradient_checkpointing")]
-WAYS += [("published_8dev", 4, "--replicas_at_once 4 --mesh data=2,fsdp=2")]
-MORE_WAYS = [("current_8dev", 4, ""), *(("published_8dev", devices, "") for devices in (1, 2, 4))]
+WAYS += [("published_8dev", 1, ""), ("published_8dev", 4, "--replicas_at_once 4 --mesh data=2,fsdp=2")]
+MORE_WAYS = [("current_8dev", 4, ""), *(("published_8dev", devices, "") for devices in (2, 4))]
 MORE_WAYS += [("published_8dev", 8, f"--mesh {mesh}") for mesh in ("data=2,fsdp=4", "fsdp=8")]
 MORE_WAYS += [("published_8dev", 1, f"--replicas_at_once {number}") for number in (4, 1)]
 

@@ -26,7 +26,7 @@ TOP_LEVEL = {"repro", "tests", "benchmarks", "tox.ini", "pyproject.toml", "READM
 # This number is to fall. It stood at 12,850 when files began to be read by typed doors within limits, runs to be held
 # against their own captions and weights, and the golden cases to be run by the installed program: 2,100 lines, for
 # which 1,100 others went.
-MAX_LINES, MAX_TOTAL_LINES, MAX_TEST_LINES = 350, 13_370, 13_101
+MAX_LINES, MAX_TOTAL_LINES, MAX_TEST_LINES = 350, 13_370, 13_080
 
 
 def imported_modules(source: str, package: tuple[str, ...]) -> set[tuple[str, ...]]:

@@ -39,7 +39,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedImage:
     """An evaluated image, or a row where images are not known."""
 
     place: int  # in the order of evaluation
@@ -74,13 +74,13 @@ class Ranked:
         return pieces
 
 
-def ranked_items(runs: Sequence[Generated | None]) -> list[Ranked]:
+def ranked_items(runs: Sequence[Generated | None]) -> list[RankedImage]:
     """Join the rows of an image, and the runs that have it: captions that differ first, then the best."""
     found: dict[Any, tuple[int, str, list[Said | None]]] = {}
     for number, generated in enumerate(runs):
         for key, place, image, said in _of_run(generated, alone=len(runs) == 1) if generated else ():
             found.setdefault(key, (place, image, [None] * len(runs)))[2][number] = said
-    items = [Ranked(place, image, key[1], tuple(said)) for key, (place, image, said) in found.items()]
+    items = [RankedImage(place, image, key[1], tuple(said)) for key, (place, image, said) in found.items()]
     return sorted(
         items, key=lambda item: (-item.differs, -np.ptp(item.scores) if item.differs else -item.scores[0], item.place)
     )
@@ -119,7 +119,7 @@ def _scenes(generated: Generated) -> dict[str, Scene]:
         return {}
 
 
-def count_table(items: Sequence[Ranked], run: int) -> list[tuple[str, list[str]]]:
+def count_table(items: Sequence[RankedImage], run: int) -> list[tuple[str, list[str]]]:
     """How many objects of a kind a run's captions say, and how many there are: a row for each number that is said."""
     counts = Counter(pair for item in items if (said := item.said[run]) for pair in said.counts)
     numbers = sorted(set(COUNT_WORDS.values()))

@@ -28,7 +28,7 @@ from repro.data.images import ImageError, view_image
 from repro.recipes.verify import Verification, in_words, label
 from repro.record.metrics import METRICS
 from repro.record.sanitize import clip, template
-from repro.reports.captions import RANKED_BY, REFERENCES, Ranked, count_table, ranked_items
+from repro.reports.captions import RANKED_BY, REFERENCES, RankedImage, count_table, ranked_items
 from repro.reports.charts import Line, curves_of, number, rounded
 from repro.reports.runs import RunFiles, finite, label_and_unit, metric_names, spread, words
 
@@ -100,7 +100,7 @@ def page(
     )
 
 
-def with_thumbnails(items: list[Ranked]) -> list[Ranked]:
+def with_thumbnails(items: list[RankedImage]) -> list[RankedImage]:
     """Add pictures to the first and the last items, and to as many between them as there is room for."""
     each = THUMBNAILS // 4
     between = range(each, len(items) - each, max(len(items) // (2 * each), 1))
@@ -191,7 +191,7 @@ def _metrics(row: Mapping[str, Any], *, known: bool) -> dict[str, str]:
     return {", ".join(filter(None, label_and_unit(name))): number(row[name]) for name in names}
 
 
-def _searchable(item: Ranked, *, with_earlier: bool) -> list[Any]:
+def _searchable(item: RankedImage, *, with_earlier: bool) -> list[Any]:
     """[name, references, what each run says, thumbnail, problem], as text that can be shown."""
     said: list[Any] = []
     for of in item.said:
