@@ -134,7 +134,7 @@ def test_every_kind_of_picture_is_taken_as_under_exact(captioner, pictures, tmp_
 def test_an_image_that_cannot_be_used_is_named_and_a_stream_goes_on_behind_it(captioner, pictures, expected, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
     images = [pictures[0], str(tmp_path / "broken.png"), np.zeros((4, 4, 3)), pictures[1], 17]
-    with pytest.raises(ImageError, match=r"broken\.png: not in a format"):
+    with pytest.raises(ImageError, match=r"broken\.png: damaged, or not in a format"):
         captioner(images, **SETTINGS)
     with pytest.raises(ImageError, match=r"image 0: float64\[4,4,3\] is not uint8"):
         captioner(images[2:], **SETTINGS)

@@ -52,7 +52,7 @@ def animated():
     return photo("GIF", frames[0], save_all=True, append_images=frames[1:])
 
 
-NO_IMAGE = "not in a format that is read"
+NO_IMAGE = "damaged, or not in a format that is read"
 # What a file holds, why its rows are dropped under `exact` (None: kept), and under `current`.
 FILES: dict[str, tuple[bytes, str | None, str | None]] = {
     "whole": (photo(), None, None),

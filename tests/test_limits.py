@@ -104,7 +104,7 @@ def iptc(content):
 
 PLAIN = encoded(Image.new("RGB", (8, 8)), "JPEG")
 EPS = encoded(Image.new("RGB", (8, 8)), "EPS")
-UNKNOWN = "not in a format that is read: JPEG, PNG"
+UNKNOWN = "damaged, or not in a format that is read: JPEG, PNG"
 HOSTILE = {
     "scans.jpg": (lambda: jpeg(10_000, 10_000, 500), "500 scans"),
     "segments.jpg": (lambda: PLAIN[:2] + b"\xff\xfe\x00\x02" * 600_000 + PLAIN[2:], "pieces"),

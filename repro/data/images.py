@@ -105,7 +105,7 @@ def open_image(reference: str) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:  # whose message has the address of a buffer
-        raise ImageError(f"not in a format that is read: {', '.join(formats())}") from error
+        raise ImageError(f"damaged, or not in a format that is read: {', '.join(formats())}") from error
     except Refused as error:
         raise ImageError(str(error)) from error
     except OSError as error:
